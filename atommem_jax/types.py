@@ -1,0 +1,191 @@
+"""The vocabulary of atommem_jax: frozen pytrees that flow between the modules.
+
+Axis letters: B batch of trajectories, T turns, C chunks, U facts a chunk, Q questions,
+P prompt width, R response width, A actions a turn, N slots, L entry length, S scratchpad
+length, Y query length, K shown entries, D key width, X widest action text, V vocabulary.
+
+Single-trajectory code carries no batch axis; batches are made with `jax.vmap`. All token ids
+and counters are int32, masks are bool, scores float32. Token rows are right-padded with the
+pad id and come with a length, except `Turns.prompt`, which is left-padded.
+"""
+
+import enum
+from collections.abc import Callable
+
+import flax.struct
+from jaxtyping import Array, Bool, Float, Int
+
+EMPTY = -1
+"""Sentinel for "no slot", "no chunk" and "no question"."""
+
+
+class ActionKind(enum.IntEnum):
+    """Kinds of action; the integer is the row of every per-kind counter."""
+
+    NONE = 0
+    CREATE = 1
+    READ = 2
+    UPDATE = 3
+    DELETE = 4
+    SCRATCHPAD = 5
+    ANSWER = 6
+
+
+NUM_KINDS = len(ActionKind)
+
+
+class Phase(enum.IntEnum):
+    """What a turn may do."""
+
+    READING = 0  # a chunk is shown: every action except an answer
+    ANSWERING = 1  # a question is put: a read or an answer
+    FINAL = 2  # the last permitted turn of a question: an answer only
+    DONE = 3  # all questions are over; nothing happens
+
+
+@flax.struct.dataclass
+class Annotations:
+    """What a scripted teacher may know of an episode, and a learned policy never sees.
+
+    A chunk is made of at most U facts (sentences). A fact is named by its flat index
+    `chunk * U + position`.
+    """
+
+    start: Int[Array, "C U"]  # first token of the fact within its chunk
+    length: Int[Array, "C U"]  # tokens of the fact; 0 where there is none
+    subject_length: Int[Array, "C U"]  # leading tokens of the fact that name its subject
+    support: Bool[Array, "C U"]  # worth storing, as far as was known when it was read
+    supersedes: Int[Array, "C U"]  # flat index of the fact that it corrects, or EMPTY
+    category: Int[Array, "C U"]  # task's own label of the kind of fact, for statistics
+    needs: Int[Array, "Q M"]  # facts that answer question q, in reading order, or EMPTY
+    gold: Int[Array, "Q G"]  # tokens of the canonical answer
+    gold_length: Int[Array, " Q"]
+    focus: Int[Array, " Y"]  # tokens of a good standing query over all questions
+    focus_length: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Episode:
+    """One sample: a document in chunks and the questions asked about it."""
+
+    id: Int[Array, ""]  # number of the sample within its split
+    chunks: Int[Array, "C Lc"]
+    chunk_lengths: Int[Array, " C"]
+    num_chunks: Int[Array, ""]
+    questions: Int[Array, "Q Lq"]
+    question_lengths: Int[Array, " Q"]
+    num_questions: Int[Array, ""]
+    annotations: Annotations
+
+
+@flax.struct.dataclass
+class Actions:
+    """What one turn asked for, in the order written. Rows past `count` have kind NONE."""
+
+    kind: Int[Array, " A"]  # ActionKind
+    target: Int[Array, " A"]  # number of the shown entry, 1..K; 0 where absent or unreadable
+    text: Int[Array, "A X"]
+    length: Int[Array, " A"]  # tokens written, before any cut to X or to a cap
+    well_formed: Bool[Array, " A"]  # False: unclosed, or otherwise not what the protocol says
+    count: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class MemoryState:
+    """The slot table of one trajectory. Only `memory.py` touches these fields."""
+
+    entries: Int[Array, "N L"]  # pad where there is no token; all pad in a free slot
+    lengths: Int[Array, " N"]
+    keys: Float[Array, "N D"]  # unit vectors; zero in a free slot
+    valid: Bool[Array, " N"]
+    created: Int[Array, " N"]  # clock at which the entry was created; 0 in a free slot
+    touched: Int[Array, " N"]  # clock of the last create, update or showing
+    clock: Int[Array, ""]  # ticks so far
+    scratchpad: Int[Array, " S"]
+    scratchpad_length: Int[Array, ""]
+    query: Int[Array, " Y"]  # the standing query
+    query_length: Int[Array, ""]
+    shown: Int[Array, " K"]  # slot shown as Memory k+1 this turn, or EMPTY
+
+
+@flax.struct.dataclass
+class Report:
+    """What became of a turn's actions, per kind (row = ActionKind; row NONE stays 0)."""
+
+    attempted: Int[Array, " kinds"]
+    applied: Int[Array, " kinds"]
+    invalid: Int[Array, " kinds"]
+    rejected: Int[Array, " kinds"]  # creates refused by eviction='reject'
+    truncated: Int[Array, " kinds"]  # applied with the text cut to its cap
+    evicted: Int[Array, " kinds"]  # entries evicted to make room (row CREATE)
+
+
+@flax.struct.dataclass
+class Observation:
+    """All that a turn's prompt is built from."""
+
+    phase: Int[Array, ""]
+    questions: Int[Array, "Q Lq"]  # those put this turn (all while reading, else one)
+    question_lengths: Int[Array, " Q"]  # 0 where not put
+    chunk: Int[Array, " Lc"]
+    chunk_length: Int[Array, ""]  # 0 while answering
+    scratchpad: Int[Array, " S"]
+    scratchpad_length: Int[Array, ""]
+    query: Int[Array, " Y"]
+    query_length: Int[Array, ""]
+    shown: Int[Array, "K L"]  # text of Memory 1..K, best first
+    shown_lengths: Int[Array, " K"]  # 0 where fewer are shown
+
+
+@flax.struct.dataclass
+class Turns:
+    """Records of the turns of one trajectory; with a leading B for a batch."""
+
+    live: Bool[Array, " T"]  # the turn took place
+    phase: Int[Array, " T"]
+    chunk: Int[Array, " T"]  # index of the chunk shown, or EMPTY
+    question: Int[Array, " T"]  # index of the question put, or EMPTY while reading
+    prompt: Int[Array, "T P"]  # left-padded
+    prompt_lengths: Int[Array, " T"]
+    response: Int[Array, "T R"]  # right-padded; ends with the end-of-sequence token
+    response_lengths: Int[Array, " T"]  # tokens generated, end-of-sequence included
+    log_probs: Float[Array, "T R"]  # behaviour log-probs of the response; 0 on padding
+    actions: Actions  # fields lead with T
+    report: Report  # fields lead with T
+    shown: Int[Array, "T K"]  # slots shown
+    shown_entries: Int[Array, "T K L"]
+    shown_scores: Float[Array, "T K"]  # cosine to the standing query; 0 where not shown
+    occupancy: Int[Array, " T"]  # valid entries at the start of the turn
+
+
+@flax.struct.dataclass
+class Trajectory:
+    """A finished episode. `id` seeds its randomness: see `rollout.run`."""
+
+    id: Int[Array, ""]
+    turns: Turns
+    answers: Int[Array, "Q X"]  # answer given to each question, pad where none
+    answer_lengths: Int[Array, " Q"]  # 0: no answer
+    answer_log_prob: Float[Array, " Q"]  # summed over the answering turn
+    memory: MemoryState  # at the end
+
+
+@flax.struct.dataclass
+class Batch:
+    """What the trainer learns from: one row per turn (M rows), any order, padding allowed."""
+
+    prompt: Int[Array, "M P"]  # left-padded
+    prompt_lengths: Int[Array, " M"]
+    response: Int[Array, "M R"]
+    response_lengths: Int[Array, " M"]  # 0 in a row that is padding
+    phase: Int[Array, " M"]  # selects the grammar's start state
+    old_log_probs: Float[Array, "M R"]  # of the behaviour policy
+    ref_log_probs: Float[Array, "M R"]  # of the frozen reference; zeros when unused
+    advantages: Float[Array, "M R"]
+    returns: Float[Array, " M"]  # target of the value head at the end of the prompt
+    old_values: Float[Array, " M"]
+    weights: Float[Array, "M R"]  # loss weight of each token; 0 on padding
+
+
+Embed = Callable[[Int[Array, "*batch L"], Int[Array, " *batch"]], Float[Array, "*batch D"]]
+"""(tokens, length) -> unit key; an all-empty text embeds to the zero vector."""
