@@ -1,0 +1,54 @@
+"""Settings that every test shares; they are made before the first import of JAX."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# The test process must not take a TPU or GPU that happens to be there: oracles compare bits.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+# `experiments` is not installed with the package.
+sys.path.insert(0, str(ROOT))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Workers and later runs share compiled programs. A size limit makes JAX lock the folder: without
+# one, a worker can read an entry that another is still writing.
+COMPILATION_CACHE = ROOT / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(COMPILATION_CACHE))
+jax.config.update("jax_compilation_cache_max_size", 1 << 30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _promotion(request):
+    """Relaxes type and rank promotion in tests marked `relaxed_promotion`."""
+    if request.node.get_closest_marker("relaxed_promotion") is None:
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder with the public data sets; tests that need it are skipped where it is absent."""
+    folder = pathlib.Path(os.environ.get("ATOMMEM_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: set ATOMMEM_DATA to the folder that holds hotpotqa/")
+    return folder
