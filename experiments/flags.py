@@ -1,0 +1,153 @@
+"""Flags of the scripts: a locked `--config file.py:arg`, and errors that read like sentences.
+
+A script does
+
+    CONFIG = flags.define_config("experiments/configs/tiny.py")
+
+    def main(argv):
+        config = CONFIG.value
+
+    if __name__ == "__main__":
+        flags.run(main)
+
+A field is set with `--config.section.field=value`; an unknown one ends the script with status 2
+and the nearest valid name, before anything is allocated.
+"""
+
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from atommem_jax import config as config_lib
+
+# Default file of each config flag: `run` applies it, because a default given to ml_collections is
+# parsed where the flag is defined, and its errors could not be caught.
+_DEFAULTS: dict[str, str] = {}
+
+
+def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
+    """Defines `--config` (a config file, with `:arg` for its `get_config`); returns the holder.
+
+    Args:
+      default: the config used when the flag is not given, relative to the working directory or to
+        the root of the repository.
+      name: of the flag.
+    """
+    _DEFAULTS[name] = default
+    return config_flags.DEFINE_config_file(
+        name,
+        None,
+        f"Config file, file.py or file.py:argument (default {default}).",
+        lock_config=True,
+    )
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+    """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
+
+    Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
+    while it checks its config. Other exceptions keep their traceback.
+    """
+    app.run(lambda argv: _exit_on_mistake(main, argv), flags_parser=_parse)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Returns `get_config()` of the file, or `get_config(arg)` for `file.py:arg`.
+
+    Raises ConfigError if there is no such file, or it has no `get_config`, or `get_config` refuses.
+    """
+    name, *arguments = spec.split(":", 1)
+    path = find_config(name)
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    config_lib.check(
+        module_spec is not None and module_spec.loader is not None,
+        f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config().",
+    )
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    config_lib.check(
+        hasattr(module, "get_config"),
+        f"--config={spec}: {path} does not define get_config(); it must return a ConfigDict.",
+    )
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        raise config_lib.ConfigError(
+            f"--config={spec}: get_config{inspect.signature(module.get_config)}: {error}; what "
+            "follows the colon is its argument."
+        ) from error
+    return module.get_config(*arguments)
+
+
+def find_config(name: str) -> pathlib.Path:
+    """Returns the file, looked up from the working directory and then from the repository.
+
+    Raises ConfigError that lists the configs there are.
+    """
+    root = pathlib.Path(__file__).resolve().parent.parent
+    for path in (pathlib.Path(name), root / name):
+        if path.is_file():
+            return path
+    folder = root / "experiments" / "configs"
+    known = sorted(f"{p.relative_to(root)}" for p in folder.glob("*.py") if p.stem != "__init__")
+    raise config_lib.ConfigError(
+        f"--config={name}: no such file. Configs there are: {', '.join(known) or 'none'}; a new "
+        "one is a Python file with get_config()."
+    )
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    return _exit_on_mistake(_parse_checked, argv)
+
+
+def _parse_checked(argv: Sequence[str]) -> list[str]:
+    try:
+        for name, default in _DEFAULTS.items():
+            argv, spec = _resolve_spec(name, default, argv)
+            _check_overrides(name, spec, argv)
+        return absl_flags.FLAGS(argv)
+    except absl_flags.Error as error:
+        raise config_lib.ConfigError(f"{error}\nPass --helpshort for the flags.") from error
+
+
+def _resolve_spec(name: str, default: str, argv: Sequence[str]) -> tuple[list[str], str]:
+    """Returns argv with `--name` given once and absolute, and what it gives.
+
+    The last of several counts, and `default` where there is none.
+    """
+    rest, spec = [], default
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(rf"--?{re.escape(name)}(?:=(.*))?", argument)
+        if match:
+            spec = match[1] if match[1] is not None else next(arguments, "")
+        else:
+            rest.append(argument)
+    file, *parameter = spec.split(":", 1)
+    spec = ":".join([str(find_config(file).resolve()), *parameter])
+    return [rest[0], f"--{name}={spec}", *rest[1:]], spec
+
+
+def _check_overrides(name: str, spec: str, argv: Sequence[str]) -> None:
+    # ml_collections would answer an unknown field with a traceback of its own internals.
+    config = load_config(spec)
+    for argument in argv[1:]:
+        match = re.match(rf"--?(no)?{re.escape(name)}\.([^=]+)", argument)
+        if match:
+            config_lib.check_path(config, match[2])
+
+
+def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
+    try:
+        return function(argv)
+    except config_lib.ConfigError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
