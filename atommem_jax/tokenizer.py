@@ -279,7 +279,8 @@ class HuggingFaceTokenizer:
 
         Args:
           tokenizer: must be byte-level (GPT-2, Qwen, Llama 3, SmolLM kinds).
-          eos_token, pad_token: names of two different tokens of the vocabulary.
+          eos_token: name of the token that ends a response.
+          pad_token: name of the token of padding, another one.
           vocab_size: rows of the model's embedding, where it has more than the tokenizer.
 
         Raises ValueError for an unknown or shared name, a vocabulary that is not byte-level, or

@@ -38,7 +38,7 @@ def _train_bpe() -> tokenizers.Tokenizer:
         special_tokens=["<|end|>", "<|pad|>", "<create>"],
         show_progress=False,
     )
-    bpe.train_from_iterator([*TEXTS, "(tool)(tool)(toolbox)"], trainer)
+    bpe.train_from_iterator([*TEXTS, *["(tool)(toolbox)"] * 99], trainer)
     bpe.add_tokens(
         ["<tool>", "works", "tool"]
     )  # added, though not special: matched in text by default
@@ -125,7 +125,7 @@ def test_decode_replaces_broken_utf8_and_refuses_foreign_ids(pieces):
 
 def test_lone_surrogates_are_refused(pieces, bpe):
     for tokenizer in (pieces, bpe):
-        with pytest.raises(ValueError, match="lone surrogate .* position 2"):
+        with pytest.raises(ValueError, match=r"lone surrogate .* position 2"):
             tokenizer.encode("ab\ud800")
 
 
@@ -157,7 +157,9 @@ def test_bpe_text_never_becomes_an_added_token(bpe):
     assert set(bpe.reserved) == {"<create>", "<tool>", "works", "tool"}
     text = "<create> works tool(toolbox) <tool><|end|>"
     _assert_lossless(bpe, text)
-    assert _train_bpe().encode(text).ids != bpe.encode(text)
+    library = _train_bpe()
+    assert {"tool", "toolbox"} <= library.get_vocab().keys()  # merged, and hidden by the name
+    assert library.encode(text).ids != bpe.encode(text)
 
 
 def test_bpe_agrees_with_the_library_on_plain_text(bpe):
