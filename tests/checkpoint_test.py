@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from atommem_jax.checkpoint import Checkpointer, CheckpointError, decode, encode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHILD_ENV = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
 CONFIG = ConfigDict(
     {"model": {"width": 64, "dtype": "bfloat16"}, "mesh": (1, 8), "lr": 1e-3, "cap": None}
 )
@@ -271,7 +273,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_step(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=CHILD_ENV,
     )
     assert child.stdout.readline().strip() == "in the middle"
     child.send_signal(signal.SIGKILL)
@@ -293,3 +295,51 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_step(tmp_path):
         checkpointer.save(2, {"w": jnp.zeros((256, 256))}, **EXTRAS, progress={"step": 2})
         assert checkpointer.all_steps() == [1, 2]
     assert {path.name for path in tmp_path.iterdir()} - {"1", "2"} == set()
+
+
+_PROCESS = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from atommem_jax.checkpoint import Checkpointer
+
+directory, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(address, 2, index)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("data"))
+rows = np.arange(8, dtype=np.float32).reshape(4, 2)
+state = {"w": jax.make_array_from_callback((4, 2), sharding, lambda i: rows[i])}
+with Checkpointer(directory, best_metric="em") as checkpointer:
+    checkpointer.save(1, state, config={"seed": 0}, tokenizer=b"t", progress={"step": 1},
+                      data_state={"process": index, "path": "x" * index}, metrics={"em": 0.5})
+    restored = checkpointer.restore(abstract_state=state)
+assert restored.data_state == {"process": index, "path": "x" * index}, restored.data_states
+(shard,) = restored.state["w"].addressable_shards
+np.testing.assert_array_equal(shard.data, rows[2 * index : 2 * index + 2])
+assert checkpointer.best_step() == 1
+"""
+
+
+def test_two_processes_each_get_their_own_position_and_one_can_take_over(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, str(tmp_path), address, str(index)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=CHILD_ENV,
+        )
+        for index in range(2)
+    ]
+    errors = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
+
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:
+        restored = checkpointer.restore(abstract_state={"w": jnp.zeros((4, 2))})
+    np.testing.assert_array_equal(restored.state["w"], np.arange(8.0).reshape(4, 2))
+    assert [state["process"] for state in restored.data_states] == [0, 1]
+    with pytest.raises(CheckpointError, match=r"saved by 2 processes .* this run has 1; start as"):
+        _ = restored.data_state

@@ -1,0 +1,50 @@
+# Needs Python 3.11 or newer with venv, and make. Everything else goes into .venv.
+
+PYTHON ?= python3
+# Test processes, one a core. Limiting XLA's own threads (NPROC=1, no multi-threaded Eigen) made
+# two of them slower, not faster.
+JOBS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
+	$(RUN) experiments/demo.py --workdir=runs/demo
+
+test: $(VENV)/.stamp-test  ## Run the tests
+	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
+
+lint: $(VENV)/.stamp-test  ## Check format, style and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.stamp-test  ## Rewrite the files in the house format
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:  ## Remove the environment, caches and build products (not runs/)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second call install nothing until the requirements change.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is older than Python 3.11; run: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.stamp-demo: requirements.txt setup.py | $(VENV)/.stamp-venv
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
+	$(PIP) --editable '.[test]'
+	touch $@ $(VENV)/.stamp-demo

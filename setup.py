@@ -1,0 +1,37 @@
+"""Installs the package atommem_jax; the scripts in experiments/ run from a checkout."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def read_requirements() -> list[str]:
+    """Returns the lines of requirements.txt that name a package."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+setup(
+    name="atommem_jax",
+    version="0.1.0",
+    description="Language agents that learn to manage a memory of atomic operations, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Saying where packages lie makes an editable install put the checkout itself on the path, so
+    # that `python experiments/train.py` finds `experiments` too.
+    package_dir={"": "."},
+    packages=find_packages(include=["atommem_jax", "atommem_jax.*"]),
+    install_requires=read_requirements(),
+    extras_require={
+        "test": [
+            "hypothesis==6.170.15",
+            "mypy==2.4.1",
+            "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
+            "ruff==0.17.6",
+        ],
+        "tpu": ["jax[tpu]==0.10.2"],
+    },
+)
