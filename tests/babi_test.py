@@ -1,0 +1,220 @@
+"""bAbI is read from small files written here by hand, and from the published ones where present."""
+
+import collections
+
+import pytest
+
+from atommem_jax.tasks import babi
+from atommem_jax.tasks.babi import BabiConfig, FactCategory
+
+STEMS = {
+    1: "qa1_single-supporting-fact",
+    2: "qa2_two-supporting-facts",
+    3: "qa3_three-supporting-facts",
+}
+TASK1 = """\
+1 Mary moved to the bathroom.
+2 John went to the hallway.
+3 Where is Mary? \tbathroom\t1
+4 Mary went back to the garden.
+5 John travelled to the office.
+6 Where is Mary? \tgarden\t4
+1 Sandra journeyed to the kitchen.
+2 Where is Sandra? \tkitchen\t1
+"""
+TASK2 = """\
+1 Mary went to the garden.
+2 Mary picked up the milk there.
+3 John grabbed the apple there.
+4 Mary moved to the office.
+5 Mary put down the milk there.
+6 Mary moved to the hallway.
+7 Mary moved to the kitchen.
+8 Where is the milk? \toffice\t5 4
+9 John went to the office.
+10 John took the milk.
+11 John went to the garden.
+12 Where is the milk? \tgarden\t10 11
+"""
+TASK3 = """\
+1 Mary went to the garden.
+2 Mary got the milk there.
+3 Mary moved to the office.
+4 Mary moved to the hallway.
+5 Mary discarded the milk.
+6 Mary moved to the kitchen.
+7 Mary moved to the bedroom.
+8 Where was the milk before the hallway? \toffice\t5 4 3
+"""
+
+
+def write(folder, task: int, text: str, part: str = "train") -> BabiConfig:
+    for each in ("train", "test"):
+        path = folder / f"{STEMS[task]}_{each}.txt"
+        if each == part or not path.exists():
+            path.write_text(text)
+    return BabiConfig(task=task, data_dir=str(folder), validation_every=1000)
+
+
+def flatten(example: dict) -> list[dict]:
+    return [fact for chunk in example["chunks"] for fact in chunk]
+
+
+def column(example: dict, name: str) -> list:
+    return [fact[name] for fact in flatten(example)]
+
+
+def test_task_1_makes_an_example_per_question_over_its_story_so_far(tmp_path):
+    first, second, third = babi.generate(write(tmp_path, 1, TASK1), "train")
+    assert column(first, "text") == ["Mary moved to the bathroom.", "John went to the hallway."]
+    assert first["questions"] == [{"text": "Where is Mary?", "aliases": ["bathroom"], "needs": [0]}]
+    assert first["focus"] == "Mary"
+    assert column(second, "text") == [
+        "Mary moved to the bathroom.",
+        "John went to the hallway.",
+        "Mary went back to the garden.",
+        "John travelled to the office.",
+    ]
+    # Line 4 of the story is its third sentence: questions have line numbers but are no facts.
+    assert second["questions"][0]["needs"] == [2]
+    assert column(second, "support") == [True, False, True, False]
+    assert column(second, "supersedes") == [-1, -1, 0, -1]
+    assert column(second, "subject") == ["Mary", "John", "Mary", "John"]
+    moves = [FactCategory.MOVE, FactCategory.OTHER_MOVE]
+    assert column(second, "category") == moves * 2
+    assert column(third, "text") == ["Sandra journeyed to the kitchen."]
+    assert [example["id"] for example in (first, second, third)] == [0, 1, 2]
+
+
+def test_task_2_keeps_the_place_where_the_object_was_put_down(tmp_path):
+    at_office, at_garden = babi.generate(write(tmp_path, 2, TASK2), "train")
+    assert at_office["focus"] == "milk"
+    assert column(at_office, "support") == [True, True, False, True, True, True, True]
+    # 'office' (3) replaces 'garden' (0); 'hallway' (5) must not replace 'office', where the milk
+    # is; 'kitchen' (6) replaces 'hallway'; putting down (4) replaces picking up (1).
+    assert column(at_office, "supersedes") == [-1, -1, -1, 0, 1, -1, 5]
+    assert at_office["questions"][0]["needs"] == [4, 3]
+    assert column(at_office, "category") == [
+        FactCategory.MOVE,
+        FactCategory.TAKE,
+        FactCategory.OTHER_TAKE,
+        FactCategory.MOVE,
+        FactCategory.DROP,
+        FactCategory.MOVE,
+        FactCategory.MOVE,
+    ]
+    assert column(at_garden, "supersedes")[7:] == [-1, 4, 7]
+    assert at_garden["questions"][0]["needs"] == [8, 9]
+
+
+def test_task_3_keeps_the_path_of_the_object(tmp_path):
+    [example] = babi.generate(write(tmp_path, 3, TASK3), "train")
+    assert example["focus"] == "milk"
+    assert example["questions"][0]["needs"] == [4, 3, 2]
+    # Mary held the milk in the garden, the office and the hallway; only 'kitchen' is replaced.
+    assert column(example, "supersedes") == [-1, -1, -1, -1, -1, -1, 5]
+    assert all(column(example, "support"))
+
+
+def test_sentences_are_grouped_into_chunks(tmp_path):
+    config = BabiConfig(1, write(tmp_path, 1, TASK1).data_dir, 3, 1000)
+    second = list(babi.generate(config, "train"))[1]
+    assert [len(chunk) for chunk in second["chunks"]] == [3, 1]
+
+
+def test_bars_separate_fields_as_well_as_tabs(tmp_path):
+    (tmp_path / "bars").mkdir()
+    tabs = list(babi.generate(write(tmp_path, 2, TASK2), "train"))
+    bars = list(
+        babi.generate(
+            write(tmp_path / "bars", 2, TASK2.replace(" \t", "\t").replace("\t", "|")), "train"
+        )
+    )
+    assert bars == tabs
+
+
+def test_validation_takes_whole_stories_out_of_the_training_file(tmp_path):
+    rooms = ["hall", "den", "attic", "shed", "cellar", "porch"]
+    stories = [f"1 Mary went to the {room}.\n2 Where is Mary?\t{room}\t1\n" for room in rooms]
+    folder = write(tmp_path, 1, "".join(stories)).data_dir
+    write(tmp_path, 1, TASK1, "test")
+    config = BabiConfig(1, folder, validation_every=3)
+    found = {
+        split: [example["questions"][0]["aliases"][0] for example in babi.generate(config, split)]
+        for split in ("train", "validation", "test")
+    }
+    assert found == {
+        "train": ["hall", "den", "shed", "cellar"],
+        "validation": ["attic", "porch"],
+        "test": ["bathroom", "garden", "kitchen"],
+    }
+    with pytest.raises(ValueError, match="split is 'dev'; allowed: train, validation, test"):
+        list(babi.generate(config, "dev"))
+
+
+@pytest.mark.parametrize("folder", ["", "/nowhere"])
+def test_missing_files_error_says_where_they_come_from(folder):
+    with pytest.raises(FileNotFoundError) as error:
+        list(babi.generate(BabiConfig(1, folder), "train"))
+    for part in ("config.task.data_dir", folder or "not set", "fb.ai/babi", "en-10k"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 Mary moved to the den.\n2 Where is Mary?\n", "line 2: '2 Where is Mary.' is neither"),
+        ("3 Mary moved to the den.\n", "line 1"),
+        ("<html>", "line 1: '<html>' is neither"),
+        ("1 Mary sang to the den.\n2 Where is Mary?\tden\t1\n", "'Mary sang to the den.' is none"),
+        ("1 Mary moved to the den.\n2 Is Mary there?\tyes\t1\n", "'Is Mary there.' has not the"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        list(babi.generate(write(tmp_path, 1, text), "train"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": 4}, "task.task is 4; allowed: 1, 2 or 3"),
+        ({"facts_per_chunk": 0}, "task.facts_per_chunk is 0"),
+        ({"validation_every": 1}, "task.validation_every is 1"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BabiConfig(**fields)
+
+
+@pytest.mark.parametrize("task", [1, 2, 3])
+def test_published_files_can_be_answered_from_what_is_kept(shared_data, task):
+    folder = shared_data / "babi"
+    if not folder.is_dir():
+        pytest.skip(f"no bAbI files at {folder}")
+    config = BabiConfig(task, str(folder))
+    counts = {}
+    for split in ("train", "validation", "test"):
+        examples = list(babi.generate(config, split))
+        counts[split] = len(examples)
+        for example in examples:
+            facts = flatten(example)
+            [question] = example["questions"]
+            gone = {fact["supersedes"] for fact in facts}
+            assert all(facts[i]["support"] and i not in gone for i in question["needs"])
+            needed = [facts[i]["text"] for i in question["needs"]]
+            assert any(text.endswith(f" {question['aliases'][0]}.") for text in needed)
+            assert len(needed) == task
+            for number, fact in enumerate(facts):
+                replaced = fact["supersedes"]
+                if replaced >= 0:
+                    old = facts[replaced]
+                    assert replaced < number
+                    is_move = fact["category"] == FactCategory.MOVE
+                    assert is_move == (old["category"] == FactCategory.MOVE)
+                    assert not is_move or old["subject"] == fact["subject"]
+            replaced = collections.Counter(f["supersedes"] for f in facts if f["supersedes"] >= 0)
+            assert set(replaced.values()) <= {1}, "a sentence is replaced twice"
+    training = 10_000 if task < 3 else 1_000
+    assert counts == {"train": training * 9 // 10, "validation": training // 10, "test": 1000}
