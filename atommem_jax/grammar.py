@@ -340,7 +340,7 @@ class _Reading:
         got = old & (event.target >= 0)
         first = jnp.where(event.late > 0, after, self.header_end)
 
-        count = self.count + (event.opened > 0)
+        count = self.count + jnp.minimum(event.opened, 1)
         current = rows == count - 1
         new = current & (event.opened > 0)
         start = jnp.where(new, after, jnp.where(got, first, self.start))
