@@ -1,8 +1,8 @@
 # Needs Python 3.11 or newer with venv, and make. Everything else goes into .venv.
 
 PYTHON ?= python3
-# Test processes, one a core. Limiting XLA's own threads (NPROC=1, no multi-threaded Eigen) made
-# two of them slower, not faster.
+# Test processes, one a core. Limiting the threads that XLA starts itself (NPROC=1, or Eigen without
+# threads) was measured on two cores and did not make two processes faster.
 JOBS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
