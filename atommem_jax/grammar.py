@@ -761,6 +761,7 @@ def compile_grammar(
     step = masked.state + size * (masked.opened > 0)
     step[:, masked.classes[tokenizer.eos_id]] = _DONE
     step[_DONE] = _DONE
+    need[:, _DONE, masked.classes[tokenizer.pad_id]] = -_FAR  # padding is beyond the budget
     shortest = [int(least[2 + phase]) for phase in _PERMITTED]
     if max(shortest) >= _FAR:
         raise ValueError(
