@@ -107,6 +107,19 @@ def test_task_2_keeps_the_place_where_the_object_was_put_down(tmp_path):
     assert at_garden["questions"][0]["needs"] == [8, 9]
 
 
+def test_task_2_forgets_where_the_object_lay_once_it_is_taken_again(tmp_path):
+    text = """\
+1 Mary went to the garden.
+2 Mary got the milk.
+3 Mary left the milk.
+4 Mary took the milk.
+5 Mary went to the office.
+6 Where is the milk?\toffice\t4 5
+"""
+    [example] = babi.generate(write(tmp_path, 2, text), "train")
+    assert column(example, "supersedes") == [-1, -1, 1, 2, 0]
+
+
 def test_task_3_keeps_the_path_of_the_object(tmp_path):
     [example] = babi.generate(write(tmp_path, 3, TASK3), "train")
     assert example["focus"] == "milk"

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -255,6 +257,27 @@ def test_second_preparation_writes_nothing_and_other_settings_their_own(
     again = episodes.prepare(TASK, data_root)
     assert again.directory == dataset.directory
     assert list(again.split("test_1x")) == list(dataset.split("test_1x"))
+
+
+def test_processes_that_prepare_at_once_all_read_the_result(tmp_path):
+    program = (
+        "import sys; from atommem_jax.tasks import episodes; "
+        "task = {'name': 'synthetic', 'train_examples': 2000, 'test_examples': 5}; "
+        "sys.stdout.write(f'found {len(episodes.prepare(task, sys.argv[1]).split(\"train\"))}')"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = pathlib.Path(__file__).resolve().parent.parent
+    running = [
+        subprocess.Popen(
+            command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in running:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "found 2000" in output
+    assert len(list(tmp_path.glob("synthetic/*/*"))) == 1, "left-overs of an unfinished writer"
 
 
 def test_babi_takes_the_same_road(tmp_path):

@@ -120,8 +120,10 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
             allowed = ", ".join(known)
             raise ValueError(f"config.task.{field} is no field of task {name!r}; it has {allowed}.")
     os.makedirs(data_root, exist_ok=True)
-    builder = make_builder(make_config(**fields), os.fspath(data_root))
+    config = make_config(**fields)
     with _lock(os.path.join(data_root, f".{name}.lock")):
+        # Made under the lock too: a builder looks for prepared data only when it is made.
+        builder = make_builder(config, os.fspath(data_root))
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
