@@ -13,7 +13,7 @@ import enum
 from collections.abc import Callable
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 EMPTY = -1
 """Sentinel for "no slot", "no chunk" and "no question"."""
@@ -138,6 +138,32 @@ class Observation:
 
 
 @flax.struct.dataclass
+class Response:
+    """What a policy says in the turns of a batch."""
+
+    tokens: Int[Array, "B R"]  # right-padded
+    lengths: Int[Array, " B"]  # end-of-sequence included
+    log_probs: Float[Array, "B R"]  # 0 on padding
+    values: Float[Array, " B"]
+
+
+@flax.struct.dataclass
+class View:
+    """What a policy may see of a turn."""
+
+    observation: Observation
+    prompt: Int[Array, " P"]  # left-padded
+    prompt_length: Int[Array, ""]
+    phase: Int[Array, ""]
+    chunk: Int[Array, ""]  # index of the chunk shown, or EMPTY
+    question: Int[Array, ""]  # index of the question put, or EMPTY
+
+
+Policy = Callable[[View, Episode, PRNGKeyArray], Response]
+"""(views [B], episodes [B], keys [B]) -> responses [B]. Rows in Phase.DONE are ignored."""
+
+
+@flax.struct.dataclass
 class Turns:
     """Records of the turns of one trajectory; with a leading B for a batch."""
 
@@ -150,6 +176,7 @@ class Turns:
     response: Int[Array, "T R"]  # right-padded; ends with the end-of-sequence token
     response_lengths: Int[Array, " T"]  # tokens generated, end-of-sequence included
     log_probs: Float[Array, "T R"]  # behaviour log-probs of the response; 0 on padding
+    values: Float[Array, " T"]  # of the value head at the end of the prompt
     actions: Actions  # fields lead with T
     report: Report  # fields lead with T
     shown: Int[Array, "T K"]  # slots shown

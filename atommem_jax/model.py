@@ -1,0 +1,293 @@
+"""A decoder-only transformer as one pure function of (params, tokens).
+
+RMSNorm, rotary positions on a configurable share of each head, grouped-query attention with
+optional query/key norms, SwiGLU, tied or untied output head and a value head: the family of
+Llama, SmolLM2 and Qwen3. Layers are stacked with `nn.scan` and optionally rematerialised.
+
+A row is addressed by *slots*: prompts are left-padded to a common width, so that decoding
+writes the same slot in every row. `start[b]` is the first slot of row b that holds a token;
+its rotary position is 0. That one integer per row gives positions and the attention mask.
+
+Two input features serve models trained from scratch and are off for pretrained ones:
+`token_shift` adds the embeddings of the previous tokens (a learned gate per channel), and
+`num_features` projects flags that the prompt computes for each token (see `prompt.match`).
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a `Transformer`; `validate` says what must agree."""
+
+    vocab_size: int
+    width: int = 64
+    num_layers: int = 3
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    head_width: int = 32
+    mlp_width: int = 192
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of a head that is rotated
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    token_shift: int = 0  # how many previous tokens' embeddings are mixed in
+    num_features: int = 0  # flags per token
+    pad_id: int = 0
+    remat: bool = False
+    dtype: str = "float32"  # of activations; parameters, norms, softmax and logits are float32
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the fields that disagree."""
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads}; change one of the two"
+            )
+        if not 0.0 <= self.rope_fraction <= 1.0:
+            raise ValueError(f"model.rope_fraction={self.rope_fraction}: allowed is 0.0 to 1.0")
+        if self.rope_width % 2:
+            raise ValueError(
+                f"model.rope_fraction={self.rope_fraction} of model.head_width={self.head_width} "
+                f"gives {self.rope_width} rotated channels; choose them so that it is even"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
+        for name in ("vocab_size", "width", "num_layers", "num_kv_heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+
+    @property
+    def rope_width(self) -> int:
+        return int(self.head_width * self.rope_fraction)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the slots written so far, for all layers."""
+
+    keys: Float[Array, "layers B kv_heads slots head_width"]
+    values: Float[Array, "layers B kv_heads slots head_width"]
+    recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
+
+    def extend(self, slots: int) -> "Cache":
+        """Room for `slots` more slots, which hold zeros until they are written."""
+        pad = [(0, 0)] * 3 + [(0, slots), (0, 0)]
+        return self.replace(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
+
+
+def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result."""
+    del preferred_element_type
+    out = jax.lax.dot_general(
+        lhs, rhs, dimension_numbers, precision, preferred_element_type=jnp.float32
+    )
+    return out.astype(lhs.dtype)
+
+
+def _dense(features: int, dtype: str, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=_dot_general, name=name)
+
+
+def rotate(
+    x: Float[Array, "B heads T depth"],
+    positions: Int[Array, "B T"],
+    *,
+    width: int,
+    theta: float,
+) -> Float[Array, "B heads T depth"]:
+    """Rotary embedding of the first `width` channels, paired (i, i + width/2), in float32."""
+    if width == 0:
+        return x
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
+    first, second = jnp.split(rotated, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
+
+
+def attend(
+    queries: Float[Array, "B heads T depth"],
+    keys: Float[Array, "B kv_heads S depth"],
+    values: Float[Array, "B kv_heads S depth"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B heads T depth"]:
+    """Softmax attention; each key/value head serves heads / kv_heads query heads."""
+    batch, heads, length, depth = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
+    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * (
+        depth**-0.5
+    )
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkgts,bksd->bkgtd", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(batch, heads, length, depth).astype(queries.dtype)
+
+
+class Block(nn.Module):
+    """One pre-norm layer. With a cache it writes its keys and values at slot `index`."""
+
+    config: ModelConfig
+    keep_cache: bool
+
+    @nn.compact
+    def __call__(self, x, cache, positions, mask, index):
+        c = self.config
+        norm = functools.partial(nn.RMSNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
+        batch, length, _ = x.shape
+
+        def heads(y, count):  # [B heads T depth]: faster on CPU than [B T heads depth]
+            return y.reshape(batch, length, count, c.head_width).transpose(0, 2, 1, 3)
+
+        h = norm(name="attention_norm")(x)
+        q = heads(_dense(c.num_heads * c.head_width, c.dtype, "query")(h), c.num_heads)
+        k = heads(_dense(c.num_kv_heads * c.head_width, c.dtype, "key")(h), c.num_kv_heads)
+        v = heads(_dense(c.num_kv_heads * c.head_width, c.dtype, "value")(h), c.num_kv_heads)
+        if c.qk_norm:
+            q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
+        q = rotate(q, positions, width=c.rope_width, theta=c.rope_theta)
+        k = rotate(k, positions, width=c.rope_width, theta=c.rope_theta)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
+        attended = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        x = x + _dense(c.width, c.dtype, "out")(attended)
+
+        h = norm(name="mlp_norm")(x)
+        gate = nn.silu(_dense(c.mlp_width, c.dtype, "gate")(h))
+        x = x + _dense(c.width, c.dtype, "down")(gate * _dense(c.mlp_width, c.dtype, "up")(h))
+        return x, ((k, v) if self.keep_cache else None)
+
+
+class Transformer(nn.Module):
+    """tokens -> hidden states; `logits` and `value` read them out.
+
+    Call `init` with `method="init_all"` so that both heads get their parameters.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embedder = nn.Embed(
+            c.vocab_size,
+            c.width,
+            embedding_init=nn.initializers.normal(c.width**-0.5),
+            name="embedder",
+        )
+        if c.token_shift:
+            self.shift = self.param("shift", nn.initializers.zeros, (c.token_shift, c.width))
+        if c.num_features:
+            self.features = _dense(c.width, c.dtype, "features")
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+
+        def stack(keep_cache):
+            return nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )(c, keep_cache, name="layers")
+
+        self.stack = stack
+        self.final_norm = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="final_norm")
+        if not c.tie_embeddings:
+            self.head = self.param(
+                "head", nn.initializers.normal(c.width**-0.5), (c.width, c.vocab_size)
+            )
+        self.value_head = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")
+
+    @nn.compact
+    def _layers(self, keep_cache, *args):
+        return self.stack(keep_cache)(*args)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        *,
+        features: Bool[Array, "B T F"] | None = None,
+        cache: Cache | None = None,
+        index: int | Int[Array, ""] = 0,
+        keep_cache: bool = False,
+    ) -> tuple[Float[Array, "B T width"], Cache | None]:
+        """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
+
+        With `cache` the tokens attend to its slots too, and the cache comes back with them
+        written. Without, `keep_cache=True` returns a cache of just these T slots.
+        """
+        c = self.config
+        batch, length = tokens.shape
+        recent = (
+            jnp.full((batch, c.token_shift), c.pad_id, tokens.dtype)
+            if cache is None
+            else cache.recent
+        )
+        window = jnp.concatenate([recent, tokens], axis=1)
+        embedded = self.embedder(window) * (window != c.pad_id)[..., None].astype(jnp.float32)
+        x = embedded[:, c.token_shift :]
+        for back in range(1, c.token_shift + 1):
+            first = c.token_shift - back
+            x = x + self.shift[back - 1][None, None] * embedded[:, first : first + length]
+        x = x.astype(c.dtype)
+        if c.num_features:
+            if features is None:
+                raise ValueError(
+                    f"model.num_features={c.num_features}, but no features were passed"
+                )
+            x = x + self.features(features.astype(c.dtype))
+
+        slots = index + jnp.arange(length, dtype=jnp.int32)
+        key_slots = jnp.arange(length if cache is None else cache.keys.shape[3], dtype=jnp.int32)
+        positions = jnp.maximum(slots[None, :] - start[:, None], 0)
+        mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
+            key_slots[None, None, :] >= start[:, None, None]
+        )
+        pair = None if cache is None else (cache.keys, cache.values)
+        keep = keep_cache or cache is not None
+        x, written = self._layers(keep, x, pair, positions, mask, index)
+        new_cache = None
+        if keep:
+            tail = window[:, window.shape[1] - c.token_shift :]
+            new_cache = Cache(keys=written[0], values=written[1], recent=tail)
+        return self.final_norm(x), new_cache
+
+    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]:
+        """float32 logits."""
+        head = self.embedder.embedding.T if self.config.tie_embeddings else self.head
+        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def value(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
+        """Expected return, float32; the gradient reaches the trunk."""
+        return self.value_head(hidden.astype(jnp.float32))[..., 0]
+
+    def init_all(self, tokens: Int[Array, "B T"]):
+        """Touches every parameter; for `init` only."""
+        c = self.config
+        features = jnp.zeros((*tokens.shape, c.num_features), bool) if c.num_features else None
+        hidden, _ = self(tokens, jnp.zeros(tokens.shape[:1], jnp.int32), features=features)
+        return self.logits(hidden), self.value(hidden)
+
+
+def init_params(model: Transformer, key: Array):
+    """Fresh float32 parameters."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return model.init(key, tokens, method="init_all")["params"]
+
+
+def count_params(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

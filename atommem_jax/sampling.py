@@ -1,0 +1,218 @@
+"""From prompts to responses, and from responses to log-probs.
+
+`generate` prefills a batch of prompts and decodes them in one `lax.while_loop`, which ends as
+soon as every row has ended. `score` is what the learner calls: the same model, the same
+grammar mask, the same temperature and the same `masked_log_softmax`, so that the two agree to
+float32 rounding. A row's randomness is its own key folded with the position: it does not
+depend on the other rows.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from atommem_jax import loss
+from atommem_jax import prompt as prompting
+from atommem_jax.grammar import Grammar
+from atommem_jax.model import Transformer
+from atommem_jax.types import Response
+
+_MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Static choices of decoding; the temperature is a traced argument."""
+
+    response_length: int  # R
+    constrained: bool = True  # only tokens that the grammar allows
+    top_p: float = 1.0
+
+    def validate(self) -> None:
+        """Raises ValueError, naming field, value and allowed values."""
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"sampler.top_p={self.top_p}: allowed is above 0.0 up to 1.0")
+        if self.response_length < 2:
+            raise ValueError(
+                f"sampler.response_length={self.response_length}: must be at least 2 "
+                "(one token and the end of sequence)"
+            )
+
+
+@flax.struct.dataclass
+class Agent:
+    """What turns a prompt into a response, except the parameters. Static but for the tables."""
+
+    grammar: Grammar
+    template: prompting.Template
+    model: Transformer = flax.struct.field(pytree_node=False)
+    sampler: SamplerConfig = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Scores:
+    """What the learner knows of the same tokens; 0 on padding."""
+
+    log_probs: Float[Array, "M R"]
+    entropy: Float[Array, "M R"]
+    values: Float[Array, " M"]
+
+
+def masked_log_softmax(
+    logits: Float[Array, "*batch V"], mask: Bool[Array, "*batch V"], temperature: Array
+) -> Float[Array, "*batch V"]:
+    """float32 log-probs over the allowed tokens; the others hold a very negative number."""
+    logits = jnp.where(mask, logits.astype(jnp.float32) / temperature, _MASKED)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def draw(
+    key: PRNGKeyArray, log_probs: Float[Array, " V"], *, temperature: Array, top_p: float
+) -> Int[Array, ""]:
+    """Samples one token by inverting the cumulative distribution; argmax at temperature 0.
+
+    One uniform number a token, where Gumbel noise would need V. A token of probability 0 is
+    never drawn: the first cumulative sum above u * total lies on a positive step.
+    """
+    probs = jnp.exp(log_probs)
+    if top_p < 1.0:
+        ranked = jnp.sort(probs)[::-1]
+        before = jnp.cumsum(ranked) - ranked
+        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf))
+        probs = jnp.where(probs >= least, probs, 0.0)
+    cumulative = jnp.cumsum(probs)
+    threshold = jax.random.uniform(key, dtype=jnp.float32) * cumulative[-1]
+    sampled = jnp.argmax(cumulative > threshold)
+    return jnp.where(temperature > 0, sampled, jnp.argmax(log_probs)).astype(jnp.int32)
+
+
+def _effective(temperature: Array) -> Array:
+    return jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)
+
+
+def _features(agent: Agent, prompt: Int[Array, "B P"], tokens: Int[Array, "B T"]):
+    if not agent.model.config.num_features:
+        return None
+    return jax.vmap(prompting.match, in_axes=(None, 0, 0))(agent.template, prompt, tokens)
+
+
+def generate(
+    agent: Agent,
+    params,
+    prompt: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    phase: Int[Array, " B"],
+    keys: PRNGKeyArray,  # [B], one per row
+    temperature: Float[Array, ""],
+    skip: Bool[Array, " B"],
+) -> Response:
+    """Answers each prompt. Rows with `skip` come back empty and do not keep the loop alive.
+
+    temperature: traced scalar; 0 decodes greedily (log-probs are then those at 1).
+    """
+    model, grammar, config = agent.model, agent.grammar, agent.sampler
+    batch, prompt_width = prompt.shape
+    limit, pad, eos = config.response_length, grammar.pad_id, grammar.eos_id
+    start = prompt_width - prompt_lengths
+    scale = _effective(temperature)
+    any_token = jnp.arange(model.config.vocab_size) != pad
+
+    def mask_of(state, position):
+        if not config.constrained:
+            return jnp.broadcast_to(any_token, (batch, any_token.shape[0]))
+        return jax.vmap(grammar.allowed, in_axes=(0, None))(state, limit - position)
+
+    hidden, cache = model.apply(
+        {"params": params},
+        prompt,
+        start,
+        features=_features(agent, prompt, prompt),
+        keep_cache=True,
+    )
+    last = hidden[:, -1]
+    values = model.apply({"params": params}, last, method="value")
+    empty = jnp.full((batch, limit), pad, jnp.int32)
+
+    def keep_going(carry):
+        position, _, _, _, done, _, _ = carry
+        return (position < limit) & ~jnp.all(done)
+
+    def decode(carry):
+        position, last, cache, state, done, tokens, log_probs = carry
+        logits = model.apply({"params": params}, last, method="logits")
+        logp = masked_log_softmax(logits, mask_of(state, position), scale)
+        row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
+        token = jax.vmap(lambda k, lp: draw(k, lp, temperature=temperature, top_p=config.top_p))(
+            row_keys, logp
+        )
+        chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+        token = jnp.where(done, pad, token)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, 1)
+        log_probs = jax.lax.dynamic_update_slice_in_dim(
+            log_probs, jnp.where(done, 0.0, chosen)[:, None], position, 1
+        )
+        state = jax.vmap(grammar.advance)(state, token)
+        done = done | (token == eos)
+        hidden, cache = model.apply(
+            {"params": params},
+            token[:, None],
+            start,
+            features=_features(agent, prompt, token[:, None]),
+            cache=cache,
+            index=prompt_width + position,
+        )
+        return position + 1, hidden[:, 0], cache, state, done, tokens, log_probs
+
+    carry = (
+        jnp.zeros((), jnp.int32),
+        last,
+        cache.extend(limit),
+        jax.vmap(grammar.start)(phase),
+        skip,
+        empty,
+        jnp.zeros((batch, limit), jnp.float32),
+    )
+    _, _, _, _, _, tokens, log_probs = jax.lax.while_loop(keep_going, decode, carry)
+    lengths = jnp.sum(tokens != pad, axis=1).astype(jnp.int32)
+    return Response(tokens=tokens, lengths=lengths, log_probs=log_probs, values=values)
+
+
+def score(
+    agent: Agent,
+    params,
+    prompt: Int[Array, "M P"],
+    prompt_lengths: Int[Array, " M"],
+    response: Int[Array, "M R"],
+    response_lengths: Int[Array, " M"],
+    phase: Int[Array, " M"],
+    temperature: Float[Array, ""],
+) -> Scores:
+    """Log-probs and entropies of given responses under the sampler's own distribution."""
+    model, grammar, config = agent.model, agent.grammar, agent.sampler
+    width, limit = prompt.shape[1], response.shape[1]
+    # The last response token predicts nothing, so it is never fed.
+    tokens = jnp.concatenate([prompt, response[:, :-1]], axis=1)
+    hidden, _ = model.apply(
+        {"params": params},
+        tokens,
+        width - prompt_lengths,
+        features=_features(agent, prompt, tokens),
+    )
+    hidden = hidden[:, width - 1 :]
+    values = model.apply({"params": params}, hidden[:, 0], method="value")
+    logits = model.apply({"params": params}, hidden, method="logits")
+    if config.constrained:
+        mask = jax.vmap(grammar.masks)(phase, response)
+    else:
+        mask = jnp.broadcast_to(jnp.arange(model.config.vocab_size) != grammar.pad_id, logits.shape)
+    logp = masked_log_softmax(logits, mask, _effective(temperature))
+    real = jnp.arange(limit)[None, :] < response_lengths[:, None]
+    chosen = jnp.take_along_axis(logp, response[..., None], axis=2)[..., 0]
+    return Scores(
+        log_probs=jnp.where(real, chosen, 0.0),
+        entropy=jnp.where(real, loss.entropy(logp, mask), 0.0),
+        values=values,
+    )

@@ -1,0 +1,283 @@
+"""Scripted teachers: policies that act by the annotations of an episode, with chosen mistakes.
+
+A teacher is a rollout policy like the model, so its prompts, its memory and its budgets are
+those of training; it is written for one trajectory and vectorised with `vmap`. It knows which
+facts are worth storing and which earlier fact a correction supersedes (`Annotations`), but it
+edits only entries that it is *shown*, and answers only from entries that it is shown.
+
+`TeacherConfig` holds a rate per kind of mistake, so that RL can start from a middling policy
+(paper, section 4: the policy before RL). `SCRIPTED` names the settings that the validity table
+of a task compares: they bound what a fixed workflow can reach there.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+from atommem_jax import prompt as prompting
+from atommem_jax.grammar import Protocol
+from atommem_jax.tokenizer import Tokenizer
+from atommem_jax.types import (
+    EMPTY,
+    ActionKind,
+    Annotations,
+    Episode,
+    Phase,
+    Policy,
+    Response,
+    View,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """Rates in [0, 1]. The defaults make no mistake."""
+
+    store_support: float = 1.0  # facts worth storing that are stored
+    store_distractor: float = 0.0  # other facts that are stored
+    update: float = 1.0  # corrections of a shown entry made by Update, not Create
+    delete: float = 0.0  # of the rest: the shown stale entry is deleted before the Create
+    set_query: float = 1.0  # sets the standing query at the first chunk
+    read_missing: float = 1.0  # reads for a fact that is missing, where the budget allows
+    read_badly: float = 0.0  # of those reads: asks for the end of the question instead
+    answer_known: float = 1.0  # answers right when everything needed is shown
+    scratchpad_only: bool = False  # no store: the newest answer candidate goes to the scratchpad
+
+    def validate(self, prefix: str = "teacher") -> None:
+        """Raises ValueError naming a rate outside [0, 1]."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= float(value) <= 1.0:
+                raise ValueError(f"{prefix}.{field.name}={value}: allowed is 0.0 to 1.0")
+
+
+NOISY = TeacherConfig(
+    store_support=0.9,
+    store_distractor=0.5,
+    update=0.45,
+    set_query=0.75,
+    answer_known=0.96,
+)
+
+SCRIPTED: dict[str, TeacherConfig] = {
+    "clean": TeacherConfig(),
+    "noisy_teacher": NOISY,
+    "store_all": TeacherConfig(store_distractor=1.0, update=0.0, set_query=0.0),
+    "store_all_query": TeacherConfig(store_distractor=1.0, update=0.0),
+    "store_all_update": TeacherConfig(store_distractor=1.0, update=0.5, delete=1.0),
+    "create_for_update": TeacherConfig(update=0.0),
+    "no_query": TeacherConfig(set_query=0.0),
+    "scratchpad_only": TeacherConfig(scratchpad_only=True),
+    "no_memory": TeacherConfig(store_support=0.0, set_query=0.0, read_missing=0.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """Writes actions as tokens: literals of a protocol under one tokenizer, and widths."""
+
+    opens: tuple[tuple[int, ...], ...]  # per ActionKind
+    closes: tuple[tuple[int, ...], ...]
+    targets: tuple[tuple[int, ...], ...]  # target 1..K
+    eos_id: int
+    pad_id: int
+    response_length: int  # R
+    max_text: int  # X
+
+    @classmethod
+    def compile(
+        cls, protocol: Protocol, tokenizer: Tokenizer, *, response_length: int, max_text: int
+    ) -> "Script":
+        """Raises ValueError when the target literals of two tags differ in length."""
+
+        def literal(text: str | None) -> tuple[int, ...]:
+            if not text:
+                return ()
+            if text in tokenizer.reserved:
+                return (tokenizer.reserved[text],)
+            return tuple(tokenizer.encode(text))
+
+        tags = {tag.kind: tag for tag in protocol.tags}
+        opens = [literal(tags[k].open) if k in tags else () for k in ActionKind]
+        closes = [literal(tags[k].close) if k in tags else () for k in ActionKind]
+        form = tags[ActionKind.UPDATE].target
+        targets = [literal(form.format(i + 1)) for i in range(protocol.max_target)]
+        if len({len(t) for t in targets}) > 1:
+            raise ValueError(
+                f"protocol {protocol.name!r}: targets take {[len(t) for t in targets]} tokens; "
+                "scripted teachers need one width; use a protocol with reserved targets"
+            )
+        return cls(
+            opens=tuple(opens),
+            closes=tuple(closes),
+            targets=tuple(targets),
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            response_length=response_length,
+            max_text=max_text,
+        )
+
+    def action(
+        self,
+        kind: ActionKind,
+        when: Bool[Array, ""],
+        text: Int[Array, " w"] | None = None,
+        length: Int[Array, ""] | int = 0,
+        target: Int[Array, ""] | None = None,
+    ):
+        """(tokens, real) of one action, written only `when`."""
+        pieces = [jnp.asarray(self.opens[kind], jnp.int32)]
+        if target is not None:
+            pieces.append(jnp.asarray(self.targets, jnp.int32)[jnp.maximum(target - 1, 0)])
+        real = [jnp.ones((p.shape[0],), bool) for p in pieces]
+        if text is not None:
+            pieces.append(text.astype(jnp.int32))
+            real.append(jnp.arange(text.shape[0]) < length)
+        pieces.append(jnp.asarray(self.closes[kind], jnp.int32))
+        real.append(jnp.ones((pieces[-1].shape[0],), bool))
+        return jnp.concatenate(pieces), jnp.concatenate(real) & when
+
+    def write(self, actions) -> tuple[Int[Array, " R"], Int[Array, ""]]:
+        """The turn: its actions, then end-of-sequence."""
+        end = (jnp.asarray([self.eos_id], jnp.int32), jnp.ones((1,), bool))
+        tokens, real = zip(*actions, end, strict=True)
+        return prompting.join(
+            jnp.concatenate(tokens),
+            jnp.concatenate(real),
+            width=self.response_length,
+            pad_id=self.pad_id,
+            left_pad=False,
+        )
+
+
+def _fact(script: Script, episode: Episode, index: Int[Array, ""]):
+    """Tokens and length of fact `index`; length 0 where there is none."""
+    a = episode.annotations
+    facts = a.start.shape[1]
+    chunk, place = jnp.maximum(index, 0) // facts, jnp.maximum(index, 0) % facts
+    offsets = jnp.arange(script.max_text)
+    length = jnp.where(index == EMPTY, 0, a.length[chunk, place])
+    at = jnp.minimum(a.start[chunk, place] + offsets, episode.chunks.shape[1] - 1)
+    return jnp.where(offsets < length, episode.chunks[chunk][at], script.pad_id), length
+
+
+def _where_shown(script: Script, view: View, tokens, length) -> tuple[Array, Array]:
+    """Is this text shown, and as which Memory number (1..K)?"""
+    shown, lengths = view.observation.shown, view.observation.shown_lengths
+    cap = shown.shape[1]
+    padded = jnp.pad(tokens, (0, max(0, cap - script.max_text)), constant_values=script.pad_id)
+    same = jnp.all(shown == padded[None, :cap], axis=1)
+    same &= (lengths == jnp.minimum(length, cap)) & (lengths > 0)
+    return jnp.any(same), jnp.argmax(same).astype(jnp.int32) + 1
+
+
+def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, key):
+    """Actions of a reading turn."""
+    a: Annotations = episode.annotations
+    query_is_empty = view.observation.query_length == 0
+    chance = jax.random.uniform(jax.random.fold_in(key, 0))
+    ask = (view.chunk == 0) & query_is_empty & (chance < c.set_query)
+    actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
+    for place in range(a.start.shape[1]):
+        index = jnp.maximum(view.chunk, 0) * a.start.shape[1] + place
+        text, length = _fact(script, episode, index)
+        chunk = jnp.maximum(view.chunk, 0)
+        u = jax.random.uniform(jax.random.fold_in(key, 1 + place), (3,))
+        rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
+        store = (length > 0) & (u[0] < rate)
+        if c.scratchpad_only:
+            # The object of the newest relevant fact: its last word before the full stop.
+            cap = view.observation.scratchpad.shape[0]
+            last = jnp.roll(text, -jnp.maximum(length - 1 - cap, 0))[:cap]
+            actions.append(script.action(ActionKind.SCRATCHPAD, store, last, cap))
+            continue
+        stale, number = _where_shown(
+            script, view, *_fact(script, episode, a.supersedes[chunk, place])
+        )
+        stale &= a.supersedes[chunk, place] != EMPTY
+        update = store & stale & (u[1] < c.update)
+        delete = store & stale & ~update & (u[2] < c.delete)
+        actions += [
+            script.action(ActionKind.UPDATE, update, text, length, target=number),
+            script.action(ActionKind.DELETE, delete, target=number),
+            script.action(ActionKind.CREATE, store & ~update, text, length),
+        ]
+    return actions
+
+
+def _guess(c: TeacherConfig, view: View, width: int, length) -> Int[Array, " width"]:
+    """An extractive guess: the end of the best entry shown (or of the notes), full stop aside."""
+    o = view.observation
+    if c.scratchpad_only:
+        source, size = o.scratchpad, o.scratchpad_length + 1
+    else:
+        source, size = o.shown[0], o.shown_lengths[0]
+    question = jnp.maximum(view.question, 0)
+    none = size <= 1
+    source = jnp.pad(source, (0, max(0, width - source.shape[0])))
+    taken = jnp.roll(source, -jnp.maximum(size - 1 - length, 0))[:width]
+    return jnp.where(none, o.questions[question][:1], taken)
+
+
+def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key):
+    """Actions of an answering turn: an answer, or a read for the first missing fact."""
+    a = episode.annotations
+    q = jnp.maximum(view.question, 0)
+    gold, gold_length = a.gold[q], a.gold_length[q]
+    # Hop by hop: a later fact can be asked for only once the one before it is shown.
+    known = jnp.ones((), bool)
+    missing = jnp.full((), EMPTY, jnp.int32)
+    for hop in range(a.needs.shape[1]):
+        index = a.needs[q, hop]
+        found, _ = _where_shown(script, view, *_fact(script, episode, index))
+        needed = index != EMPTY
+        missing = jnp.where(known & needed & ~found, index, missing)
+        known &= found | ~needed
+    if c.scratchpad_only:
+        notes, size = view.observation.scratchpad, view.observation.scratchpad_length
+        width = min(notes.shape[0], gold.shape[0])
+        known = (size == gold_length) & jnp.all(notes[:width] == gold[:width])
+    u = jax.random.uniform(jax.random.fold_in(key, 0), (3,))
+    read = (view.phase == Phase.ANSWERING) & ~known & (u[0] < c.read_missing)
+    read &= not c.scratchpad_only
+    place = jnp.maximum(missing, 0)
+    facts = a.start.shape[1]
+    subject, _ = _fact(script, episode, place)
+    subject_length = a.subject_length[place // facts, place % facts]
+    question, question_length = episode.questions[q], episode.question_lengths[q]
+    bad = u[1] < c.read_badly
+    tail = jnp.roll(question, -jnp.maximum(question_length - 2, 0))
+    width = min(subject.shape[0], question.shape[0])
+    query = jnp.where(bad, tail[:width], subject[:width])
+    query_length = jnp.where(bad, jnp.minimum(question_length, 2), subject_length)
+    right = known & (u[2] < c.answer_known)
+    guess = _guess(c, view, gold.shape[0], gold_length)
+    answer = jnp.where(right, gold, guess)
+    return [
+        script.action(ActionKind.READ, read, query, query_length),
+        script.action(ActionKind.ANSWER, ~read, answer, gold_length),
+    ]
+
+
+def policy(config: TeacherConfig, script: Script) -> Policy:
+    """The teacher as a rollout policy; its log-probs and values are 0."""
+
+    def respond_one(view: View, episode: Episode, key: PRNGKeyArray):
+        reading = script.write(_read_chunk(config, script, view, episode, key))
+        answering = script.write(_answer(config, script, view, episode, key))
+        return jax.tree.map(
+            lambda r, a: jnp.where(view.phase == Phase.READING, r, a), reading, answering
+        )
+
+    def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
+        tokens, lengths = jax.vmap(respond_one)(views, episodes, keys)
+        return Response(
+            tokens=tokens,
+            lengths=lengths,
+            log_probs=jnp.zeros(tokens.shape, jnp.float32),
+            values=jnp.zeros(lengths.shape, jnp.float32),
+        )
+
+    return respond

@@ -1,0 +1,540 @@
+"""From trajectories to better parameters: one SFT step, one PPO update, each jitted once.
+
+The trainer knows `Trajectory` and `Batch`, not how they were made. `make_batch` turns finished
+trajectories and their rewards into rows, one a turn. `update_step` shuffles *trajectories* into
+mini-batches and takes an optimiser step on each; `sft_step` takes one step on all its rows.
+
+Rows are packed: those that can contribute a gradient are moved to the front, and micro-batches
+of a fixed number of rows are accumulated for exactly as long as there are such rows. Turns that
+never took place, and with a pure policy-gradient loss those of groups whose advantages are all
+zero, cost nothing; no row is ever dropped, and the denominators count every generated token,
+packed or not. So the result equals that of the unpacked batch.
+
+A gradient that is not finite leaves parameters and optimiser as they were and is counted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from atommem_jax import advantage, loss, sampling
+from atommem_jax.sampling import Agent
+from atommem_jax.types import EMPTY, Batch, Trajectory
+
+Metrics = dict[str, Float[Array, ""]]
+PyTree = Any
+
+# Metrics of `loss.ppo_loss` that are means over the tokens scored.
+_PER_TOKEN = (
+    "ratio",
+    "ratio_square",
+    "clip_fraction",
+    "dual_clip_fraction",
+    "approx_kl",
+    "entropy",
+)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes."""
+
+    step: Int[Array, ""]  # optimiser steps asked for, skipped ones included
+    params: PyTree
+    opt_state: PyTree
+    skipped: Int[Array, ""]  # steps not taken because the gradient was not finite
+    skipped_in_a_row: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An Optax chain: clip by global norm, then AdamW or Muon under a schedule."""
+
+    name: str = "adamw"  # or "muon": matrices by Muon, the rest by AdamW
+    learning_rate: float = 1e-3
+    adam_learning_rate: float = 0.0  # of Muon's AdamW part; 0 takes learning_rate
+    schedule: str = "constant"  # or "cosine", to 0 at the last step
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip_norm: float = 1.0
+
+    def validate(self, prefix: str = "optimizer") -> None:
+        """Raises ValueError, naming field, value and allowed values."""
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"{prefix}.name={self.name!r}: allowed are 'adamw' and 'muon'")
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(
+                f"{prefix}.schedule={self.schedule!r}: allowed are 'constant' and 'cosine'"
+            )
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"{prefix}.learning_rate={self.learning_rate} and {prefix}.clip_norm="
+                f"{self.clip_norm}: both must be above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """How advantages and the loss are made (paper, section 4; defaults as published)."""
+
+    estimator: str = "group"  # or "gae": turn-level, with the value head
+    group_size: int = 16  # trajectories of the same episode, next to each other in the batch
+    divide_by_std: bool = False
+    leave_one_out: bool = False
+    credit: str = "trajectory"  # or "question": answer tokens use their own question's reward
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    epochs: int = 1
+    minibatches: int = 1
+    microbatch_rows: int = 128
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0  # 0 turns it off
+    weighting: str = "token_mean"  # or "trajectory_equal"
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # KL to the reference, with estimator `kl_kind`
+    kl_kind: str = "k3"
+    value_coef: float = 0.5  # used with estimator "gae" only
+    value_clip: float = 0.0  # 0 turns it off
+
+    def validate(self, prefix: str = "ppo") -> None:
+        """Raises ValueError, naming field, value and allowed values."""
+        allowed = {
+            "estimator": ("group", "gae"),
+            "credit": ("trajectory", "question"),
+            "weighting": ("token_mean", "trajectory_equal"),
+            "kl_kind": ("k1", "k2", "k3"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{prefix}.{name}={getattr(self, name)!r}: allowed are {values}")
+        for name in ("epochs", "minibatches", "microbatch_rows", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
+        if self.estimator == "group" and self.group_size < 2:
+            raise ValueError(
+                f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
+                f"{self.group_size}; raise it or use {prefix}.estimator='gae'"
+            )
+
+    @property
+    def needs_every_row(self) -> bool:
+        """True where a row with zero advantage has a gradient all the same."""
+        return self.entropy_coef != 0 or self.kl_coef != 0 or self.estimator == "gae"
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """Muon's view: stacked layer kernels are matrices per layer; the rest is AdamW's."""
+
+    def spec(path, leaf):
+        stacked = leaf.ndim == 3 and any(getattr(k, "key", None) == "layers" for k in path)
+        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return numbers if stacked else None
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """The chain that `config` describes; `total_steps` is where a cosine schedule ends."""
+    config.validate()
+
+    def schedule(peak: float):
+        warm = config.warmup_steps
+        if config.schedule == "cosine":
+            after = optax.cosine_decay_schedule(peak, max(total_steps - warm, 1))
+        else:
+            after = optax.constant_schedule(peak)
+        if not warm:
+            return after
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
+
+    rate = schedule(config.learning_rate)
+    if config.name == "muon":
+        inner = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=schedule(config.adam_learning_rate or config.learning_rate),
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        inner = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
+
+
+def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0."""
+    # One buffer for each counter: a buffer cannot be donated twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def apply_gradients(
+    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One optimiser step, or none where a gradient is not finite."""
+    norm = optax.global_norm(grads)
+    sound = jnp.isfinite(norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
+
+    missed = (~sound).astype(jnp.int32)
+    state = state.replace(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + missed,
+        skipped_in_a_row=jnp.where(sound, 0, state.skipped_in_a_row + 1),
+    )
+    return state, {"gradient_norm": norm, "skipped": missed.astype(jnp.float32)}
+
+
+def accumulate_gradients(
+    loss_fn: Callable[[PyTree, Batch], tuple[Float[Array, ""], tuple[Metrics, Metrics]]],
+    params: PyTree,
+    batch: Batch,
+    active: Bool[Array, " M"],
+    rows: int,
+) -> tuple[PyTree, Metrics, Metrics]:
+    """Sums gradients over micro-batches of `rows` rows, active rows first, idle ones not at all.
+
+    `loss_fn` returns (loss, (metrics to add up, metrics to take the maximum of)); its loss is a
+    sum over rows with a denominator fixed beforehand, so that micro-batches add up.
+    """
+    size = active.shape[0]
+    rows = min(rows, size)
+    order = jnp.argsort(~active, stable=True)
+    # The last slice may reach past the end: repeat row order, with weights of zero.
+    padded = -(-size // rows) * rows
+    order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
+    real = jnp.arange(padded) < active.sum()
+    count = -(-active.sum() // rows)
+
+    def slice_of(i):
+        picked = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
+        counts = jax.lax.dynamic_slice_in_dim(real, i * rows, rows)
+        part = jax.tree.map(lambda x: x[picked], batch)
+        return part.replace(
+            weights=part.weights * counts[:, None],
+            response_lengths=jnp.where(counts, part.response_lengths, 0),
+        )
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss_shape, aux_shape), grad_shape = jax.eval_shape(lambda p: grad_fn(p, slice_of(0)), params)
+    del loss_shape
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shape, aux_shape))
+
+    def body(i, carry):
+        grads, (sums, maxima) = carry
+        (_, (new_sums, new_maxima)), new_grads = grad_fn(params, slice_of(i))
+        return jax.tree.map(jnp.add, grads, new_grads), (
+            jax.tree.map(jnp.add, sums, new_sums),
+            jax.tree.map(jnp.maximum, maxima, new_maxima),
+        )
+
+    grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
+    return grads, sums, maxima
+
+
+def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
+    return jnp.arange(batch.response.shape[1])[None, :] < batch.response_lengths[:, None]
+
+
+def _flatten(x: Array) -> Array:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch:
+    """Rows [B * T, ...] of all turns; dead turns have length 0 and weight 0.
+
+    advantages: Float[B T], copied to every token of the turn; returns: Float[B T].
+    """
+    turns = trajectories.turns
+    mask = jnp.arange(turns.response.shape[2]) < turns.response_lengths[..., None]
+    mask = (mask & turns.live[..., None]).astype(jnp.float32)
+    per_turn = jnp.zeros(turns.live.shape, jnp.float32)
+    advantages = per_turn if advantages is None else advantages
+    returns = per_turn if returns is None else returns
+    return Batch(
+        prompt=_flatten(turns.prompt),
+        prompt_lengths=_flatten(turns.prompt_lengths),
+        response=_flatten(turns.response),
+        response_lengths=_flatten(jnp.where(turns.live, turns.response_lengths, 0)),
+        phase=_flatten(turns.phase),
+        old_log_probs=_flatten(turns.log_probs),
+        ref_log_probs=_flatten(jnp.zeros_like(turns.log_probs)),
+        advantages=_flatten(mask * advantages[..., None]),
+        returns=_flatten(returns),
+        old_values=_flatten(turns.values),
+        weights=_flatten(mask),
+    )
+
+
+def _score(agent: Agent, params, batch: Batch, temperature) -> sampling.Scores:
+    return sampling.score(
+        agent,
+        params,
+        batch.prompt,
+        batch.prompt_lengths,
+        batch.response,
+        batch.response_lengths,
+        batch.phase,
+        temperature,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "rows"), donate_argnames=("state",))
+def sft_step(
+    agent: Agent,
+    state: TrainState,
+    trajectories: Trajectory,
+    keep: Bool[Array, " B"],
+    *,
+    optimizer: optax.GradientTransformation,
+    rows: int,
+) -> tuple[TrainState, Metrics]:
+    """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5)."""
+    batch = make_batch(trajectories)
+    kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
+    batch = batch.replace(weights=batch.weights * kept[:, None])
+    denominator = jnp.maximum(batch.weights.sum(), 1.0)
+
+    def loss_fn(params, part: Batch):
+        scores = _score(agent, params, part, jnp.ones((), jnp.float32))
+        value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
+        metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
+        return value, (metrics, {})
+
+    active = batch.weights.sum(axis=1) > 0
+    grads, metrics, _ = accumulate_gradients(loss_fn, state.params, batch, active, rows)
+    state, extra = apply_gradients(state, grads, optimizer)
+    tokens = batch.weights.sum()
+    return state, {
+        "loss": metrics["nll"],
+        "entropy": metrics["entropy"],
+        "tokens": tokens,
+        "kept": keep.astype(jnp.float32).mean(),
+        **extra,
+    }
+
+
+def turn_advantages(
+    config: PPOConfig,
+    trajectories: Trajectory,
+    rewards: Float[Array, "B Q"],
+    num_questions: Int[Array, " B"],
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Advantage and return of every turn.
+
+    rewards: score of each question, 0 past `num_questions`. A trajectory's reward is their mean
+    (paper, section 4). With estimator 'group' the advantage is relative to the trajectories of
+    the same episode; with credit 'question' answering turns take that of their own question.
+    With 'gae' a question's share of the reward arrives with the turn that ends it.
+    """
+    chex.assert_rank([rewards, num_questions], [2, 1])
+    turns = trajectories.turns
+    share = rewards / jnp.maximum(num_questions, 1)[:, None].astype(jnp.float32)
+    at = jnp.maximum(turns.question, 0)
+    is_question = turns.live & (turns.question != EMPTY)
+    if config.estimator == "gae":
+        following = jnp.concatenate(
+            [turns.question[:, 1:], jnp.full_like(turns.question[:, :1], EMPTY)], axis=1
+        )
+        alive_next = jnp.concatenate([turns.live[:, 1:], jnp.zeros_like(turns.live[:, :1])], axis=1)
+        ends = is_question & ((following != turns.question) | ~alive_next)
+        paid = jnp.where(ends, jnp.take_along_axis(share, at, axis=1), 0.0)
+        gae = functools.partial(
+            advantage.turn_level_gae, discount=config.discount, gae_lambda=config.gae_lambda
+        )
+        return jax.vmap(gae)(paid, turns.values, turns.live)
+    relative = functools.partial(
+        advantage.group_relative,
+        divide_by_std=config.divide_by_std,
+        leave_one_out=config.leave_one_out,
+    )
+    groups = rewards.shape[0] // config.group_size
+    total = share.sum(axis=1)
+    whole = relative(total.reshape(groups, config.group_size)).reshape(-1)
+    result = jnp.broadcast_to(whole[:, None], turns.live.shape)
+    if config.credit == "question":
+        own = relative(rewards.reshape(groups, config.group_size, -1)).reshape(rewards.shape)
+        result = jnp.where(is_question, jnp.take_along_axis(own, at, axis=1), result)
+    returns = jnp.broadcast_to(total[:, None], turns.live.shape)
+    return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
+
+
+def _ppo_loss(config: PPOConfig, agent: Agent, temperature, denominators, params, part: Batch):
+    tokens, turns = denominators
+    scores = _score(agent, params, part, temperature)
+    value, metrics = loss.ppo_loss(
+        scores.log_probs,
+        part.old_log_probs,
+        part.advantages,
+        part.weights,
+        tokens,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip or None,
+    )
+    metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / tokens
+    value -= config.entropy_coef * metrics["entropy"]
+    if config.kl_coef:
+        kl = loss.kl_estimate(scores.log_probs, part.ref_log_probs, config.kl_kind)
+        metrics["reference_kl"] = loss.masked_sum(kl, part.weights) / tokens
+        value += config.kl_coef * metrics["reference_kl"]
+    if config.estimator == "gae":
+        on = (part.weights.sum(axis=1) > 0).astype(jnp.float32)
+        v_loss, v_metrics = loss.value_loss(
+            scores.values,
+            part.returns,
+            part.old_values,
+            on,
+            turns,
+            config.value_clip or None,
+        )
+        value += config.value_coef * v_loss
+        metrics |= {"value_loss": v_loss, **v_metrics}
+    gap = loss.largest_gap(scores.log_probs, part.old_log_probs, part.weights)
+    return value, (metrics, {"log_prob_gap": jax.lax.stop_gradient(gap)})
+
+
+def reference_log_probs(
+    agent: Agent, params, batch: Batch, temperature, rows: int
+) -> Float[Array, "M R"]:
+    """Scores every row under frozen parameters, `rows` at a time."""
+    size = batch.response_lengths.shape[0]
+    padded = -(-size // rows) * rows
+    index = jnp.minimum(jnp.arange(padded), size - 1).reshape(-1, rows)
+    scored = jax.lax.map(
+        lambda i: _score(agent, params, jax.tree.map(lambda x: x[i], batch), temperature).log_probs,
+        index,
+    )
+    return scored.reshape(padded, -1)[:size]
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames=("state",))
+def update_step(
+    agent: Agent,
+    state: TrainState,
+    trajectories: Trajectory,
+    rewards: Float[Array, "B Q"],
+    num_questions: Int[Array, " B"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    reference: PyTree | None = None,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: PPOConfig,
+) -> tuple[TrainState, Metrics]:
+    """PPO on one rollout: `epochs` times over `minibatches` sets of whole trajectories.
+
+    Metrics are means over all optimiser steps, except log_prob_gap: the largest |sampler -
+    learner| log-prob in the first mini-batch, before any parameter has moved. Clip fractions,
+    KL and entropy are over the rows that were scored.
+    """
+    size, max_turns = trajectories.turns.live.shape
+    advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
+    batch = make_batch(trajectories, advantages, returns)
+    if config.kl_coef:
+        batch = batch.replace(
+            ref_log_probs=reference_log_probs(
+                agent, reference, batch, temperature, config.microbatch_rows
+            )
+        )
+    if size % config.minibatches or size % config.group_size:
+        raise ValueError(
+            f"a rollout of {size} trajectories does not divide by ppo.minibatches="
+            f"{config.minibatches} and ppo.group_size={config.group_size}; no trajectory may be "
+            "lost: change one of the three"
+        )
+    per = size // config.minibatches
+
+    def one_minibatch(state, chosen):
+        rows = (chosen[:, None] * max_turns + jnp.arange(max_turns)[None, :]).reshape(-1)
+        part = jax.tree.map(lambda x: x[rows], batch)
+        mask = _response_mask(part)
+        weights, tokens = loss.token_weights(
+            mask, jnp.repeat(jnp.arange(per), max_turns), per, config.weighting
+        )
+        part = part.replace(weights=weights)
+        turns = jnp.maximum(mask.any(axis=1).sum().astype(jnp.float32), 1.0)
+        active = mask.any(axis=1)
+        if not config.needs_every_row:
+            active &= jnp.any(part.advantages != 0, axis=1)
+        loss_fn = functools.partial(_ppo_loss, config, agent, temperature, (tokens, turns))
+        grads, sums, maxima = accumulate_gradients(
+            loss_fn, state.params, part, active, config.microbatch_rows
+        )
+        state, extra = apply_gradients(state, grads, optimizer)
+        scored = jnp.sum(weights * active[:, None]) / tokens
+        return state, {"scored": scored, **sums, **maxima, **extra}
+
+    def one_epoch(state, epoch):
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
+        return jax.lax.scan(
+            one_minibatch, state, order[: per * config.minibatches].reshape(-1, per)
+        )
+
+    state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
+    gap = metrics.pop("log_prob_gap")[0, 0]
+    scored = jnp.maximum(metrics.pop("scored").sum(), 1e-9)
+    per_token = (
+        "ratio",
+        "ratio_square",
+        "clip_fraction",
+        "dual_clip_fraction",
+        "approx_kl",
+        "entropy",
+    )
+    result = {
+        name: values.sum() / scored if name in _PER_TOKEN else values.mean()
+        for name, values in metrics.items()
+    }
+    skipped = metrics["skipped"].sum()
+    live = trajectories.turns.live
+    return state, {
+        **result,
+        "skipped": skipped,
+        "log_prob_gap": gap,
+        "scored_share": scored / (config.epochs * config.minibatches),
+        "advantage_std": jnp.sqrt(
+            jnp.sum(jnp.square(advantages)) / jnp.maximum(live.sum(), 1).astype(jnp.float32)
+        ),
+        "explained_variance": explained_variance(trajectories.turns.values, returns, live),
+    }
+
+
+def explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], live: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """1 - Var[returns - values] / Var[returns] over live turns; 0 where returns do not vary."""
+    weights = live.astype(jnp.float32)
+    count = jnp.maximum(weights.sum(), 1.0)
+
+    def variance(x):
+        mean = loss.masked_sum(x, weights) / count
+        return loss.masked_sum(jnp.square(x - mean), weights) / count
+
+    total = variance(returns)
+    left = variance(returns - values)
+    return jnp.where(total > 0, 1.0 - left / jnp.maximum(total, 1e-12), 0.0)

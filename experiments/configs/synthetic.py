@@ -1,0 +1,136 @@
+"""Streaming multi-hop questions over generated names: the embedded default task.
+
+`get_config()` trains at 1x (12 facts) with 5 slots, so that storing everything does not work.
+Every size here suits two CPU cores; the reasons are in the README under "What learns".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The experiment of `make demo`."""
+    config = ConfigDict()
+    config.seed = 0
+
+    config.task = ConfigDict()
+    config.task.name = "synthetic"
+    config.task.base_facts = 12
+    config.task.facts_per_chunk = 1
+    config.task.questions = (2, 2)
+    config.task.two_hop = 1.0
+    config.task.correction = 0.8
+    config.task.decoys = 1
+    config.task.train_examples = 20_000
+    config.task.test_examples = 512
+    config.task.scales = (1, 2, 4, 8)
+
+    config.tokenizer = ConfigDict()
+    config.tokenizer.vocab_size = 640
+
+    config.memory = ConfigDict()
+    config.memory.slots = 5
+    config.memory.shown = 4
+    config.memory.entry_length = 8
+    config.memory.scratchpad_length = 1
+    config.memory.query_length = 8
+    config.memory.key_dim = 128
+    config.memory.eviction = "lru"
+
+    config.rollout = ConfigDict()
+    config.rollout.max_actions = 3
+    config.rollout.response_length = 16
+    config.rollout.answer_length = 2
+    config.rollout.read_budget = 1
+    config.rollout.answer_read_budget = 1
+    config.rollout.constrained = True
+    config.rollout.top_p = 1.0
+    config.rollout.group = 64
+
+    config.model = ConfigDict()
+    config.model.width = 64
+    config.model.num_layers = 3
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 2
+    config.model.head_width = 32
+    config.model.mlp_width = 192
+    config.model.rope_theta = 10_000.0
+    config.model.rope_fraction = 0.5
+    config.model.qk_norm = False
+    config.model.tie_embeddings = True
+    config.model.token_shift = 2
+    config.model.match_features = True
+    config.model.remat = False
+    config.model.dtype = "float32"
+
+    config.teacher = ConfigDict()
+    config.teacher.store_support = 0.9
+    config.teacher.store_distractor = 0.5
+    config.teacher.update = 0.45
+    config.teacher.delete = 0.0
+    config.teacher.set_query = 0.75
+    config.teacher.read_missing = 1.0
+    config.teacher.read_badly = 0.0
+    config.teacher.answer_known = 0.96
+
+    config.sft = ConfigDict()
+    config.sft.steps = 900
+    config.sft.episodes = 8
+    config.sft.min_reward = 0.5
+    config.sft.microbatch_rows = 64
+    config.sft.optimizer = ConfigDict()
+    config.sft.optimizer.name = "muon"
+    config.sft.optimizer.learning_rate = 1e-2
+    config.sft.optimizer.adam_learning_rate = 3e-3
+    config.sft.optimizer.schedule = "cosine"
+    config.sft.optimizer.warmup_steps = 20
+    config.sft.optimizer.weight_decay = 0.0
+    config.sft.optimizer.b1 = 0.9
+    config.sft.optimizer.b2 = 0.99
+    config.sft.optimizer.clip_norm = 1.0
+
+    config.rl = ConfigDict()
+    config.rl.steps = 50
+    config.rl.episodes = 32
+    config.rl.temperature = 1.0
+    config.rl.max_skipped_in_a_row = 3
+    config.rl.optimizer = ConfigDict()
+    config.rl.optimizer.name = "adamw"
+    config.rl.optimizer.learning_rate = 1.5e-3
+    config.rl.optimizer.adam_learning_rate = 0.0
+    config.rl.optimizer.schedule = "constant"
+    config.rl.optimizer.warmup_steps = 4
+    config.rl.optimizer.weight_decay = 0.0
+    config.rl.optimizer.b1 = 0.9
+    config.rl.optimizer.b2 = 0.99
+    config.rl.optimizer.clip_norm = 1.0
+    config.rl.ppo = ConfigDict()
+    config.rl.ppo.estimator = "group"
+    config.rl.ppo.group_size = 8
+    config.rl.ppo.divide_by_std = True
+    config.rl.ppo.leave_one_out = False
+    config.rl.ppo.credit = "question"
+    config.rl.ppo.discount = 1.0
+    config.rl.ppo.gae_lambda = 0.95
+    config.rl.ppo.epochs = 1
+    config.rl.ppo.minibatches = 4
+    config.rl.ppo.microbatch_rows = 64
+    config.rl.ppo.clip_low = 0.2
+    config.rl.ppo.clip_high = 0.28
+    config.rl.ppo.dual_clip = 3.0
+    config.rl.ppo.weighting = "token_mean"
+    config.rl.ppo.entropy_coef = 0.0
+    config.rl.ppo.kl_coef = 0.0
+    config.rl.ppo.kl_kind = "k3"
+    config.rl.ppo.value_coef = 0.5
+    config.rl.ppo.value_clip = 0.0
+
+    config.eval = ConfigDict()
+    config.eval.every = 10
+    config.eval.episodes = 128
+    config.eval.batch_size = 128
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 10
+    config.checkpoint.keep_last = 2
+    config.checkpoint.keep_best = 1
+    return config

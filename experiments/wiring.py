@@ -1,0 +1,199 @@
+"""Builds what the scripts share: a config becomes a tokenizer, an agent and a setting.
+
+Every script goes through here, so that training, evaluation and serving cannot disagree about
+the protocol, the prompt or the memory.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from atommem_jax import grammar as grammar_lib
+from atommem_jax import prompt as prompting
+from atommem_jax import rollout
+from atommem_jax.config import ConfigError
+from atommem_jax.embedding import HashedBagOfTokens
+from atommem_jax.model import ModelConfig, Transformer
+from atommem_jax.sampling import Agent, SamplerConfig
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tasks import teacher
+from atommem_jax.tokenizer import SentencePieceTokenizer, Tokenizer
+from atommem_jax.types import Episode, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything that follows from a config and a tokenizer, parameters aside."""
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    agent: Agent
+    script: teacher.Script
+    embed: HashedBagOfTokens
+
+    def setting(self, shape: episodes_lib.EpisodeShape) -> rollout.Setting:
+        """The rollout's sizes for episodes of this shape."""
+        c = self.config
+        sizes = rollout.RolloutConfig(
+            max_turns=1,
+            prompt_width=prompting.width(
+                self.agent.template,
+                questions=shape.questions,
+                question_length=shape.question_length,
+                scratchpad_length=c.memory.scratchpad_length,
+                query_length=c.memory.query_length,
+                entry_length=c.memory.entry_length,
+                chunk_length=shape.chunk_length,
+            ),
+            slots=c.memory.slots,
+            entry_length=c.memory.entry_length,
+            scratchpad_length=c.memory.scratchpad_length,
+            query_length=c.memory.query_length,
+            shown=c.memory.shown,
+            key_dim=c.memory.key_dim,
+            eviction=c.memory.eviction,
+            read_budget=c.rollout.read_budget,
+            answer_read_budget=c.rollout.answer_read_budget,
+        )
+        sizes = dataclasses.replace(
+            sizes, max_turns=sizes.turn_bound(shape.chunks, shape.questions)
+        )
+        return rollout.Setting(
+            grammar=self.agent.grammar,
+            template=self.agent.template,
+            config=sizes,
+            embed=self.embed,
+        )
+
+
+def subconfig(cls, section: ConfigDict, **more):
+    """A frozen dataclass from a config section of the same fields."""
+    return cls(**{**section.to_dict(), **more})
+
+
+def reserved_names(config: ConfigDict) -> list[str]:
+    """Names of all tokens that no text may encode to."""
+    protocol = grammar_lib.compact(config.memory.shown)
+    names = [*protocol.reserved_names(), *prompting.reserved_names(config.memory.shown)]
+    return list(dict.fromkeys(names))
+
+
+def load_dataset(config: ConfigDict, data_root: str) -> episodes_lib.Dataset:
+    """Prepares the task's data under `data_root`. Raises ConfigError where it cannot."""
+    try:
+        return episodes_lib.prepare(config.task.to_dict(), data_root)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> SentencePieceTokenizer:
+    """The tokenizer stored beside the data set; trained on its train split the first time."""
+    names = reserved_names(config)
+    mark = hashlib.sha256(repr((config.tokenizer.vocab_size, names)).encode()).hexdigest()[:12]
+    path = pathlib.Path(dataset.directory) / f"tokenizer-{mark}.bin"
+    if path.exists():
+        return SentencePieceTokenizer.from_bytes(path.read_bytes())
+    tokenizer = SentencePieceTokenizer.train(
+        episodes_lib.tokenizer_texts(dataset), config.tokenizer.vocab_size, names
+    )
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_bytes(tokenizer.to_bytes())
+    aside.replace(path)
+    return tokenizer
+
+
+def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
+    """Compiles protocol and prompt for the tokenizer and lays out the model."""
+    m, r = config.memory, config.rollout
+    max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
+    protocol = grammar_lib.compact(m.shown)
+    grammar = grammar_lib.compile_grammar(
+        protocol, tokenizer, max_actions=r.max_actions, max_text=max_text
+    )
+    sizes = config.model.to_dict()
+    features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        num_features=features,
+        **sizes,
+    )
+    sampler = SamplerConfig(
+        response_length=r.response_length, constrained=r.constrained, top_p=r.top_p
+    )
+    return Parts(
+        config=config,
+        tokenizer=tokenizer,
+        agent=Agent(
+            grammar=grammar,
+            template=prompting.compact(tokenizer, m.shown),
+            model=Transformer(model),
+            sampler=sampler,
+        ),
+        script=teacher.Script.compile(
+            protocol, tokenizer, response_length=r.response_length, max_text=max_text
+        ),
+        embed=HashedBagOfTokens(vocab_size=tokenizer.vocab_size, dim=m.key_dim),
+    )
+
+
+def in_groups(
+    play: Callable[[Episode, jax.Array], Trajectory], group: int
+) -> Callable[[Episode, jax.Array], Trajectory]:
+    """Plays a batch `group` trajectories at a time, each group to its own end.
+
+    On a CPU smaller groups are faster per trajectory (caches), and a group whose episodes are
+    over does not wait for the others. On an accelerator use the whole batch.
+    """
+
+    def grouped(episodes: Episode, ids: jax.Array) -> Trajectory:
+        size = ids.shape[0]
+        if group <= 0 or group >= size:
+            return play(episodes, ids)
+        if size % group:
+            raise ConfigError(
+                f"rollout.group={group} does not divide the batch of {size} trajectories; "
+                "choose a divisor, or 0 for the whole batch"
+            )
+
+        def split(x):
+            return x.reshape(size // group, group, *x.shape[1:])
+
+        played = jax.lax.map(lambda pair: play(*pair), (jax.tree.map(split, episodes), split(ids)))
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), played)
+
+    return grouped
+
+
+def make_player(parts: Parts, shape: episodes_lib.EpisodeShape):
+    """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model."""
+    setting, group = parts.setting(shape), parts.config.rollout.group
+
+    @jax.jit
+    def play(agent, setting, params, episodes, ids, seed, temperature):
+        policy = rollout.model_policy(agent, params, temperature)
+        return in_groups(lambda e, i: rollout.run(setting, policy, e, i, seed), group)(
+            episodes, ids
+        )
+
+    return lambda params, episodes, ids, seed, temperature: play(
+        parts.agent, setting, params, episodes, ids, seed, temperature
+    )
+
+
+def make_scripted_player(
+    parts: Parts, shape: episodes_lib.EpisodeShape, config: teacher.TeacherConfig
+):
+    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher."""
+    setting = parts.setting(shape)
+
+    @jax.jit
+    def play(setting, episodes, ids, seed):
+        return rollout.run(setting, teacher.policy(config, parts.script), episodes, ids, seed)
+
+    return lambda episodes, ids, seed: play(setting, episodes, ids, seed)
