@@ -498,14 +498,6 @@ def update_step(
     state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
     gap = metrics.pop("log_prob_gap")[0, 0]
     scored = jnp.maximum(metrics.pop("scored").sum(), 1e-9)
-    per_token = (
-        "ratio",
-        "ratio_square",
-        "clip_fraction",
-        "dual_clip_fraction",
-        "approx_kl",
-        "entropy",
-    )
     result = {
         name: values.sum() / scored if name in _PER_TOKEN else values.mean()
         for name, values in metrics.items()
