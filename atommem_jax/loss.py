@@ -98,7 +98,6 @@ def ppo_loss(
     """
     _check_clips(clip_low, clip_high, dual_clip)
     chex.assert_equal_shape([log_probs, old_log_probs, advantages, weights])
-    advantages = _where_weighted(advantages, weights)
     log_ratio = _where_weighted(log_probs, weights) - _where_weighted(old_log_probs, weights)
     log_ratio = jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
@@ -203,10 +202,10 @@ def entropy(logits: Float[Array, "*b V"], mask: Bool[Array, "*b V"]) -> Float[Ar
     """
     chex.assert_equal_shape([logits, mask])
     mask = mask & (logits != -jnp.inf)
-    safe = jnp.where(mask, logits.astype(jnp.float32), 0.0)
-    largest = jnp.max(safe, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
+    logits = logits.astype(jnp.float32)
+    largest = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
-    shifted = jnp.where(mask, safe - largest, 0.0)
+    shifted = jnp.where(mask, logits - largest, 0.0)
     mass = jnp.where(mask, jnp.exp(shifted), 0.0)
     total = jnp.maximum(mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
     # H = log Z - E[shifted]; with no token allowed the mass is zero and so is the answer.
