@@ -49,6 +49,17 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ValueError, naming the fields that disagree."""
+        for name in (
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_width",
+            "mlp_width",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -63,9 +74,6 @@ class ModelConfig:
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
-        for name in ("vocab_size", "width", "num_layers", "num_kv_heads", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
 
     @property
     def rope_width(self) -> int:

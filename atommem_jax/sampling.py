@@ -75,7 +75,7 @@ def draw(
     """Samples one token by inverting the cumulative distribution; argmax at temperature 0.
 
     One uniform number a token, where Gumbel noise would need V. A token of probability 0 is
-    never drawn: the first cumulative sum above u * total lies on a positive step.
+    never drawn.
     """
     probs = jnp.exp(log_probs)
     if top_p < 1.0:
@@ -83,8 +83,9 @@ def draw(
         before = jnp.cumsum(ranked) - ranked
         least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf))
         probs = jnp.where(probs >= least, probs, 0.0)
-    cumulative = jnp.cumsum(probs)
-    threshold = jax.random.uniform(key, dtype=jnp.float32) * cumulative[-1]
+    # `cumsum` adds in a tree, so rounding can raise the sum at a token of probability 0.
+    cumulative = jnp.where(probs > 0, jnp.cumsum(probs), 0.0)
+    threshold = jax.random.uniform(key, dtype=jnp.float32) * jnp.max(cumulative)
     sampled = jnp.argmax(cumulative > threshold)
     return jnp.where(temperature > 0, sampled, jnp.argmax(log_probs)).astype(jnp.int32)
 
