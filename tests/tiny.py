@@ -172,3 +172,23 @@ def spell_prompt(
     if chunk:
         ids += [reserved["<chunk>"], *chunk]
     return [*ids, reserved[f"<{phase.name.lower()}>"]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilations
+
+_COMPILED: list[str] = []
+
+
+def _note(event: str, seconds: float, **details) -> None:
+    del seconds, details
+    if event == "/jax/core/compile/backend_compile_duration":
+        _COMPILED.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note)
+
+
+def count_compilations() -> int:
+    """Programs compiled, or loaded from the cache on disk, by this process so far."""
+    return len(_COMPILED)

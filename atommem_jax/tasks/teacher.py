@@ -179,6 +179,7 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     query_is_empty = view.observation.query_length == 0
     chance = jax.random.uniform(jax.random.fold_in(key, 0))
     ask = (view.chunk == 0) & query_is_empty & (chance < c.set_query)
+    ask &= not c.scratchpad_only  # a read would retrieve nothing and keep the chunk
     actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
     for place in range(a.start.shape[1]):
         index = jnp.maximum(view.chunk, 0) * a.start.shape[1] + place
