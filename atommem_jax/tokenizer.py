@@ -241,11 +241,11 @@ def _find_byte_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[i
 
 
 def _prepare_sentences(texts: Iterable[str]) -> list[str]:
-    """Lines with the leading space of `encode`, then every repeated word once with a full stop.
+    """Lines with the leading space of `encode`, then every repeated word alone and with a stop.
 
     SentencePiece takes as candidates only what occurs in two different space-delimited strings:
-    a word that never meets punctuation ("works") would be cut to bits however frequent it is.
-    The added lines give each such word its second string.
+    a word that never meets punctuation ("works"), or always the same ("rain."), would be cut to
+    bits however frequent it is. The added lines give each such word its second string.
     """
     lines: list[str] = []
     counts: dict[str, int] = {}
@@ -256,7 +256,8 @@ def _prepare_sentences(texts: Iterable[str]) -> list[str]:
                 lines.append(f" {line}")
                 for word in re.findall(r"(?<=\s)\w+", lines[-1]):
                     counts[word] = counts.get(word, 0) + 1
-    return lines + [f" {word}." for word, count in counts.items() if count > 1]
+    repeated = [word for word, count in counts.items() if count > 1]
+    return lines + [f" {word}{end}" for word in repeated for end in ("", ".")]
 
 
 class HuggingFaceTokenizer:

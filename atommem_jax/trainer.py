@@ -23,9 +23,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from atommem_jax import advantage, loss, sampling
+from atommem_jax import advantage, loss, sampling, sharding
 from atommem_jax.sampling import Agent
 from atommem_jax.types import EMPTY, Batch, Trajectory
 
@@ -281,6 +282,7 @@ def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch
         response=_flatten(turns.response),
         response_lengths=_flatten(jnp.where(turns.live, turns.response_lengths, 0)),
         phase=_flatten(turns.phase),
+        trajectory=jnp.repeat(jnp.arange(turns.live.shape[0]), turns.live.shape[1]),
         old_log_probs=_flatten(turns.log_probs),
         ref_log_probs=_flatten(jnp.zeros_like(turns.log_probs)),
         advantages=_flatten(mask * advantages[..., None]),
@@ -303,7 +305,9 @@ def _score(agent: Agent, params, batch: Batch, temperature) -> sampling.Scores:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "rows"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "rows", "mesh"), donate_argnames=("state",)
+)
 def sft_step(
     agent: Agent,
     state: TrainState,
@@ -312,28 +316,46 @@ def sft_step(
     *,
     optimizer: optax.GradientTransformation,
     rows: int,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5)."""
-    batch = make_batch(trajectories)
-    kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
-    batch = batch.replace(weights=batch.weights * kept[:, None])
-    denominator = jnp.maximum(batch.weights.sum(), 1.0)
+    """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
 
-    def loss_fn(params, part: Batch):
-        scores = _score(agent, params, part, jnp.ones((), jnp.float32))
-        value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
-        metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
-        return value, (metrics, {})
+    Trajectories and `keep` are sharded over `mesh` (None: the first device alone), the rest is
+    replicated. `rows` is the size of a micro-batch on each device.
+    """
 
-    active = batch.weights.sum(axis=1) > 0
-    grads, metrics, _ = accumulate_gradients(loss_fn, state.params, batch, active, rows)
+    def step(agent, params, trajectories, keep):
+        batch = make_batch(trajectories)
+        kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
+        batch = batch.replace(weights=batch.weights * kept[:, None])
+        tokens = sharding.total(batch.weights.sum())
+        denominator = jnp.maximum(tokens, 1.0)
+
+        def loss_fn(params, part: Batch):
+            scores = _score(agent, params, part, jnp.ones((), jnp.float32))
+            value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
+            metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
+            return value, (metrics, {})
+
+        active = batch.weights.sum(axis=1) > 0
+        grads, metrics, _ = accumulate_gradients(loss_fn, params, batch, active, rows)
+        kept_count = sharding.total(keep.astype(jnp.float32).sum())
+        grads, metrics = sharding.total((grads, metrics))
+        return grads, {**metrics, "tokens": tokens, "kept": kept_count}
+
+    gradients = sharding.data_parallel(
+        step,
+        mesh or sharding.single(),
+        sharded=(False, False, True, True),
+        sharded_out=(False, False),
+    )
+    grads, metrics = gradients(agent, state.params, trajectories, keep)
     state, extra = apply_gradients(state, grads, optimizer)
-    tokens = batch.weights.sum()
     return state, {
         "loss": metrics["nll"],
         "entropy": metrics["entropy"],
-        "tokens": tokens,
-        "kept": keep.astype(jnp.float32).mean(),
+        "tokens": metrics["tokens"],
+        "kept": metrics["kept"] / keep.shape[0],
         **extra,
     }
 
@@ -432,7 +454,9 @@ def reference_log_probs(
     return scored.reshape(padded, -1)[:size]
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "config", "mesh"), donate_argnames=("state",)
+)
 def update_step(
     agent: Agent,
     state: TrainState,
@@ -445,87 +469,139 @@ def update_step(
     *,
     optimizer: optax.GradientTransformation,
     config: PPOConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """PPO on one rollout: `epochs` times over `minibatches` sets of whole trajectories.
 
-    Metrics are means over all optimiser steps, except log_prob_gap: the largest |sampler -
-    learner| log-prob in the first mini-batch, before any parameter has moved. Clip fractions,
-    KL and entropy are over the rows that were scored.
+    Each block of `minibatches` neighbours deals one trajectory to every mini-batch, in random
+    order: siblings are spread, and the mini-batches do not depend on the number of devices.
+
+    Trajectories (siblings adjacent), rewards and num_questions are sharded over `mesh` (None: the
+    first device alone), the rest is replicated. `reference` holds frozen parameters, needed with
+    `kl_coef`; `key` deals the mini-batches.
+
+    Returns:
+      The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
+      |sampler - learner| log-prob in the first mini-batch, before any parameter has moved. Clip
+      fractions, KL and entropy are over the rows that were scored (`scored_share` of the tokens).
+
+    Raises:
+      ValueError: a device's share of the trajectories does not divide into mini-batches and
+        groups.
     """
-    size, max_turns = trajectories.turns.live.shape
-    advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
-    batch = make_batch(trajectories, advantages, returns)
-    if config.kl_coef:
-        batch = batch.replace(
-            ref_log_probs=reference_log_probs(
-                agent, reference, batch, temperature, config.microbatch_rows
-            )
-        )
-    if size % config.minibatches or size % config.group_size:
+    mesh = mesh or sharding.single()
+    share = trajectories.id.shape[0] // mesh.shape[sharding.DATA]
+    if share % config.minibatches or share % config.group_size:
         raise ValueError(
-            f"a rollout of {size} trajectories does not divide by ppo.minibatches="
-            f"{config.minibatches} and ppo.group_size={config.group_size}; no trajectory may be "
-            "lost: change one of the three"
-        )
-    per = size // config.minibatches
-
-    def one_minibatch(state, chosen):
-        rows = (chosen[:, None] * max_turns + jnp.arange(max_turns)[None, :]).reshape(-1)
-        part = jax.tree.map(lambda x: x[rows], batch)
-        mask = _response_mask(part)
-        weights, tokens = loss.token_weights(
-            mask, jnp.repeat(jnp.arange(per), max_turns), per, config.weighting
-        )
-        part = part.replace(weights=weights)
-        turns = jnp.maximum(mask.any(axis=1).sum().astype(jnp.float32), 1.0)
-        active = mask.any(axis=1)
-        if not config.needs_every_row:
-            active &= jnp.any(part.advantages != 0, axis=1)
-        loss_fn = functools.partial(_ppo_loss, config, agent, temperature, (tokens, turns))
-        grads, sums, maxima = accumulate_gradients(
-            loss_fn, state.params, part, active, config.microbatch_rows
-        )
-        state, extra = apply_gradients(state, grads, optimizer)
-        scored = jnp.sum(weights * active[:, None]) / tokens
-        return state, {"scored": scored, **sums, **maxima, **extra}
-
-    def one_epoch(state, epoch):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), size)
-        return jax.lax.scan(
-            one_minibatch, state, order[: per * config.minibatches].reshape(-1, per)
+            f"{share} trajectories a device do not divide by ppo.minibatches={config.minibatches} "
+            f"and ppo.group_size={config.group_size}; no trajectory may be lost: change one of the "
+            "three, or mesh.data"
         )
 
-    state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
+    def update(agent, state, reference, trajectories, rewards, num_questions, key, temperature):
+        rows_of = functools.partial(_deal, key=key, minibatches=config.minibatches)
+        advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
+        batch = make_batch(trajectories, advantages, returns)
+        if config.kl_coef:
+            batch = batch.replace(
+                ref_log_probs=reference_log_probs(
+                    agent, reference, batch, temperature, config.microbatch_rows
+                )
+            )
+
+        def one_minibatch(state, chosen):
+            return _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
+
+        def one_epoch(state, epoch):
+            return jax.lax.scan(
+                one_minibatch, state, rows_of(*trajectories.turns.live.shape, epoch)
+            )
+
+        state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
+        live = trajectories.turns.live
+        shape = {
+            "advantage_std": _masked_deviation(advantages, live),
+            "explained_variance": explained_variance(trajectories.turns.values, returns, live),
+        }
+        return state, metrics, shape
+
+    run = sharding.data_parallel(
+        update,
+        mesh,
+        sharded=(False, False, False, True, True, True, False, False),
+        sharded_out=(False, False, False),
+    )
+    state, metrics, shape = run(
+        agent, state, reference, trajectories, rewards, num_questions, key, temperature
+    )
     gap = metrics.pop("log_prob_gap")[0, 0]
-    scored = jnp.maximum(metrics.pop("scored").sum(), 1e-9)
+    scored = metrics.pop("scored")
     result = {
-        name: values.sum() / scored if name in _PER_TOKEN else values.mean()
+        name: values.sum() / jnp.maximum(scored.sum(), 1e-9)
+        if name in _PER_TOKEN
+        else values.mean()
         for name, values in metrics.items()
     }
-    skipped = metrics["skipped"].sum()
-    live = trajectories.turns.live
-    return state, {
-        **result,
-        "skipped": skipped,
-        "log_prob_gap": gap,
-        "scored_share": scored / (config.epochs * config.minibatches),
-        "advantage_std": jnp.sqrt(
-            jnp.sum(jnp.square(advantages)) / jnp.maximum(live.sum(), 1).astype(jnp.float32)
-        ),
-        "explained_variance": explained_variance(trajectories.turns.values, returns, live),
-    }
+    result |= {"log_prob_gap": gap, "scored_share": scored.mean()}
+    return state, {**result, **shape, "skipped": metrics["skipped"].sum()}
+
+
+def _deal(
+    size: int, max_turns: int, epoch: Int[Array, ""], *, key: PRNGKeyArray, minibatches: int
+) -> Int[Array, "minibatches rows"]:
+    """Rows (turns of whole trajectories) of each mini-batch, on this device."""
+    blocks = size // minibatches
+    key = jax.random.fold_in(key, epoch)
+    first = sharding.first_row(blocks)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(blocks))
+    order = jax.vmap(lambda k: jax.random.permutation(k, minibatches))(keys)
+    chosen = (order + jnp.arange(blocks)[:, None] * minibatches).T
+    rows = chosen[..., None] * max_turns + jnp.arange(max_turns)
+    return rows.reshape(minibatches, blocks * max_turns)
+
+
+def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen):
+    """One optimiser step on the rows `chosen` of every device."""
+    part = jax.tree.map(lambda x: x[chosen], batch)
+    mask = _response_mask(part)
+    weights, tokens = loss.token_weights(
+        mask, part.trajectory, batch.response.shape[0], config.weighting
+    )
+    active = mask.any(axis=1)
+    tokens, turns = sharding.total((tokens, active.sum().astype(jnp.float32)))
+    part = part.replace(weights=weights)
+    if not config.needs_every_row:
+        active &= jnp.any(part.advantages != 0, axis=1)
+    denominators = (tokens, jnp.maximum(turns, 1.0))
+    loss_fn = functools.partial(_ppo_loss, config, agent, temperature, denominators)
+    grads, sums, maxima = accumulate_gradients(
+        loss_fn, state.params, part, active, config.microbatch_rows
+    )
+    sums["scored"] = jnp.sum(weights * active[:, None]) / tokens
+    grads, sums = sharding.total((grads, sums))
+    state, extra = apply_gradients(state, grads, optimizer)
+    return state, {**sums, **sharding.largest(maxima), **extra}
+
+
+def _masked_deviation(x: Float[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, ""]:
+    weights = live.astype(jnp.float32)
+    count, square = sharding.total((weights.sum(), loss.masked_sum(jnp.square(x), weights)))
+    return jnp.sqrt(square / jnp.maximum(count, 1.0))
 
 
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], live: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - Var[returns - values] / Var[returns] over live turns; 0 where returns do not vary."""
+    """1 - Var[returns - values] / Var[returns] over the live turns of all devices.
+
+    0 where returns do not vary. Inside `sharding.data_parallel` only.
+    """
     weights = live.astype(jnp.float32)
-    count = jnp.maximum(weights.sum(), 1.0)
+    count = jnp.maximum(sharding.total(weights.sum()), 1.0)
 
     def variance(x):
-        mean = loss.masked_sum(x, weights) / count
-        return loss.masked_sum(jnp.square(x - mean), weights) / count
+        mean = sharding.total(loss.masked_sum(x, weights)) / count
+        return sharding.total(loss.masked_sum(jnp.square(x - mean), weights)) / count
 
     total = variance(returns)
     left = variance(returns - values)

@@ -206,6 +206,7 @@ class Batch:
     response: Int[Array, "M R"]
     response_lengths: Int[Array, " M"]  # 0 in a row that is padding
     phase: Int[Array, " M"]  # selects the grammar's start state
+    trajectory: Int[Array, " M"]  # row's trajectory, counted on its device
     old_log_probs: Float[Array, "M R"]  # of the behaviour policy
     ref_log_probs: Float[Array, "M R"]  # of the frozen reference; zeros when unused
     advantages: Float[Array, "M R"]

@@ -5,17 +5,19 @@ the protocol, the prompt or the memory.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atommem_jax import grammar as grammar_lib
 from atommem_jax import prompt as prompting
-from atommem_jax import rollout
+from atommem_jax import rollout, sharding
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.model import ModelConfig, Transformer
@@ -170,30 +172,43 @@ def in_groups(
     return grouped
 
 
-def make_player(parts: Parts, shape: episodes_lib.EpisodeShape):
-    """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model."""
+def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
+    """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model.
+
+    Episodes and ids are sharded over `mesh`, and so are the trajectories.
+    """
     setting, group = parts.setting(shape), parts.config.rollout.group
 
-    @jax.jit
-    def play(agent, setting, params, episodes, ids, seed, temperature):
+    def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature)
-        return in_groups(lambda e, i: rollout.run(setting, policy, e, i, seed), group)(
-            episodes, ids
-        )
+        play = in_groups(lambda e, i: rollout.run(setting, policy, e, i, seed), group)
+        return play(episodes, ids)
 
-    return lambda params, episodes, ids, seed, temperature: play(
-        parts.agent, setting, params, episodes, ids, seed, temperature
+    play = jax.jit(
+        sharding.data_parallel(
+            play_local,
+            mesh,
+            sharded=(False, False, False, True, True, False, False),
+            sharded_out=True,
+        )
     )
+    return functools.partial(play, parts.agent, setting)
 
 
 def make_scripted_player(
-    parts: Parts, shape: episodes_lib.EpisodeShape, config: teacher.TeacherConfig
+    parts: Parts,
+    shape: episodes_lib.EpisodeShape,
+    config: teacher.TeacherConfig,
+    mesh: Mesh,
 ):
     """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher."""
-    setting = parts.setting(shape)
 
-    @jax.jit
-    def play(setting, episodes, ids, seed):
+    def play_local(setting, episodes, ids, seed):
         return rollout.run(setting, teacher.policy(config, parts.script), episodes, ids, seed)
 
-    return lambda episodes, ids, seed: play(setting, episodes, ids, seed)
+    play = jax.jit(
+        sharding.data_parallel(
+            play_local, mesh, sharded=(False, True, True, False), sharded_out=True
+        )
+    )
+    return functools.partial(play, parts.setting(shape))
