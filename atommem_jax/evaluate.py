@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from atommem_jax import reward
+from atommem_jax import reward, sharding
 from atommem_jax.tasks.episodes import EpisodeBatch
 from atommem_jax.types import ActionKind, Episode, Phase, Trajectory
 
@@ -105,6 +106,7 @@ def evaluate(
     decode: Callable[[Sequence[int]], str],
     *,
     first_id: int = 0,
+    mesh: Mesh | None = None,
 ) -> tuple[list[Record], dict[str, float]]:
     """Plays every sample once.
 
@@ -114,6 +116,7 @@ def evaluate(
         first `real` rows count.
       decode: token ids -> text.
       first_id: trajectory id of the split's first sample; the others follow in order.
+      mesh: what the batches are sharded over; None is the first device alone.
 
     Returns:
       One record a question, and statistics weighted by episodes.
@@ -124,7 +127,7 @@ def evaluate(
     for batch, real in batches:
         rows = len(batch.aliases)
         ids = first_id + seen + np.arange(rows, dtype=np.int32)
-        trajectories = play(jax.device_put(batch.episodes), jax.device_put(ids))
+        trajectories = play(*sharding.shard((batch.episodes, ids), mesh or sharding.single()))
         answers, lengths, log_probs = jax.device_get(
             (trajectories.answers, trajectories.answer_lengths, trajectories.answer_log_prob)
         )

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
@@ -56,6 +56,8 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
     while it checks its config. Other exceptions keep their traceback.
     """
+    # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
+    absl_flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(lambda argv: _exit_on_mistake(main, argv), flags_parser=_parse)
 
 

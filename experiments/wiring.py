@@ -4,6 +4,7 @@ Every script goes through here, so that training, evaluation and serving cannot 
 the protocol, the prompt or the memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,12 +13,13 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atommem_jax import grammar as grammar_lib
 from atommem_jax import prompt as prompting
-from atommem_jax import rollout, sharding
+from atommem_jax import rollout, sharding, trainer
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.model import ModelConfig, Transformer
@@ -71,6 +73,30 @@ class Parts:
             config=sizes,
             embed=self.embed,
         )
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of this run. Call it before anything else touches JAX's devices.
+
+    On a host without an accelerator it has `mesh.cpu_devices` devices. The persistent
+    compilation cache makes the second start of a script much faster.
+    """
+    cache = os.path.expanduser(os.environ.get("ATOMMEM_CACHE", "~/.cache/atommem_jax/xla"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Without effect where the devices exist already, as in a script that trains twice.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    try:
+        return sharding.make_mesh(config.mesh.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage."""
+    return trainer.make_optimizer(subconfig(trainer.OptimizerConfig, section), steps)
 
 
 def subconfig(cls, section: ConfigDict, **more):
@@ -192,7 +218,7 @@ def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
             sharded_out=True,
         )
     )
-    return functools.partial(play, parts.agent, setting)
+    return functools.partial(play, *sharding.replicate((parts.agent, setting), mesh))
 
 
 def make_scripted_player(
@@ -211,4 +237,4 @@ def make_scripted_player(
             play_local, mesh, sharded=(False, True, True, False), sharded_out=True
         )
     )
-    return functools.partial(play, parts.setting(shape))
+    return functools.partial(play, sharding.replicate(parts.setting(shape), mesh))

@@ -12,6 +12,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
+    config.mesh = ConfigDict()
+    config.mesh.data = 0  # devices; 0 for all
+    config.mesh.cpu_devices = 2  # into which a host without an accelerator is split
+
     config.task = ConfigDict()
     config.task.name = "synthetic"
     config.task.base_facts = 12
@@ -59,7 +63,7 @@ def get_config() -> ConfigDict:
     config.model.tie_embeddings = True
     config.model.token_shift = 2
     config.model.match_features = True
-    config.model.remat = False
+    config.model.remat = True  # recomputing beats the memory traffic, on a CPU too
     config.model.dtype = "float32"
 
     config.teacher = ConfigDict()
@@ -76,7 +80,10 @@ def get_config() -> ConfigDict:
     config.sft.steps = 900
     config.sft.episodes = 8
     config.sft.min_reward = 0.5
-    config.sft.microbatch_rows = 64
+    config.sft.log_every = 10
+    config.sft.eval_every = 450
+    config.sft.save_every = 150
+    config.sft.microbatch_rows = 16
     config.sft.optimizer = ConfigDict()
     config.sft.optimizer.name = "muon"
     config.sft.optimizer.learning_rate = 1e-2
@@ -92,6 +99,9 @@ def get_config() -> ConfigDict:
     config.rl.steps = 50
     config.rl.episodes = 32
     config.rl.temperature = 1.0
+    config.rl.log_every = 1
+    config.rl.eval_every = 10
+    config.rl.save_every = 5
     config.rl.max_skipped_in_a_row = 3
     config.rl.optimizer = ConfigDict()
     config.rl.optimizer.name = "adamw"
@@ -113,7 +123,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.gae_lambda = 0.95
     config.rl.ppo.epochs = 1
     config.rl.ppo.minibatches = 4
-    config.rl.ppo.microbatch_rows = 64
+    config.rl.ppo.microbatch_rows = 16  # on each device; fits the cache
     config.rl.ppo.clip_low = 0.2
     config.rl.ppo.clip_high = 0.28
     config.rl.ppo.dual_clip = 3.0
@@ -125,12 +135,11 @@ def get_config() -> ConfigDict:
     config.rl.ppo.value_clip = 0.0
 
     config.eval = ConfigDict()
-    config.eval.every = 10
+    config.eval.split = "validation_1x"
     config.eval.episodes = 128
     config.eval.batch_size = 128
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 10
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_best = 1
     return config

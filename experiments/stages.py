@@ -1,0 +1,208 @@
+"""The two stages of training, each a function of (state, batch, step) and nothing else.
+
+A stage owns its data stream, its optimiser and its jitted programs. `train.py` loops over the
+steps; a step shows rollout, reward and update in this order. All randomness is derived from the
+config's seed and the step, so that a resumed run repeats what a killed one would have done.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from atommem_jax import evaluate as evaluation
+from atommem_jax import sharding, trainer
+from atommem_jax.model import init_params
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tasks import teacher
+from experiments import wiring
+
+# Streams of randomness, folded into the config's seed: no two of them share a key.
+_INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)
+
+State = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class _Stage:
+    """What both stages share."""
+
+    name: str
+
+    def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape, section: str):
+        self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
+        self.agent = sharding.replicate(parts.agent, mesh)
+        self.config = parts.config[section]
+        self.steps = self.config.steps
+
+    def key(self, stream: int) -> jax.Array:
+        """The key of one stream of randomness, on every device."""
+        key = jax.random.fold_in(jax.random.key(self.parts.config.seed), stream)
+        return sharding.replicate(key, self.mesh)
+
+    def batches(self) -> Any:
+        """This stage's resumable stream of `EpisodeBatch`."""
+        offset = 0 if self.name == "sft" else 1
+        return episodes_lib.batches(
+            self.examples,
+            self.parts.tokenizer,
+            self.shape,
+            batch_size=self.config.episodes,
+            seed=2 * self.parts.config.seed + offset,
+        )
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and placement of the state, for a restore; nothing is allocated."""
+        shapes = jax.eval_shape(lambda: self._create(self._init_params()))
+        whole = jax.NamedSharding(self.mesh, jax.P())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+        )
+
+    def start(self, params: Any | None) -> State:
+        """A fresh state; from new parameters where `params` is None."""
+        if params is None:
+            params = jax.jit(self._init_params)()
+        return sharding.replicate(jax.jit(self._create)(params), self.mesh)
+
+    def _init_params(self) -> Any:
+        key = jax.random.fold_in(jax.random.key(self.parts.config.seed), _INIT)
+        return init_params(self.parts.agent.model, key)
+
+    def _create(self, params: Any) -> State:
+        return {"train": trainer.create_state(params, self.optimizer)}
+
+    def score(self, trajectories, aliases) -> np.ndarray:
+        """Exact match of each question, on the host: Float[B Q]."""
+        answers = jax.device_get((trajectories.answers, trajectories.answer_lengths))
+        texts = evaluation.decode_answers(*answers, self.parts.tokenizer.decode)
+        return evaluation.score_answers(texts, aliases)
+
+    def ids(self, step: int, count: int) -> jax.Array:
+        """Trajectory ids of a step, never used by another."""
+        return sharding.shard(np.arange(count, dtype=np.int32) + step * count, self.mesh)
+
+
+class Sft(_Stage):
+    """Supervised fine-tuning on fresh trajectories of a scripted teacher."""
+
+    name = "sft"
+
+    def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape):
+        super().__init__(parts, mesh, examples, shape, "sft")
+        self.optimizer = wiring.make_optimizer(self.config.optimizer, self.steps)
+        rates = wiring.subconfig(teacher.TeacherConfig, parts.config.teacher)
+        self.play = wiring.make_scripted_player(parts, shape, rates, mesh)
+        self.seed = self.key(_TEACHER)
+
+    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
+        """Teacher rollout, reward, one optimiser step."""
+        episodes = sharding.shard(batch.episodes, self.mesh)
+        trajectories = self.play(episodes, self.ids(step, len(batch.aliases)), self.seed)
+        rewards = self.score(trajectories, batch.aliases)
+        counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
+        keep = rewards.sum(axis=1) / counts >= self.config.min_reward
+        train, metrics = trainer.sft_step(
+            self.agent,
+            state["train"],
+            trajectories,
+            sharding.shard(keep, self.mesh),
+            optimizer=self.optimizer,
+            rows=self.config.microbatch_rows,
+            mesh=self.mesh,
+        )
+        em = rewards.sum() / counts.sum()
+        return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
+
+
+class Rl(_Stage):
+    """PPO on the agent's own rollouts."""
+
+    name = "rl"
+
+    def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape):
+        super().__init__(parts, mesh, examples, shape, "rl")
+        self.ppo = wiring.subconfig(trainer.PPOConfig, self.config.ppo)
+        total = self.steps * self.ppo.minibatches * self.ppo.epochs
+        self.optimizer = wiring.make_optimizer(self.config.optimizer, total)
+        self.play = wiring.make_player(parts, shape, mesh)
+        self.seed, self.deal = self.key(_ROLLOUT), self.key(_DEAL)
+        self.temperature = sharding.replicate(np.float32(self.config.temperature), mesh)
+
+    def _create(self, params: Any) -> State:
+        state = super()._create(params)
+        if self.ppo.kl_coef:
+            # A copy: the parameters of the train state are donated at every step.
+            state["reference"] = jax.tree.map(jnp.copy, params)
+        return state
+
+    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
+        """Rollout, reward, update."""
+        size = self.ppo.group_size
+        started = time.perf_counter()
+        tasks = jax.tree.map(lambda x: np.repeat(x, size, axis=0), batch.episodes)
+        aliases = [accepted for accepted in batch.aliases for _ in range(size)]
+        counts = np.array([len(accepted) for accepted in aliases], np.int32)
+        episodes = sharding.shard(tasks, self.mesh)
+        params = state["train"].params
+        trajectories = self.play(
+            params, episodes, self.ids(step, len(aliases)), self.seed, self.temperature
+        )
+        rewards = self.score(trajectories, aliases)
+        statistics = jax.device_get(evaluation.statistics(trajectories))
+        played = time.perf_counter()
+
+        train, metrics = trainer.update_step(
+            self.agent,
+            state["train"],
+            trajectories,
+            *sharding.shard((rewards, counts), self.mesh),
+            jax.random.fold_in(self.deal, state["train"].step),
+            self.temperature,
+            state.get("reference"),
+            optimizer=self.optimizer,
+            config=self.ppo,
+            mesh=self.mesh,
+        )
+        metrics = jax.device_get(metrics)
+        done = time.perf_counter()
+        return {**state, "train": train}, {
+            "em": rewards.sum() / counts.sum(),
+            "reward": float((rewards.sum(axis=1) / counts).mean()),
+            **metrics,
+            **statistics,
+            "rollout_seconds": played - started,
+            "update_seconds": done - played,
+            "tokens_per_second": statistics["tokens"] / (done - started),
+            "trajectories_per_second": len(aliases) / (done - started),
+        }
+
+
+class Validator:
+    """Greedy EM on the first `eval.episodes` of the validation split."""
+
+    def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape):
+        config = parts.config.eval
+        self.parts, self.mesh, self.shape, self.batch_size = parts, mesh, shape, config.batch_size
+        self.examples = examples[: config.episodes]
+        fitted = episodes_lib.fit_shape(self.examples, parts.tokenizer)
+        self.shape = shape.join(fitted)
+        self.play = wiring.make_player(parts, self.shape, mesh)
+        key = jax.random.fold_in(jax.random.key(parts.config.seed), _VALIDATE)
+        self.seed = sharding.replicate(key, mesh)
+        self.greedy = sharding.replicate(np.float32(0.0), mesh)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Mean EM, its interval, and operations an episode."""
+        records, statistics = evaluation.evaluate(
+            lambda episodes, ids: self.play(params, episodes, ids, self.seed, self.greedy),
+            episodes_lib.iterate_split(
+                self.examples, self.parts.tokenizer, self.shape, batch_size=self.batch_size
+            ),
+            self.parts.tokenizer.decode,
+            mesh=self.mesh,
+        )
+        return {**statistics, **evaluation.summarise(records)}

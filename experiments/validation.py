@@ -1,0 +1,173 @@
+"""Checks of a whole config before anything is allocated: the fields that disagree, by name."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from atommem_jax import memory
+from atommem_jax.config import ConfigError, check
+from atommem_jax.model import ModelConfig
+from atommem_jax.sampling import SamplerConfig
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tasks import teacher
+from atommem_jax.trainer import OptimizerConfig, PPOConfig
+from atommem_jax.types import Phase
+from experiments import wiring
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises ConfigError for a value out of range or two fields that disagree."""
+    try:
+        wiring.subconfig(teacher.TeacherConfig, config.teacher).validate()
+        wiring.subconfig(OptimizerConfig, config.sft.optimizer).validate("sft.optimizer")
+        wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
+        wiring.subconfig(PPOConfig, config.rl.ppo).validate("rl.ppo")
+        SamplerConfig(
+            config.rollout.response_length, config.rollout.constrained, config.rollout.top_p
+        ).validate()
+        model = config.model.to_dict()
+        model.pop("match_features")
+        ModelConfig(vocab_size=1, **model).validate()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _validate_memory(config)
+    _validate_sizes(config)
+    check(config.rl.temperature > 0, _message("rl.temperature", config, "above 0"))
+    check(0 <= config.sft.min_reward <= 1, _message("sft.min_reward", config, "0 to 1"))
+
+
+def _validate_memory(config: ConfigDict) -> None:
+    m = config.memory
+    check(
+        m.shown <= m.slots,
+        f"memory.shown={m.shown} is more than memory.slots={m.slots}; show at most what there is",
+    )
+    check(
+        m.eviction in memory.EVICTION_POLICIES,
+        f"memory.eviction={m.eviction!r}: allowed are {', '.join(memory.EVICTION_POLICIES)}",
+    )
+    for name in ("slots", "shown", "entry_length", "scratchpad_length", "query_length", "key_dim"):
+        check(m[name] >= 1, _message(f"memory.{name}", config, "at least 1"))
+
+
+def _validate_sizes(config: ConfigDict) -> None:
+    for path in (
+        "sft.episodes",
+        "rl.episodes",
+        "sft.save_every",
+        "sft.eval_every",
+        "rl.save_every",
+        "rl.eval_every",
+        "rollout.max_actions",
+        "rollout.answer_length",
+        "eval.episodes",
+        "eval.batch_size",
+        "mesh.cpu_devices",
+        "rl.max_skipped_in_a_row",
+    ):
+        check(_get(config, path) >= 1, _message(path, config, "at least 1"))
+    for path in (
+        "sft.steps",
+        "rl.steps",
+        "rollout.read_budget",
+        "rollout.answer_read_budget",
+        "rollout.group",
+        "mesh.data",
+    ):
+        check(_get(config, path) >= 0, _message(path, config, "0 or more"))
+    trajectories = config.rl.episodes * config.rl.ppo.group_size
+    check(
+        config.rl.ppo.group_size % config.rl.ppo.minibatches == 0
+        or trajectories % config.rl.ppo.minibatches == 0,
+        f"rl.episodes * rl.ppo.group_size = {trajectories} does not divide by "
+        f"rl.ppo.minibatches={config.rl.ppo.minibatches}",
+    )
+
+
+def validate_devices(config: ConfigDict, devices: int) -> None:
+    """Batches must divide over the mesh. Raises ConfigError naming the fields."""
+    for path, size in (
+        ("sft.episodes", config.sft.episodes),
+        ("rl.episodes", config.rl.episodes),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
+        check(
+            size % devices == 0,
+            f"{path}={size} does not divide over mesh.data={devices} devices; choose a multiple, "
+            "or set mesh.data",
+        )
+    share = config.rl.episodes * config.rl.ppo.group_size // devices
+    group = config.rollout.group
+    check(
+        group in (0,) or group >= share or share % group == 0,
+        f"rollout.group={group} does not divide the {share} trajectories of a device "
+        "(rl.episodes * rl.ppo.group_size / mesh.data); choose a divisor, or 0 for all at once",
+    )
+
+
+def validate_shape(
+    config: ConfigDict, parts: wiring.Parts, shape: episodes_lib.EpisodeShape
+) -> None:
+    """Token budgets against the data. Raises ConfigError naming field and least value."""
+    limit = config.rollout.response_length
+    for phase in (Phase.READING, Phase.ANSWERING, Phase.FINAL):
+        least = parts.agent.grammar.min_tokens(phase)
+        check(
+            limit >= least,
+            f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
+        )
+    longest = 3 + shape.query_length + shape.facts * 3 + shape.chunk_length
+    check(
+        limit >= longest,
+        f"rollout.response_length={limit}: the teacher sets a query of {shape.query_length} tokens "
+        f"and stores {shape.facts} facts of together {shape.chunk_length}, which takes {longest}; "
+        "raise it, or lower task.facts_per_chunk",
+    )
+    check(
+        config.rollout.max_actions >= 1 + shape.facts,
+        f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to "
+        f"{1 + shape.facts} actions a turn; raise it, or lower task.facts_per_chunk",
+    )
+    check(
+        config.rollout.answer_length >= shape.answer_length,
+        f"rollout.answer_length={config.rollout.answer_length}: an answer has "
+        f"{shape.answer_length} tokens; raise it",
+    )
+
+
+def _get(config: ConfigDict, path: str) -> Any:
+    value: Any = config
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _message(path: str, config: ConfigDict, allowed: str) -> str:
+    return f"{path}={_get(config, path)}: allowed is {allowed}; set --config.{path}"
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict, prefix: str = "") -> list[str]:
+    """Paths whose values differ, with both values."""
+    found = []
+    for name in sorted({*ours, *theirs}):
+        a, b = ours.get(name), theirs.get(name)
+        path = f"{prefix}{name}"
+        if isinstance(a, ConfigDict) and isinstance(b, ConfigDict):
+            found += differences(a, b, f"{path}.")
+        elif _plain(a) != _plain(b):
+            found.append(f"{path}={a!r} (checkpoint: {b!r})")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def check_same_config(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
+    """Raises ConfigError naming what changed since the checkpoint was written."""
+    changed = differences(config, saved)
+    check(
+        not changed,
+        f"{workdir} was started with another config: {'; '.join(changed)}. Pass the same "
+        "config to resume, or another --workdir.",
+    )
