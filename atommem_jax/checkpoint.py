@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,6 +81,7 @@ class Checkpointer:
       directory: a local path (made absolute) or a bucket (`gs://...`).
       keep_last: how many of the latest steps to keep, at least 1.
       keep_best: how many of the best steps to keep besides; needs `best_metric`.
+      keep_steps: steps to keep always, such as the ends of stages.
       best_metric: name in `metrics`, higher is better. A step in which it is absent or NaN is
         never the best.
       read_only: neither creates the directory nor removes the leavings of interrupted saves. Use it
@@ -95,6 +96,7 @@ class Checkpointer:
         *,
         keep_last: int = 2,
         keep_best: int = 1,
+        keep_steps: Sequence[int] = (),
         best_metric: str | None = None,
         read_only: bool = False,
     ):
@@ -110,14 +112,19 @@ class Checkpointer:
         self._manager: ocp.CheckpointManager | None = None
         if not read_only or os.path.isdir(self.directory) or "://" in name:
             self._manager = ocp.CheckpointManager(
-                self.directory, options=self._make_options(keep_last, keep_best)
+                self.directory, options=self._make_options(keep_last, keep_best, keep_steps)
             )
 
-    def _make_options(self, keep_last: int, keep_best: int) -> ocp.CheckpointManagerOptions:
+    def _make_options(
+        self, keep_last: int, keep_best: int, keep_steps: Sequence[int]
+    ) -> ocp.CheckpointManagerOptions:
         if self._read_only:
             # Orbax's own read_only warns at every opening; `save` refuses here instead.
             return ocp.CheckpointManagerOptions(create=False, best_fn=self._rank)
-        policies: list[Any] = [checkpoint_managers.LatestN(keep_last)]
+        policies: list[Any] = [
+            checkpoint_managers.LatestN(keep_last),
+            checkpoint_managers.CustomSteps(list(keep_steps)),
+        ]
         if self._best_metric is not None and keep_best > 0:
             policies.append(
                 checkpoint_managers.BestN(

@@ -28,6 +28,10 @@ from ml_collections import ConfigDict, config_flags
 
 from atommem_jax import config as config_lib
 
+DATA_ROOT = absl_flags.DEFINE_string(
+    "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
+)
+
 # Default file of each config flag: `run` applies it, because a default given to ml_collections is
 # parsed where the flag is defined, and its errors could not be caught.
 _DEFAULTS: dict[str, str] = {}
@@ -56,9 +60,14 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
     while it checks its config. Other exceptions keep their traceback.
     """
-    # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
-    absl_flags.FLAGS.set_default("verbosity", logging.WARNING)
-    app.run(lambda argv: _exit_on_mistake(main, argv), flags_parser=_parse)
+
+    def quiet_main(argv: Sequence[str]) -> Any:
+        # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
+        if not absl_flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)
+        return _exit_on_mistake(main, argv)
+
+    app.run(quiet_main, flags_parser=_parse)
 
 
 def load_config(spec: str) -> ConfigDict:

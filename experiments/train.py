@@ -7,6 +7,7 @@ parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/ten
 """
 
 import os
+import time
 
 import jax
 import tqdm
@@ -23,9 +24,6 @@ from experiments.metrics import MetricWriter
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
-DATA = absl_flags.DEFINE_string(
-    "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
-)
 
 
 class TrainingError(RuntimeError):
@@ -36,7 +34,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass a directory for checkpoints and metrics")
-    train(CONFIG.value, WORKDIR.value, DATA.value)
+    train(CONFIG.value, WORKDIR.value, flags.DATA_ROOT.value)
 
 
 def train(config: ConfigDict, workdir: str, data_root: str) -> None:
@@ -70,6 +68,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
             os.path.join(workdir, "checkpoints"),
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
+            keep_steps=stage_ends(config),
             best_metric="em",
         ) as checkpointer,
         MetricWriter(workdir) as writer,
@@ -96,6 +95,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                 assert saved is not None
                 iterator.set_state(saved.data_state)
             remaining = range(local, stage.steps)
+            clock = time.perf_counter()
             for local_step in tqdm.tqdm(
                 remaining, desc=stage.name, initial=local, total=stage.steps, mininterval=2.0
             ):
@@ -106,7 +106,9 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                 done = local_step + 1
                 _check_progress(state["train"], config, stage.name, step)
                 if done % stage.config.log_every == 0 or done == stage.steps:
-                    writer.write(step, stage.name, metrics)
+                    now = time.perf_counter()
+                    writer.write(step, stage.name, {**metrics, "seconds": now - clock})
+                    clock = now
                 is_last = done == stage.steps
                 results = None
                 if is_last or done % stage.config.eval_every == 0:
@@ -124,6 +126,11 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                         metrics=results,
                     )
             params, state, local = state["train"].params, None, 0
+
+
+def stage_ends(config: ConfigDict) -> list[int]:
+    """Global steps at which the stages end; their checkpoints are always kept."""
+    return [config.sft.steps, config.sft.steps + config.rl.steps]
 
 
 def _locate(plan: list, step: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -73,6 +74,12 @@ class Parts:
             config=sizes,
             embed=self.embed,
         )
+
+
+def category_names(config: ConfigDict) -> list[str]:
+    """Names of the task's categories of facts."""
+    module = importlib.import_module(f"atommem_jax.tasks.{config.task.name}")
+    return [category.name.lower() for category in module.FactCategory]
 
 
 def make_mesh(config: ConfigDict) -> Mesh:

@@ -1,0 +1,182 @@
+"""Evaluates a checkpoint: rollouts over a split, EM and F1 with 95% bootstrap intervals.
+
+    python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
+    python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
+
+`--checkpoint` is a workdir, its checkpoints folder, or one numbered step in it. Writes
+per-question records (JSON lines) and a summary (JSON) for each split, and prints a table.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags as absl_flags
+from jax.sharding import Mesh
+
+from atommem_jax import evaluate as evaluation
+from atommem_jax import sharding
+from atommem_jax.checkpoint import Checkpointer, CheckpointError
+from atommem_jax.config import ConfigError, check
+from atommem_jax.model import init_params
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tokenizer import SentencePieceTokenizer
+from experiments import flags, wiring
+
+CHECKPOINT = absl_flags.DEFINE_string(
+    "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
+)
+STEP = absl_flags.DEFINE_string(
+    "step", "last", "Which step of a workdir: 'last', 'best' (validation EM), or a number."
+)
+SPLITS = absl_flags.DEFINE_multi_string(
+    "split", None, "Split to evaluate; repeat the flag for several. Default: all test splits."
+)
+TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many; 0 for the whole split.")
+SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does not use it.")
+OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
+
+
+def main(argv) -> None:
+    """See the module docstring."""
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
+    loaded = load(CHECKPOINT.value, STEP.value)
+    dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
+    splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
+    out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))
+    print(f"step {loaded.step} of {loaded.workdir}, temperature {TEMPERATURE.value:g}")
+    print(
+        f"{'split':12} {'EM':>6} {'95% interval':>16} {'F1':>6} {'episodes':>9} {'questions':>10}"
+    )
+    for split in splits:
+        summary = evaluate_split(
+            loaded,
+            dataset,
+            split,
+            temperature=TEMPERATURE.value,
+            episodes=EPISODES.value,
+            seed=SEED.value,
+            out=out,
+        )
+        print(
+            f"{split:12} {summary['em']:6.3f}   {summary['ci_low']:.3f} .. {summary['ci_high']:.3f}"
+            f" {summary['f1']:6.3f} {summary['episodes']:9d} {summary['questions']:10d}"
+        )
+    print(f"records and summaries: {out}")
+
+
+class Loaded:
+    """An agent from a checkpoint, ready to play."""
+
+    def __init__(self, workdir: str, step: int, parts: wiring.Parts, params: Any, mesh: Mesh):
+        self.workdir, self.step, self.parts = workdir, step, parts
+        self.params, self.mesh = params, mesh
+        self._players: dict[Any, Any] = {}
+
+    def player(self, shape: episodes_lib.EpisodeShape):
+        """The jitted rollout for episodes of this shape; compiled once a shape."""
+        if shape not in self._players:
+            self._players[shape] = wiring.make_player(self.parts, shape, self.mesh)
+        return self._players[shape]
+
+
+def load(path: str, which: str = "last") -> Loaded:
+    """Reads config, tokenizer and parameters.
+
+    Raises ConfigError where there is no such checkpoint.
+    """
+    folder = pathlib.Path(path)
+    if folder.name.isdigit() and folder.parent.name == "checkpoints":
+        folder, which = folder.parent, folder.name
+    elif (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    check(
+        which in ("last", "best") or which.isdigit(),
+        f"--step={which}: allowed are last, best or a number",
+    )
+    try:
+        with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
+            step = {"last": checkpointer.latest_step, "best": checkpointer.best_step}.get(
+                which, lambda: int(which)
+            )()
+            config = checkpointer.restore_config(step)
+            mesh = wiring.make_mesh(config)
+            tokenizer = SentencePieceTokenizer.from_bytes(checkpointer.restore_tokenizer(step))
+            parts = wiring.build(config, tokenizer)
+            shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
+            whole = jax.NamedSharding(mesh, jax.P())
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+            )
+            restored = checkpointer.restore(
+                step, abstract_state={"train": {"params": abstract}}, partial=True
+            )
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
+
+
+def evaluate_split(
+    loaded: Loaded,
+    dataset: episodes_lib.Dataset,
+    split: str,
+    *,
+    temperature: float = 0.0,
+    episodes: int = 0,
+    seed: int = 0,
+    out: pathlib.Path | None = None,
+    label: str = "",
+) -> dict[str, Any]:
+    """Plays a split once and returns its summary; with `out` it also writes both files.
+
+    Raises ConfigError for an unknown split.
+    """
+    try:
+        examples = dataset.split(split)
+    except KeyError as error:
+        raise ConfigError(f"--split={split}: {error.args[0]}") from error
+    examples = examples[:episodes] if episodes else examples
+    tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
+    shape = episodes_lib.fit_shape(examples, tokenizer)
+    size = loaded.parts.config.eval.batch_size
+    play = loaded.player(shape)
+    key = sharding.replicate(jax.random.key(seed), mesh)
+    heat = sharding.replicate(np.float32(temperature), mesh)
+    batches = episodes_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
+    total = -(-len(examples) // size)
+    records, statistics = evaluation.evaluate(
+        lambda e, ids: play(loaded.params, e, ids, key, heat),
+        tqdm.tqdm(batches, desc=f"{label}{split}", total=total, leave=False, mininterval=1.0),
+        tokenizer.decode,
+        mesh=mesh,
+    )
+    summary: dict[str, Any] = evaluation.summarise(records)
+    names = wiring.category_names(loaded.parts.config)
+    summary |= {
+        "split": split,
+        "temperature": temperature,
+        "seed": seed,
+        "step": loaded.step,
+        "statistics": statistics,
+        "categories": evaluation.category_rates(records, names),
+    }
+    if out is not None:
+        _write(out, f"{split}_t{temperature:g}_step{loaded.step}", records, summary)
+    return summary
+
+
+def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    flags.run(main)
