@@ -18,11 +18,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import grammar as grammar_lib
 from atommem_jax import prompt as prompting
+from atommem_jax import protocol as protocol_lib
 from atommem_jax import rollout, sharding, trainer
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
+from atommem_jax.grammar import compile_grammar
 from atommem_jax.model import ModelConfig, Transformer
 from atommem_jax.sampling import Agent, SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
@@ -113,7 +114,7 @@ def subconfig(cls, section: ConfigDict, **more):
 
 def reserved_names(config: ConfigDict) -> list[str]:
     """Names of all tokens that no text may encode to."""
-    protocol = grammar_lib.compact(config.memory.shown)
+    protocol = protocol_lib.compact(config.memory.shown)
     names = [*protocol.reserved_names(), *prompting.reserved_names(config.memory.shown)]
     return list(dict.fromkeys(names))
 
@@ -146,10 +147,8 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
     """Compiles protocol and prompt for the tokenizer and lays out the model."""
     m, r = config.memory, config.rollout
     max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
-    protocol = grammar_lib.compact(m.shown)
-    grammar = grammar_lib.compile_grammar(
-        protocol, tokenizer, max_actions=r.max_actions, max_text=max_text
-    )
+    protocol = protocol_lib.compact(m.shown)
+    grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
     sizes = config.model.to_dict()
     features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
     model = ModelConfig(

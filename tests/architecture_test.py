@@ -14,9 +14,11 @@ PACKAGE = "atommem_jax"
 
 # Ground first. A new module gets its place here, as low as it can stand.
 FLOORS = (
-    ("types", "config", "tokenizer", "embedding", "sharding"),
+    ("types", "config", "tokenizer", "embedding", "protocol", "sharding"),
     (
         "memory",
+        "automaton",
+        "token_tables",
         "grammar",
         "prompt",
         "model",

@@ -1,4 +1,4 @@
-"""Tests of atommem_jax.grammar."""
+"""Tests of atommem_jax.grammar, and through it of automaton and token_tables."""
 
 import functools
 import itertools
@@ -13,6 +13,7 @@ import tokenizers
 from hypothesis import strategies as st
 
 from atommem_jax import grammar as grammar_lib
+from atommem_jax import protocol as protocol_lib
 from atommem_jax import tokenizer as tokenizer_lib
 from atommem_jax.types import ActionKind, Phase
 from tests import grammar_reference as reference
@@ -42,7 +43,7 @@ class Case:
         """The ids of a turn given in parts: tags and targets by name, other parts as text."""
         known, ids = self.protocol.reserved_names(), []
         for part in parts:
-            spelled = grammar_lib.spell(self.tokenizer, part)
+            spelled = protocol_lib.spell(self.tokenizer, part)
             ids += spelled if part in known else self.tokenizer.encode(part)
         return ids
 
@@ -58,14 +59,14 @@ class Case:
 
 @functools.cache
 def compact_case(free_text: bool = False) -> Case:
-    protocol = grammar_lib.compact(2, free_text=free_text)
+    protocol = protocol_lib.compact(2, free_text=free_text)
     names = [*protocol.reserved_names(), "<unused>"]
     return Case(protocol, tokenizer_lib.SentencePieceTokenizer.train(TEXTS * 3, 400, names))
 
 
 @functools.cache
 def atommem_case(free_text: bool = False) -> Case:
-    protocol = grammar_lib.atommem(12, free_text=free_text)
+    protocol = protocol_lib.atommem(12, free_text=free_text)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Without the usual splitting into words, merges cross tags, targets and texts alike.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -180,9 +181,9 @@ def test_masks_admit_exactly_the_turns_of_the_reference(case, free_text, data):
 
 
 TINY_TAGS = (
-    grammar_lib.Tag(ActionKind.CREATE, "<c>", "</c>"),
-    grammar_lib.Tag(ActionKind.DELETE, "<d>", "</d>", "{}"),
-    grammar_lib.Tag(ActionKind.ANSWER, "<a>", "</a>"),
+    protocol_lib.Tag(ActionKind.CREATE, "<c>", "</c>"),
+    protocol_lib.Tag(ActionKind.DELETE, "<d>", "</d>", "{}"),
+    protocol_lib.Tag(ActionKind.ANSWER, "<a>", "</a>"),
 )
 
 
@@ -202,7 +203,7 @@ def test_masks_admit_exactly_the_turns_of_the_reference_exhaustively(pieces):
     letters = tuple(bytes([byte]) for byte in b"</>acd1")  # some turn must exist in every phase
     tokenizer.token_bytes += letters
     tokenizer.vocab_size += len(letters)
-    protocol = grammar_lib.Protocol("tiny", TINY_TAGS, max_target=1)
+    protocol = protocol_lib.Protocol("tiny", TINY_TAGS, max_target=1)
     grammar = grammar_lib.compile_grammar(protocol, tokenizer, max_actions=2, max_text=2)
     every = np.array(list(itertools.product(range(len(tokens)), repeat=width)), np.int32)
 
@@ -382,7 +383,7 @@ def test_a_token_that_straddles_a_tag_is_no_text():
     tokenizer = types.SimpleNamespace(
         vocab_size=len(tokens), pad_id=0, eos_id=1, reserved={}, token_bytes=tokens
     )
-    protocol = grammar_lib.Protocol("tiny", TINY_TAGS, max_target=1)
+    protocol = protocol_lib.Protocol("tiny", TINY_TAGS, max_target=1)
     grammar = grammar_lib.compile_grammar(protocol, tokenizer, max_actions=1, max_text=3)
     ids = [tokens.index(piece) for piece in (b"<a", b">x", b"y", b"z</", b"a>")]
     actions = grammar.parse(jnp.asarray(ids, jnp.int32), 5)
@@ -403,29 +404,19 @@ def test_actions_past_the_last_row_are_dropped_by_parse_and_not_admitted():
 
 
 def test_a_protocol_may_leave_out_kinds():
-    full = grammar_lib.compact(2)
+    full = protocol_lib.compact(2)
     some = tuple(tag for tag in full.tags if tag.kind in (ActionKind.CREATE, ActionKind.ANSWER))
     tokenizer = compact_case().tokenizer
     grammar = grammar_lib.compile_grammar(
-        grammar_lib.Protocol("some", some, 2), tokenizer, max_actions=A, max_text=X
+        protocol_lib.Protocol("some", some, 2), tokenizer, max_actions=A, max_text=X
     )
     for phase, names in [(Phase.READING, {"<create>"}), (Phase.ANSWERING, {"<answer>"})]:
         mask = grammar.allowed(grammar.start(phase), R)
         assert {name for name, i in tokenizer.reserved.items() if mask[i]} == names
 
 
-def test_reserved_names_of_the_protocols():
-    assert grammar_lib.compact(2).reserved_names() == (
-        *("<create>", "<end>", "<read>", "<update>", "<delete>", "<scratchpad>", "<answer>"),
-        *("<1>", "<2>"),
-    )
-    names = grammar_lib.atommem(1).reserved_names()
-    assert {"<read_memory>", "</answer>", "Memory 1:", "Memory 1"} <= set(names)
-    assert len(names) == 14
-
-
 def test_compact_states_stay_few():
-    protocol = grammar_lib.compact(12)
+    protocol = protocol_lib.compact(12)
     names = protocol.reserved_names()
     tokenizer = tokenizer_lib.SentencePieceTokenizer.train(TEXTS * 3, 400, names)
     grammar = grammar_lib.compile_grammar(protocol, tokenizer, max_actions=8, max_text=X)
@@ -439,40 +430,6 @@ def test_unknown_phases_are_refused():
         grammar.start(4)
     with pytest.raises(ValueError, match="phase: found -1"):
         grammar.min_tokens(-1)
-
-
-ANSWER = grammar_lib.Tag(ActionKind.ANSWER, "<answer>", "<end>")
-
-
-@pytest.mark.parametrize(
-    ("tags", "message"),
-    [
-        ([grammar_lib.Tag(ActionKind.UPDATE, "<u>", "</u>", "Memory")], "one '{}'"),
-        ([grammar_lib.Tag(ActionKind.UPDATE, "<u>", "</u>", "{}{}")], "one '{}'"),
-        ([grammar_lib.Tag(ActionKind.UPDATE, "<u>", "</u>")], "found None in the tag of UPDATE"),
-        ([grammar_lib.Tag(ActionKind.READ, "<r>", "</r>", "{}")], "in the tag of READ"),
-        ([grammar_lib.Tag(ActionKind.DELETE, "<d>", "2>", "{}")], "digit right after the number"),
-        ([grammar_lib.Tag(ActionKind.DELETE, "<d>", "</d>", "<answer>{}")], "contains a tag"),
-        ([grammar_lib.Tag(ActionKind.READ, "<answer>", "</r>")], "'<answer>' within '<answer>'"),
-        ([grammar_lib.Tag(ActionKind.READ, "<answer", "</r>")], "'<answer' within '<answer>'"),
-        ([grammar_lib.Tag(ActionKind.READ, "<end>", "</r>")], "'<end>' within '<end>'"),
-        ([grammar_lib.Tag(ActionKind.READ, "", "</r>")], "'' within"),
-        ([ANSWER], "distinct kinds"),
-        ([grammar_lib.Tag(ActionKind.NONE, "<n>", "</n>")], "other than NONE"),
-    ],
-)
-def test_bad_tags_are_refused(tags, message):
-    with pytest.raises(ValueError, match=message):
-        grammar_lib.Protocol("bad", (ANSWER, *tags), max_target=2)
-
-
-def test_protocols_need_an_answer_and_a_target():
-    with pytest.raises(ValueError, match="ANSWER among them"):
-        grammar_lib.Protocol("bad", (), max_target=2)
-    with pytest.raises(ValueError, match="max_target: found 0"):
-        grammar_lib.compact(0)
-    with pytest.raises(KeyError, match="no tag for READ"):
-        grammar_lib.Protocol("some", (ANSWER,), 2).find_tag(ActionKind.READ)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +449,7 @@ def test_bad_tokenizers_are_refused(changes, message):
     fields = {"vocab_size": 3, "pad_id": 0, "eos_id": 1, "reserved": {}}
     tokenizer = types.SimpleNamespace(**(fields | {"token_bytes": (b"", b"", b"a")} | changes))
     with pytest.raises(ValueError, match=message):
-        grammar_lib.compile_grammar(grammar_lib.compact(2), tokenizer, max_actions=1, max_text=1)
+        grammar_lib.compile_grammar(protocol_lib.compact(2), tokenizer, max_actions=1, max_text=1)
 
 
 def test_tokens_that_span_an_action_and_bad_sizes_are_refused():
@@ -501,7 +458,7 @@ def test_tokens_that_span_an_action_and_bad_sizes_are_refused():
     tokenizer = types.SimpleNamespace(
         vocab_size=len(tokens), pad_id=0, eos_id=1, reserved={}, token_bytes=tokens
     )
-    protocol = grammar_lib.Protocol("tiny", TINY_TAGS, max_target=1)
+    protocol = protocol_lib.Protocol("tiny", TINY_TAGS, max_target=1)
     with pytest.raises(ValueError, match="the token b'<a>x</a>'"):
         grammar_lib.compile_grammar(protocol, tokenizer, max_actions=1, max_text=1)
     for sizes in ({"max_actions": 0, "max_text": 1}, {"max_actions": 1, "max_text": 0}):

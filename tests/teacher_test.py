@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atommem_jax import grammar, rollout
+from atommem_jax import protocol as protocol_lib
+from atommem_jax import rollout
 from atommem_jax.tasks import teacher
 from atommem_jax.tasks.teacher import SCRIPTED, TeacherConfig
 from atommem_jax.types import EMPTY, ActionKind, Phase
@@ -268,7 +269,7 @@ def test_a_script_writes_the_tokens_of_the_protocol():
 
 
 def test_targets_of_several_widths_are_refused():
-    protocol = grammar.atommem(12)
+    protocol = protocol_lib.atommem(12)
     with pytest.raises(ValueError, match=r"protocol 'atommem': targets take .* one width"):
         teacher.Script.compile(protocol, tiny.make_tokenizer(), response_length=9, max_text=4)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from atommem_jax import prompt as prompting
-from atommem_jax.grammar import Protocol
+from atommem_jax.protocol import Protocol, spell
 from atommem_jax.tokenizer import Tokenizer
 from atommem_jax.types import (
     EMPTY,
@@ -91,19 +91,10 @@ class Script:
         cls, protocol: Protocol, tokenizer: Tokenizer, *, response_length: int, max_text: int
     ) -> "Script":
         """Raises ValueError when the target literals of two tags differ in length."""
-
-        def literal(text: str | None) -> tuple[int, ...]:
-            if not text:
-                return ()
-            if text in tokenizer.reserved:
-                return (tokenizer.reserved[text],)
-            return tuple(tokenizer.encode(text))
-
         tags = {tag.kind: tag for tag in protocol.tags}
-        opens = [literal(tags[k].open) if k in tags else () for k in ActionKind]
-        closes = [literal(tags[k].close) if k in tags else () for k in ActionKind]
-        form = tags[ActionKind.UPDATE].target
-        targets = [literal(form.format(i + 1)) for i in range(protocol.max_target)]
+        opens = [spell(tokenizer, tags[k].open) if k in tags else () for k in ActionKind]
+        closes = [spell(tokenizer, tags[k].close) if k in tags else () for k in ActionKind]
+        targets = [spell(tokenizer, name) for name in protocol.write_targets(ActionKind.UPDATE)]
         if len({len(t) for t in targets}) > 1:
             raise ValueError(
                 f"protocol {protocol.name!r}: targets take {[len(t) for t in targets]} tokens; "
