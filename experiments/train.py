@@ -91,8 +91,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
             if state is None:
                 state = stage.start(params)
                 print(f"{stage.name}: {count_params(state['train'].params):,} parameters")
-            else:
-                assert saved is not None
+            elif saved is not None:  # always so: a state without `start` was restored
                 iterator.set_state(saved.data_state)
             remaining = range(local, stage.steps)
             clock = time.perf_counter()

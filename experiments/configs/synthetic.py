@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     config.sft.optimizer.clip_norm = 1.0
 
     config.rl = ConfigDict()
-    config.rl.steps = 50
+    config.rl.steps = 36
     config.rl.episodes = 32
     config.rl.temperature = 1.0
     config.rl.log_every = 1
@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     config.rl.optimizer.name = "adamw"
     config.rl.optimizer.learning_rate = 1.5e-3
     config.rl.optimizer.adam_learning_rate = 0.0
-    config.rl.optimizer.schedule = "constant"
+    config.rl.optimizer.schedule = "cosine"
     config.rl.optimizer.warmup_steps = 4
     config.rl.optimizer.weight_decay = 0.0
     config.rl.optimizer.b1 = 0.9
