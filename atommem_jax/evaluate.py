@@ -66,15 +66,22 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     episodes = float(live.shape[0])
     tokens = jnp.maximum(turns.response_lengths.sum().astype(jnp.float32), 1.0)
     turn_count = jnp.maximum(live.sum(), 1.0)
+    reading = turns.live & (turns.phase == Phase.READING)
+    answered = trajectories.answer_lengths > 0
+    # Rows past an episode's last question are padding: only what was put can go unanswered.
+    number = jnp.arange(answered.shape[1], dtype=jnp.int32)[None, None]
+    put = jnp.any(turns.live[..., None] & (turns.question[..., None] == number), axis=1)
     result = {
         "turns": live.sum() / episodes,
         "response_tokens": tokens / turn_count,
         "prompt_tokens": turns.prompt_lengths.sum().astype(jnp.float32) / turn_count,
         "tokens": tokens,
-        "occupancy": (turns.occupancy * turns.live).sum().astype(jnp.float32) / turn_count,
+        "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum().astype(jnp.float32)
+        / turn_count,
         "sampled_nll": -turns.log_probs.sum() / tokens,
-        "unanswered": 1.0 - (trajectories.answer_lengths > 0).astype(jnp.float32).mean(),
-        "reading_turns": (turns.live & (turns.phase == Phase.READING)).sum() / episodes,
+        "unanswered": jnp.sum(put & ~answered).astype(jnp.float32)
+        / jnp.maximum(put.sum().astype(jnp.float32), 1.0),
+        "reading_turns": reading.sum().astype(jnp.float32) / episodes,
     }
     for fate in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
         counts = getattr(turns.report, fate).sum(axis=(0, 1)).astype(jnp.float32) / episodes
@@ -155,6 +162,8 @@ def evaluate(
                         "handled": handled[b] if q == 0 else [],
                     }
                 )
+        if not real:  # this process has nothing left of the split
+            continue
         kept = jax.tree.map(lambda x, n=real: x[:n], trajectories)
         for name, value in jax.device_get(statistics(kept)).items():
             totals[name] = totals.get(name, 0.0) + float(value) * real

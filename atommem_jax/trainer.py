@@ -191,7 +191,7 @@ def apply_gradients(
     state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
     """One optimiser step, or none where a gradient is not finite."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -236,7 +236,7 @@ def accumulate_gradients(
         counts = jax.lax.dynamic_slice_in_dim(real, i * rows, rows)
         part = jax.tree.map(lambda x: x[picked], batch)
         return part.replace(
-            weights=part.weights * counts[:, None],
+            weights=jnp.where(counts[:, None], part.weights, 0.0),
             response_lengths=jnp.where(counts, part.response_lengths, 0),
         )
 
@@ -271,7 +271,7 @@ def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch
     advantages: Float[B T], copied to every token of the turn; returns: Float[B T].
     """
     turns = trajectories.turns
-    mask = jnp.arange(turns.response.shape[2]) < turns.response_lengths[..., None]
+    mask = jnp.arange(turns.response.shape[2])[None, None] < turns.response_lengths[..., None]
     mask = (mask & turns.live[..., None]).astype(jnp.float32)
     per_turn = jnp.zeros(turns.live.shape, jnp.float32)
     advantages = per_turn if advantages is None else advantages
@@ -327,7 +327,7 @@ def sft_step(
     def step(agent, params, trajectories, keep):
         batch = make_batch(trajectories)
         kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
-        batch = batch.replace(weights=batch.weights * kept[:, None])
+        batch = batch.replace(weights=jnp.where(kept[:, None], batch.weights, 0.0))
         tokens = sharding.total(batch.weights.sum())
         denominator = jnp.maximum(tokens, 1.0)
 
@@ -556,7 +556,7 @@ def _deal(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(blocks))
     order = jax.vmap(lambda k: jax.random.permutation(k, minibatches))(keys)
     chosen = (order + jnp.arange(blocks)[:, None] * minibatches).T
-    rows = chosen[..., None] * max_turns + jnp.arange(max_turns)
+    rows = chosen[..., None] * max_turns + jnp.arange(max_turns)[None, None]
     return rows.reshape(minibatches, blocks * max_turns)
 
 
@@ -577,7 +577,7 @@ def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
     grads, sums, maxima = accumulate_gradients(
         loss_fn, state.params, part, active, config.microbatch_rows
     )
-    sums["scored"] = jnp.sum(weights * active[:, None]) / tokens
+    sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = sharding.total((grads, sums))
     state, extra = apply_gradients(state, grads, optimizer)
     return state, {**sums, **sharding.largest(maxima), **extra}

@@ -472,9 +472,7 @@ def test_a_trajectory_cut_off_keeps_the_answers_it_gave():
 
 def sample(params, indices, ids, seed=0, temperature=1.0):
     episodes, _ = tiny.make_episodes(indices)
-    player = tiny.make_player()
-    ids = jnp.asarray(ids, jnp.int32)
-    return player(params, episodes, ids, jax.random.key(seed), jnp.float32(temperature))
+    return tiny.play(params, episodes, ids, seed, temperature)
 
 
 def assert_same_row(one, i, other, j):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax import model as model_lib
+from atommem_jax import rollout
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import synthetic
 from atommem_jax.tokenizer import SentencePieceTokenizer
@@ -118,10 +119,19 @@ def make_episodes(indices):
     return jax.device_put(batch.episodes), batch.aliases
 
 
-@functools.cache
-def make_player():
-    """Jitted (params, episodes, ids, seed, temperature) -> trajectories of the tiny model."""
-    return wiring.make_player(make_parts(), make_shape())
+@jax.jit
+def _play(agent, setting, params, episodes, ids, seed, temperature):
+    policy = rollout.model_policy(agent, params, temperature)
+    return rollout.run(setting, policy, episodes, ids, seed)
+
+
+def play(params, episodes, ids, seed, temperature=1.0):
+    """Trajectories of the tiny model; one program for each number of episodes."""
+    parts = make_parts()
+    setting = parts.setting(make_shape())
+    ids = jnp.asarray(ids, jnp.int32)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return _play(parts.agent, setting, params, episodes, ids, jax.random.key(seed), temperature)
 
 
 def make_params(seed: int = 0, scale: float = 0.0):
