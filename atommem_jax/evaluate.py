@@ -30,7 +30,7 @@ def decode_answers(
 ) -> list[list[str]]:
     """Answers as text; '' where none was given. Each distinct answer is decoded once."""
     known: dict[tuple[int, ...], str] = {(): ""}
-    texts = []
+    texts: list[list[str]] = []
     for rows, sizes in zip(answers.tolist(), lengths.tolist(), strict=True):
         texts.append([])
         for row, size in zip(rows, sizes, strict=True):

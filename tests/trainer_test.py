@@ -268,6 +268,11 @@ def test_update_follows_the_gradient_of_the_formula():
         metrics["gradient_norm"], optax.tree.norm(state.opt_state), rtol=1e-5
     )
 
+    # Means per token are over the tokens that were scored: on policy every ratio is 1.
+    _, on_policy = update(new_state(RECORDER), sample(), rewards, config, RECORDER)
+    np.testing.assert_allclose(on_policy["ratio"], 1.0, rtol=1e-4)
+    assert on_policy["clip_fraction"] == 0
+
     live = np.asarray(sample().turns.live)
     np.testing.assert_allclose(
         metrics["advantage_std"], np.sqrt(np.square(advantages).sum() / live.sum()), rtol=1e-5
