@@ -499,7 +499,7 @@ def update_step(
         )
 
     def update(agent, state, reference, trajectories, rewards, num_questions, key, temperature):
-        rows_of = functools.partial(_deal, key=key, minibatches=config.minibatches)
+        size, max_turns = trajectories.turns.live.shape
         advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
         batch = make_batch(trajectories, advantages, returns)
         if config.kl_coef:
@@ -513,9 +513,10 @@ def update_step(
             return _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
 
         def one_epoch(state, epoch):
-            return jax.lax.scan(
-                one_minibatch, state, rows_of(*trajectories.turns.live.shape, epoch)
+            rows = _deal(
+                size, max_turns, jax.random.fold_in(key, epoch), minibatches=config.minibatches
             )
+            return jax.lax.scan(one_minibatch, state, rows)
 
         state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
         live = trajectories.turns.live
@@ -547,11 +548,10 @@ def update_step(
 
 
 def _deal(
-    size: int, max_turns: int, epoch: Int[Array, ""], *, key: PRNGKeyArray, minibatches: int
+    size: int, max_turns: int, key: PRNGKeyArray, *, minibatches: int
 ) -> Int[Array, "minibatches rows"]:
     """Rows (turns of whole trajectories) of each mini-batch, on this device."""
     blocks = size // minibatches
-    key = jax.random.fold_in(key, epoch)
     first = sharding.first_row(blocks)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(blocks))
     order = jax.vmap(lambda k: jax.random.permutation(k, minibatches))(keys)

@@ -11,12 +11,15 @@ import pathlib
 import time
 from typing import Any
 
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from atommem_jax import report
 from atommem_jax.config import check
 from experiments import evaluate, flags, train, wiring
 from experiments.metrics import read_metrics
+
+absl_flags.adopt_module_key_flags(train)  # --help lists them
 
 SCALES = ("1x", "2x", "4x")
 TEMPERATURES = {"": 0.0, "_t1": 1.0}

@@ -61,6 +61,10 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
     while it checks its config. Other exceptions keep their traceback.
     """
 
+    # --help shows the flags of the script's own module: add those that all scripts share.
+    for name in ("data_root", *_DEFAULTS):
+        absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[name])
+
     def quiet_main(argv: Sequence[str]) -> Any:
         # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
         if not absl_flags.FLAGS["verbosity"].present:

@@ -77,6 +77,9 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
         state, saved = None, None
         if step:
             validation.check_same_config(config, checkpointer.restore_config(step), workdir)
+            if step == last:
+                print(f"{workdir} is finished: it holds step {step} of {last}", flush=True)
+                return
             owner, _ = _locate(plan, step)
             saved = checkpointer.restore(step, abstract_state=plan[owner].abstract_state())
             state = saved.state
