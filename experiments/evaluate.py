@@ -39,6 +39,9 @@ SPLITS = absl_flags.DEFINE_multi_string(
 TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many; 0 for the whole split.")
 SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does not use it.")
+CPU_DEVICES = absl_flags.DEFINE_integer(
+    "cpu_devices", 2, "Into how many a host without an accelerator is split.", lower_bound=1
+)
 OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
 
 
@@ -46,7 +49,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
-    loaded = load(CHECKPOINT.value, STEP.value)
+    loaded = load(CHECKPOINT.value, STEP.value, CPU_DEVICES.value)
     dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))
@@ -86,11 +89,12 @@ class Loaded:
         return self._players[shape]
 
 
-def load(path: str, which: str = "last") -> Loaded:
-    """Reads config, tokenizer and parameters.
+def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
+    """Reads config, tokenizer and parameters, onto the devices there are here.
 
     Raises ConfigError where there is no such checkpoint.
     """
+    wiring.prepare_devices(cpu_devices)
     folder = pathlib.Path(path)
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         folder, which = folder.parent, folder.name
@@ -106,7 +110,7 @@ def load(path: str, which: str = "last") -> Loaded:
                 which, lambda: int(which)
             )()
             config = checkpointer.restore_config(step)
-            mesh = wiring.make_mesh(config)
+            mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = SentencePieceTokenizer.from_bytes(checkpointer.restore_tokenizer(step))
             parts = wiring.build(config, tokenizer)
             shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
@@ -120,6 +124,11 @@ def load(path: str, which: str = "last") -> Loaded:
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
+
+
+def _count_devices(batch_size: int) -> int:
+    """The most devices that share a batch evenly, however many the run was trained on."""
+    return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
 
 
 def evaluate_split(

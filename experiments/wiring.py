@@ -83,10 +83,10 @@ def category_names(config: ConfigDict) -> list[str]:
     return [category.name.lower() for category in module.FactCategory]
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of this run. Call it before anything else touches JAX's devices.
+def prepare_devices(cpu_devices: int) -> None:
+    """Splits a host without an accelerator into devices, and sets the compilation cache.
 
-    On a host without an accelerator it has `mesh.cpu_devices` devices. The persistent
+    Call it before anything else touches JAX's devices: opening a checkpoint does. The persistent
     compilation cache makes the second start of a script much faster.
     """
     cache = os.path.expanduser(os.environ.get("ATOMMEM_CACHE", "~/.cache/atommem_jax/xla"))
@@ -95,7 +95,12 @@ def make_mesh(config: ConfigDict) -> Mesh:
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Without effect where the devices exist already, as in a script that trains twice.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a training run. Call it before anything else touches JAX's devices."""
+    prepare_devices(config.mesh.cpu_devices)
     try:
         return sharding.make_mesh(config.mesh.data)
     except ValueError as error:
