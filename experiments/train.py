@@ -6,6 +6,7 @@ Killed at any moment, the same command resumes from the last checkpoint and ends
 parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/tensorboard.
 """
 
+import math
 import os
 import time
 
@@ -106,7 +107,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                     state, metrics = stage.step(state, batch, local_step)
                 step += 1
                 done = local_step + 1
-                _check_progress(state["train"], config, stage.name, step)
+                _check_progress(state["train"], metrics, config, stage.name, step)
                 if done % stage.config.log_every == 0 or done == stage.steps:
                     now = time.perf_counter()
                     writer.write(step, stage.name, {**metrics, "seconds": now - clock})
@@ -144,8 +145,15 @@ def _locate(plan: list, step: int) -> tuple[int, int]:
     return len(plan) - 1, plan[-1].steps
 
 
-def _check_progress(state, config: ConfigDict, stage: str, step: int) -> None:
-    """Raises TrainingError after too many steps whose gradient was not finite."""
+def _check_progress(state, metrics, config: ConfigDict, stage: str, step: int) -> None:
+    """Raises TrainingError where parameters are broken, or gradients were too often not finite."""
+    # Without finite log-probs nothing can be sampled: empty turns, whose gradient is a sound zero.
+    if not math.isfinite(metrics.get("sampled_nll", 0.0)):
+        raise TrainingError(
+            f"{stage} step {step}: the policy gives log-probs that are not finite, so its "
+            f"parameters are broken. Lower {stage}.optimizer.learning_rate, and start from an "
+            "earlier checkpoint or another --workdir"
+        )
     in_a_row = int(jax.device_get(state.skipped_in_a_row))
     if in_a_row >= config.rl.max_skipped_in_a_row:
         raise TrainingError(

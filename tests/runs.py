@@ -1,0 +1,89 @@
+"""The smallest run of the scripts: sizes, processes, and what a run leaves behind."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from experiments.configs import synthetic
+from tests.conftest import COMPILATION_CACHE, ROOT
+
+SFT_STEPS, RL_STEPS = 6, 4
+
+# An untrained model answers nothing right, so groups have no advantage: the entropy bonus gives
+# every RL step a gradient all the same, and the KL makes its checkpoints hold a reference.
+OVERRIDES = {
+    "mesh.data": 2,
+    "task.base_facts": 8,
+    "task.train_examples": 512,  # enough that names of the test splits are words of the tokenizer
+    "task.test_examples": 12,  # does not fill two batches
+    "task.scales": (1, 2, 4),
+    "model.width": 16,
+    "model.num_layers": 1,
+    "sft.steps": SFT_STEPS,
+    "sft.min_reward": 0.0,
+    "sft.log_every": 1,
+    "sft.eval_every": 3,
+    "sft.save_every": 2,
+    "rl.steps": RL_STEPS,
+    "rl.episodes": 4,
+    "rl.save_every": 1,
+    "rl.eval_every": 2,
+    "rl.ppo.group_size": 4,
+    "rl.ppo.minibatches": 2,
+    "rl.ppo.entropy_coef": 0.01,
+    "rl.ppo.kl_coef": 0.01,
+    "eval.episodes": 8,
+    "eval.batch_size": 8,
+}
+
+# Apart from the cache of the test process itself: scripts have other devices, and one that is
+# killed may leave half an entry.
+_CACHE = COMPILATION_CACHE.parent / "jax_scripts"
+
+
+def make_config(**overrides) -> ConfigDict:
+    """The tiny config; a section's field is written with two underscores (`rl__steps=2`)."""
+    config = synthetic.get_config()
+    paths = OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    config.update_from_flattened_dict(paths)
+    return config.lock()
+
+
+def make_flags(**overrides) -> list[str]:
+    """The tiny config as flags."""
+    paths = OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [f"--config.{path}={value}" for path, value in paths.items()]
+
+
+def start(script: str, *arguments: str | os.PathLike[str]) -> subprocess.Popen:
+    """Starts a script as a user does: none of the settings of the test process reach it."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"ATOMMEM_CACHE": str(_CACHE), "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30)}
+    command = [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(script: str, *arguments: str | os.PathLike[str], status: int = 0) -> str:
+    """Runs a script to its end; returns what it printed."""
+    process = start(script, *arguments)
+    # One after the other: progress bars would be mixed into the lines of a table.
+    output = b"".join(process.communicate()).decode()
+    assert process.returncode == status, output[-3000:]
+    return output
+
+
+def read_state(workdir: pathlib.Path, step: int) -> dict:
+    """The whole saved state of a step as NumPy arrays."""
+    folder = workdir / "checkpoints" / str(step) / "state"
+    checkpointer = ocp.PyTreeCheckpointer()
+    leaves = checkpointer.metadata(folder).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
+    return checkpointer.restore(folder, restore_args=as_numpy)

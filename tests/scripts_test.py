@@ -1,0 +1,265 @@
+"""The scripts beside training, from the outside: demo, evaluate, validity, and their help."""
+
+import json
+import pathlib
+import re
+import string
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from atommem_jax.checkpoint import Checkpointer
+from atommem_jax.config import ConfigError
+from atommem_jax.tasks import teacher
+from experiments import evaluate, validity, wiring
+from tests import runs
+from tests.conftest import COMPILATION_CACHE
+
+SFT_END = runs.SFT_STEPS
+END = runs.SFT_STEPS + runs.RL_STEPS
+EPISODES = runs.OVERRIDES["task.test_examples"]
+METHODS = ("atommem_sft", "atommem_rl", "atommem_sft_t1", "atommem_rl_t1")
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, data_root):
+    """(workdir, printed) of one small tour."""
+    workdir = tmp_path_factory.mktemp("demo")
+    printed = runs.run(
+        "demo.py", f"--workdir={workdir}", f"--data_root={data_root}", *runs.make_flags()
+    )
+    return workdir, printed
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch):
+    """Scripts called in this process keep its own compilation cache."""
+    monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# demo.py
+
+
+def test_the_demo_writes_the_results_that_others_read(demo):
+    workdir, _ = demo
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["methods"]) == set(METHODS)
+    for row in results["methods"].values():
+        assert list(row) == ["1x", "2x", "4x"]
+        for cell in row.values():
+            assert set(cell) == {"em", "ci_low", "ci_high", "episodes"}
+            assert 0 <= cell["ci_low"] <= cell["em"] <= cell["ci_high"] <= 1
+            assert cell["episodes"] == EPISODES
+    seconds = results["seconds"]
+    assert set(seconds) == {"sft", "rl", "total"}
+    assert 0 < seconds["sft"] + seconds["rl"] < seconds["total"]
+
+
+def test_the_demo_draws_and_prints_what_it_measured(demo):
+    workdir, printed = demo
+    assert np.ptp(matplotlib.image.imread(workdir / "learning.png")) > 0.5
+    results = json.loads((workdir / "results.json").read_text())
+    for name in METHODS:
+        (line,) = re.findall(rf"^ +{name} .*$", printed, re.MULTILINE)
+        scores = [float(x) for x in re.findall(r"([\d.]+) \[", line)]
+        measured = [results["methods"][name][scale]["em"] for scale in ("1x", "2x", "4x")]
+        np.testing.assert_allclose(scores, measured, atol=6e-4)
+
+
+def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
+    workdir, _ = demo
+    found = {path.stem for path in (workdir / "eval").glob("*.json")}
+    assert found == {
+        f"test_{scale}_t{temperature}_step{step}"
+        for scale in ("1x", "2x", "4x")
+        for temperature in (0, 1)
+        for step in (SFT_END, END)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_every_sample_of_a_split_is_scored_once(demo):
+    workdir, _ = demo
+    for scale in ("1x", "4x"):
+        stem = f"test_{scale}_t1_step{END}"
+        records = read_lines(workdir / "eval" / f"{stem}.jsonl")
+        summary = json.loads((workdir / "eval" / f"{stem}.json").read_text())
+        # The last batch is filled up to 16: what fills it is not counted.
+        rows = [(record["episode"], record["question"]) for record in records]
+        assert sorted(rows) == [(e, q) for e in range(EPISODES) for q in range(2)]
+        assert (summary["episodes"], summary["questions"]) == (EPISODES, 2 * EPISODES)
+        right = []
+        for record in records:
+            words = record["answer"].lower().strip(string.punctuation + " ")
+            right.append(words in [alias.lower() for alias in record["aliases"]])
+            assert record["em"] == right[-1]
+        assert summary["em"] == pytest.approx(np.mean(right))
+        assert summary["ci_low"] <= summary["em"] <= summary["ci_high"]
+        assert summary["f1_ci_low"] <= summary["f1"] <= summary["f1_ci_high"]
+        assert summary["f1"] >= summary["em"]
+
+
+def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
+    workdir, _ = demo
+    printed = runs.run(
+        "evaluate.py",
+        f"--checkpoint={workdir}",
+        f"--data_root={data_root}",
+        f"--out={tmp_path}",
+        "--split=test_1x",
+        "--temperature=1",
+    )
+    name = f"test_1x_t1_step{END}"
+    assert read_lines(tmp_path / f"{name}.jsonl") == read_lines(workdir / "eval" / f"{name}.jsonl")
+    summary = json.loads((tmp_path / f"{name}.json").read_text())
+    assert summary == json.loads((workdir / "eval" / f"{name}.json").read_text())
+    (line,) = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
+    assert line.split()[-2:] == [str(EPISODES), str(2 * EPISODES)]
+    assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
+
+
+def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
+    workdir, _ = demo
+    folder = workdir / "checkpoints"
+    found = {
+        "workdir": evaluate.load(str(workdir)),
+        "folder": evaluate.load(str(folder)),
+        "number": evaluate.load(str(workdir), str(SFT_END)),
+        "path": evaluate.load(str(folder / str(SFT_END))),
+    }
+    steps = {"workdir": END, "folder": END, "number": SFT_END, "path": SFT_END}
+    for name, loaded in found.items():
+        assert loaded.step == steps[name]
+        assert loaded.workdir == str(workdir)
+        saved = runs.read_state(workdir, loaded.step)["train"]["params"]
+        assert_equal(loaded.params, saved)
+
+
+def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
+    workdir, _ = demo
+    with (
+        Checkpointer(workdir / "checkpoints", best_metric="em", read_only=True) as source,
+        Checkpointer(tmp_path / "checkpoints", best_metric="em") as copy,
+    ):
+        for step, em in ((SFT_END, 0.9), (END, 0.1)):
+            copy.save(
+                step,
+                runs.read_state(workdir, step),
+                config=source.restore_config(step),
+                tokenizer=source.restore_tokenizer(step),
+                data_state=0,
+                progress={},
+                metrics={"em": em},
+            )
+    best, last = evaluate.load(str(tmp_path), "best"), evaluate.load(str(tmp_path), "last")
+    assert (best.step, last.step) == (SFT_END, END)
+    assert_equal(best.params, runs.read_state(workdir, SFT_END)["train"]["params"])
+
+
+def assert_equal(params, saved) -> None:
+    assert jax.tree.structure(params) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), saved)
+
+
+def test_checkpoints_that_are_not_there_are_explained(demo, tmp_path):
+    workdir, _ = demo
+    with pytest.raises(ConfigError, match=f"no complete checkpoint in .*{tmp_path.name}.*empty"):
+        evaluate.load(str(tmp_path))
+    with pytest.raises(ConfigError, match="does not exist"):
+        evaluate.load(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=f"step=3: .* holds steps {SFT_END}, .*{END}"):
+        evaluate.load(str(workdir), "3")
+    with pytest.raises(ConfigError, match="--step=first: allowed are last, best or a number"):
+        evaluate.load(str(workdir), "first")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_root):
+    workdir, _ = demo
+    printed = runs.run(
+        "evaluate.py",
+        f"--checkpoint={workdir}",
+        f"--data_root={data_root}",
+        "--split=test_3x",
+        status=2,
+    )
+    assert "--split=test_3x" in printed
+    assert "test_4x" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_missing_checkpoint_flag_ends_with_status_2():
+    assert "--checkpoint is missing" in runs.run("evaluate.py", status=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# validity.py
+
+
+def test_the_validity_table_tells_memory_from_none(data_root):
+    config = runs.make_config(mesh__data=1, task__scales=(1,))
+    dataset = wiring.load_dataset(config, str(data_root))
+    policies = {name: teacher.SCRIPTED[name] for name in ("clean", "no_memory")}
+    table = validity.measure(config, dataset, policies, episodes=8)
+    assert [list(row) for row in table.values()] == [["test_1x"], ["test_1x"]]
+    assert table["clean"]["test_1x"]["em"] == 1.0
+    assert table["no_memory"]["test_1x"]["em"] < 0.2
+    assert table["clean"]["test_1x"]["episodes"] == 8
+    header, first, second, footer = validity.render(table).splitlines()
+    assert first.startswith("clean ")
+    assert "1.000" in first
+    assert second.startswith("no_memory ")
+    assert header.index("test_1x") + len("test_1x") == first.index("1.000") + len("1.000")
+    assert footer.endswith("episodes a cell: 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "verdict"),
+    [
+        ("clean", [0.95, 0.96], "solves"),
+        ("clean", [1.0, 0.94], "not solvable"),
+        ("noisy_teacher", [0.9, 0.9], "RL starts"),
+        ("store_all", [0.75, 0.5], "falls short"),
+        ("store_all", [0.76, 0.5], "does not press"),
+        ("store_all", [0.5, 0.5], "not with scale"),
+        ("store_all", [0.5], "falls short"),
+    ],
+)
+def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
+    assert verdict in validity.judge(name, scores)
+
+
+# ---------------------------------------------------------------------------------------------
+# All
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("train.py", ["--config", "--workdir", "--data_root"]),
+        ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
+        ("demo.py", ["--config", "--workdir", "--data_root"]),
+        ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
+    ],
+)
+def test_help_lists_the_flags(script, names):
+    # absl ends --help with status 1.
+    printed = runs.run(script, "--help", status=1)
+    assert f"python experiments/{script}" in printed
+    for name in names:
+        assert re.search(rf"^  {name}:", printed, re.MULTILINE), name
