@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -239,13 +240,20 @@ def make_scripted_player(
     mesh: Mesh,
 ):
     """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher."""
+    # Rates are arguments of the program, so that teachers share what was compiled for one.
+    rates = {
+        name: np.float32(value)
+        for name, value in dataclasses.asdict(config).items()
+        if not isinstance(value, bool)
+    }
 
-    def play_local(setting, episodes, ids, seed):
-        return rollout.run(setting, teacher.policy(config, parts.script), episodes, ids, seed)
+    def play_local(setting, rates, episodes, ids, seed):
+        policy = teacher.policy(dataclasses.replace(config, **rates), parts.script)
+        return rollout.run(setting, policy, episodes, ids, seed)
 
     play = jax.jit(
         sharding.data_parallel(
-            play_local, mesh, sharded=(False, True, True, False), sharded_out=True
+            play_local, mesh, sharded=(False, False, True, True, False), sharded_out=True
         )
     )
-    return functools.partial(play, sharding.replicate(parts.setting(shape), mesh))
+    return functools.partial(play, *sharding.replicate((parts.setting(shape), rates), mesh))

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments.configs import synthetic
 from tests.conftest import COMPILATION_CACHE, ROOT
 
-SFT_STEPS, RL_STEPS = 6, 4
+SFT_STEPS, RL_STEPS = 6, 6
 
 # An untrained model answers nothing right, so groups have no advantage: the entropy bonus gives
 # every RL step a gradient all the same, and the KL makes its checkpoints hold a reference.

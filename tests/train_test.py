@@ -103,7 +103,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, data_roo
         (has_logged(rng.randint(1, 4), "sft"), rng.uniform(0, 0.3)),
         (has_logged(SFT_END, "eval"), 0.0),  # SFT is over; its last save is not, or barely
         (is_saving(after=SFT_END), 0.0),
-        (has_logged(SFT_END + rng.randint(2, 3), "rl"), rng.uniform(0, 0.05)),
+        (has_logged(SFT_END + rng.randint(3, 4), "rl"), rng.uniform(0, 0.05)),
     ]
     for reached, delay in moments:
         start_and_kill(tmp_path, reached, delay, arguments)
