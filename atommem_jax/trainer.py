@@ -9,8 +9,6 @@ of a fixed number of rows are accumulated for exactly as long as there are such 
 never took place, and with a pure policy-gradient loss those of groups whose advantages are all
 zero, cost nothing; no row is ever dropped, and the denominators count every generated token,
 packed or not. So the result equals that of the unpacked batch.
-
-A gradient that is not finite leaves parameters and optimiser as they were and is counted.
 """
 
 import dataclasses
@@ -19,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax import advantage, loss, sampling, sharding
+from atommem_jax.optimizer import TrainState, apply_gradients
 from atommem_jax.sampling import Agent
 from atommem_jax.types import EMPTY, Batch, Trajectory
 
@@ -42,46 +40,6 @@ _PER_TOKEN = (
     "approx_kl",
     "entropy",
 )
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step changes."""
-
-    step: Int[Array, ""]  # optimiser steps asked for, skipped ones included
-    params: PyTree
-    opt_state: PyTree
-    skipped: Int[Array, ""]  # steps not taken because the gradient was not finite
-    skipped_in_a_row: Int[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An Optax chain: clip by global norm, then AdamW or Muon under a schedule."""
-
-    name: str = "adamw"  # or "muon": matrices by Muon, the rest by AdamW
-    learning_rate: float = 1e-3
-    adam_learning_rate: float = 0.0  # of Muon's AdamW part; 0 takes learning_rate
-    schedule: str = "constant"  # or "cosine", to 0 at the last step
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 1.0
-
-    def validate(self, prefix: str = "optimizer") -> None:
-        """Raises ValueError, naming field, value and allowed values."""
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"{prefix}.name={self.name!r}: allowed are 'adamw' and 'muon'")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(
-                f"{prefix}.schedule={self.schedule!r}: allowed are 'constant' and 'cosine'"
-            )
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"{prefix}.learning_rate={self.learning_rate} and {prefix}.clip_norm="
-                f"{self.clip_norm}: both must be above 0"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,82 +90,6 @@ class PPOConfig:
     def needs_every_row(self) -> bool:
         """True where a row with zero advantage has a gradient all the same."""
         return self.entropy_coef != 0 or self.kl_coef != 0 or self.estimator == "gae"
-
-
-def _matrices(params: PyTree) -> PyTree:
-    """Muon's view: stacked layer kernels are matrices per layer; the rest is AdamW's."""
-
-    def spec(path, leaf):
-        stacked = leaf.ndim == 3 and any(getattr(k, "key", None) == "layers" for k in path)
-        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-        return numbers if stacked else None
-
-    return jax.tree_util.tree_map_with_path(spec, params)
-
-
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The chain that `config` describes; `total_steps` is where a cosine schedule ends."""
-    config.validate()
-
-    def schedule(peak: float):
-        warm = config.warmup_steps
-        if config.schedule == "cosine":
-            after = optax.cosine_decay_schedule(peak, max(total_steps - warm, 1))
-        else:
-            after = optax.constant_schedule(peak)
-        if not warm:
-            return after
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
-
-    rate = schedule(config.learning_rate)
-    if config.name == "muon":
-        inner = optax.contrib.muon(
-            rate,
-            weight_decay=config.weight_decay,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=schedule(config.adam_learning_rate or config.learning_rate),
-            muon_weight_dimension_numbers=_matrices,
-        )
-    else:
-        inner = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
-
-
-def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0."""
-    # One buffer for each counter: a buffer cannot be donated twice.
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
-        skipped=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
-    )
-
-
-def apply_gradients(
-    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Metrics]:
-    """One optimiser step, or none where a gradient is not finite."""
-    norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
-
-    missed = (~sound).astype(jnp.int32)
-    state = state.replace(
-        step=state.step + 1,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
-        skipped=state.skipped + missed,
-        skipped_in_a_row=jnp.where(sound, 0, state.skipped_in_a_row + 1),
-    )
-    return state, {"gradient_norm": norm, "skipped": missed.astype(jnp.float32)}
 
 
 def accumulate_gradients(

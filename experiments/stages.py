@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atommem_jax import evaluate as evaluation
+from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import sharding, trainer
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
@@ -73,7 +74,7 @@ class _Stage:
         return init_params(self.parts.agent.model, key)
 
     def _create(self, params: Any) -> State:
-        return {"train": trainer.create_state(params, self.optimizer)}
+        return {"train": optimizer_lib.create_state(params, self.optimizer)}
 
     def score(self, trajectories, aliases) -> np.ndarray:
         """Exact match of each question, on the host: Float[B Q]."""

@@ -7,10 +7,11 @@ from ml_collections import ConfigDict
 from atommem_jax import memory
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import ModelConfig
+from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.sampling import SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
-from atommem_jax.trainer import OptimizerConfig, PPOConfig
+from atommem_jax.trainer import PPOConfig
 from atommem_jax.types import Phase
 from experiments import wiring
 

@@ -19,9 +19,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
-from atommem_jax import rollout, sharding, trainer
+from atommem_jax import rollout, sharding
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.grammar import compile_grammar
@@ -110,7 +111,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
 
 def make_optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage."""
-    return trainer.make_optimizer(subconfig(trainer.OptimizerConfig, section), steps)
+    return optimizer_lib.make_optimizer(subconfig(optimizer_lib.OptimizerConfig, section), steps)
 
 
 def subconfig(cls, section: ConfigDict, **more):

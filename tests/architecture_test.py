@@ -25,6 +25,7 @@ FLOORS = (
         "loss",
         "advantage",
         "reward",
+        "optimizer",
         "checkpoint",
         "report",
     ),

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import rollout, sampling, sharding, trainer
+from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.tasks import teacher
-from atommem_jax.trainer import OptimizerConfig, PPOConfig
+from atommem_jax.trainer import PPOConfig
 from atommem_jax.types import EMPTY, ActionKind, Phase
 from tests import tiny
 
@@ -72,13 +74,13 @@ def relax(optimizer):
 
 
 def make_optimizer(total_steps=1, **config):
-    return relax(trainer.make_optimizer(OptimizerConfig(**config), total_steps))
+    return relax(optimizer_lib.make_optimizer(OptimizerConfig(**config), total_steps))
 
 
 def new_state(optimizer, params=None):
     params = make_params() if params is None else params
     # Steps donate their state, and the parameters of these tests are shared.
-    state = trainer.create_state(jax.tree.map(jnp.copy, params), optimizer)
+    state = optimizer_lib.create_state(jax.tree.map(jnp.copy, params), optimizer)
     return sharding.replicate(state, sharding.single())  # where a step leaves it
 
 
@@ -494,17 +496,17 @@ def test_large_gradients_are_clipped():
 def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
     params = {"w": jnp.asarray([1.0, 2.0])}
     optimizer = make_optimizer()
-    state = trainer.create_state(params, optimizer)
+    state = optimizer_lib.create_state(params, optimizer)
     bad = {"w": jnp.asarray([1.0, jnp.nan])}
     good = {"w": jnp.asarray([1.0, -1.0])}
     for step, in_a_row in [(1, 1), (2, 2)]:
-        state, metrics = trainer.apply_gradients(state, bad, optimizer)
+        state, metrics = optimizer_lib.apply_gradients(state, bad, optimizer)
         assert (state.step, state.skipped, state.skipped_in_a_row) == (step, step, in_a_row)
         assert metrics["skipped"] == 1
         np.testing.assert_array_equal(state.params["w"], params["w"])
     fresh = optimizer.init(params)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh)
-    state, metrics = trainer.apply_gradients(state, good, optimizer)
+    state, metrics = optimizer_lib.apply_gradients(state, good, optimizer)
     assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 2, 0)
     np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(2), rtol=1e-6)
     assert (np.sign(state.params["w"] - params["w"]) == [-1, 1]).all()

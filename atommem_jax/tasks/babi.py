@@ -25,13 +25,14 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+
+from atommem_jax.tasks import builders
 
 _STEMS = {
     1: "qa1_single-supporting-fact",
@@ -241,38 +242,17 @@ def _label(texts: Iterable[str], task: int, asked: str) -> list[dict[str, Any]]:
     return facts
 
 
-@dataclasses.dataclass(eq=False)
-class BabiBuilderConfig(tfds.core.BuilderConfig):
-    """What TFDS names a prepared data set by; `make_builder` fills it in."""
-
-    task: BabiConfig = dataclasses.field(default_factory=BabiConfig)
-
-
-class Babi(tfds.core.GeneratorBasedBuilder):
-    """Writes the examples with TFDS; read them back with `episodes.prepare`."""
+class Babi(builders.ExampleBuilder):
+    """bAbI tasks 1 to 3 (https://fb.ai/babi)."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded. (TFDS 4.9.10 needs importlib_resources, which it does not install, to
-    # look for the checksums of downloads.)
-    url_infos = None
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        # One JSON text: without TensorFlow, TFDS cannot store lists of lists.
-        features = tfds.features.FeaturesDict({"example": tfds.features.Text()})
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="bAbI tasks 1 to 3, one example per question.",
-            homepage="https://fb.ai/babi",
-            features=features,
-            disable_shuffling=True,  # example i of a split is record i
-        )
+    DESCRIPTION = "bAbI tasks 1 to 3, one example per question."
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split in ("train", "validation", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, str]]]:
-        for example in generate(self.builder_config.task, split):
-            yield example["id"], {"example": json.dumps(example)}
+        return self.store(generate(self.builder_config.task, split))
 
 
 def make_builder(config: BabiConfig, data_root: str) -> Babi:
@@ -286,7 +266,9 @@ def make_builder(config: BabiConfig, data_root: str) -> Babi:
         with open(data_file(config, part), "rb") as file:
             digest.update(file.read())
     return Babi(
-        config=BabiBuilderConfig(name=f"qa{config.task}_{digest.hexdigest()[:12]}", task=config),
+        config=builders.TaskBuilderConfig(
+            name=f"qa{config.task}_{digest.hexdigest()[:12]}", task=config
+        ),
         data_dir=data_root,
         file_format="array_record",
     )

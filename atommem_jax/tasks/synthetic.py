@@ -17,12 +17,13 @@ import dataclasses
 import enum
 import functools
 import hashlib
-import json
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
+
+from atommem_jax.tasks import builders
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -354,39 +355,19 @@ def _ask(chain: _Chain, group: list[dict], numbers: list[int]) -> dict[str, Any]
     return {"text": text, "aliases": [chain.city], "needs": needs}
 
 
-@dataclasses.dataclass(eq=False)
-class SyntheticBuilderConfig(tfds.core.BuilderConfig):
-    """What TFDS names a prepared data set by; `make_builder` fills it in."""
-
-    task: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
-
-
-class Synthetic(tfds.core.GeneratorBasedBuilder):
-    """Writes the generated examples with TFDS; read them back with `episodes.prepare`."""
+class Synthetic(builders.ExampleBuilder):
+    """The generated world as a data set."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded. (TFDS 4.9.10 needs importlib_resources, which it does not install, to
-    # look for the checksums of downloads.)
-    url_infos = None
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        # One JSON text: without TensorFlow, TFDS cannot store lists of lists.
-        features = tfds.features.FeaturesDict({"example": tfds.features.Text()})
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Streaming multi-hop questions over a made-up world.",
-            features=features,
-            disable_shuffling=True,  # example i of a split is record i
-        )
+    DESCRIPTION = "Streaming multi-hop questions over a made-up world."
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         sizes = split_sizes(self.builder_config.task)
         return {split: self._generate_examples(split, size) for split, size in sizes.items()}
 
     def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict[str, str]]]:
-        for index in range(size):
-            example = generate(self.builder_config.task, split, index)
-            yield index, {"example": json.dumps(example)}
+        task = self.builder_config.task
+        return self.store(generate(task, split, index) for index in range(size))
 
 
 def make_builder(config: SyntheticConfig, data_root: str) -> Synthetic:
@@ -394,7 +375,7 @@ def make_builder(config: SyntheticConfig, data_root: str) -> Synthetic:
     digest = hashlib.sha256(repr(config).encode()).hexdigest()[:12]
     name = f"facts{config.base_facts}_{digest}"
     return Synthetic(
-        config=SyntheticBuilderConfig(name=name, task=config),
+        config=builders.TaskBuilderConfig(name=name, task=config),
         data_dir=data_root,
         file_format="array_record",
     )
