@@ -63,7 +63,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, data_root: str) -> None:
         stage: sum(r["seconds"] for r in records if r["stage"] == stage) for stage in ("sft", "rl")
     }
     seconds["total"] = time.perf_counter() - started
-    results = {"methods": methods, "seconds": seconds, "categories_1x": rates}
+    results = {
+        "methods": methods,
+        "seconds": seconds,
+        "categories_1x": rates,
+        "seed": config.seed,
+    }
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _print(results, workdir)
 
