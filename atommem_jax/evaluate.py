@@ -59,13 +59,16 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     """Means over a batch of trajectories, as float32 scalars.
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
-    turn; `sampled_nll` estimates the policy's entropy in nats a token.
+    turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
+    policy wrote, not those of a fixed program.
     """
     turns = trajectories.turns
     live = turns.live.astype(jnp.float32)
     episodes = float(live.shape[0])
-    tokens = jnp.maximum(turns.response_lengths.sum().astype(jnp.float32), 1.0)
     turn_count = jnp.maximum(live.sum(), 1.0)
+    written = jnp.where(turns.scripted, 0, turns.response_lengths).astype(jnp.float32)
+    tokens = jnp.maximum(written.sum(), 1.0)
+    responses = jnp.maximum((turns.live & ~turns.scripted).astype(jnp.float32).sum(), 1.0)
     reading = turns.live & (turns.phase == Phase.READING)
     answered = trajectories.answer_lengths > 0
     # Rows past an episode's last question are padding: only what was put can go unanswered.
@@ -73,7 +76,7 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     put = jnp.any(turns.live[..., None] & (turns.question[..., None] == number), axis=1)
     result = {
         "turns": live.sum() / episodes,
-        "response_tokens": tokens / turn_count,
+        "response_tokens": tokens / responses,
         "prompt_tokens": turns.prompt_lengths.sum().astype(jnp.float32) / turn_count,
         "tokens": tokens,
         "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum().astype(jnp.float32)

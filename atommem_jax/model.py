@@ -15,11 +15,13 @@ Two input features serve models trained from scratch and are off for pretrained 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
@@ -82,16 +84,29 @@ class ModelConfig:
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the slots written so far, for all layers."""
+    """Keys and values of the slots written so far, for all layers.
+
+    Those of the prompt are written once and then only read: decoding would spend most of its time
+    copying them from step to step. What it writes lies apart, in the slots behind them.
+    """
 
     keys: Float[Array, "layers B kv_heads slots head_width"]
     values: Float[Array, "layers B kv_heads slots head_width"]
+    later_keys: Float[Array, "layers B kv_heads more head_width"]
+    later_values: Float[Array, "layers B kv_heads more head_width"]
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
+
+    @property
+    def slots(self) -> int:
+        """All slots, written or not."""
+        return self.keys.shape[3] + self.later_keys.shape[3]
 
     def extend(self, slots: int) -> "Cache":
         """Room for `slots` more slots, which hold zeros until they are written."""
         pad = [(0, 0)] * 3 + [(0, slots), (0, 0)]
-        return self.replace(keys=jnp.pad(self.keys, pad), values=jnp.pad(self.values, pad))
+        return self.replace(
+            later_keys=jnp.pad(self.later_keys, pad), later_values=jnp.pad(self.later_values, pad)
+        )
 
 
 def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
@@ -128,25 +143,30 @@ def rotate(
 
 def attend(
     queries: Float[Array, "B heads T depth"],
-    keys: Float[Array, "B kv_heads S depth"],
-    values: Float[Array, "B kv_heads S depth"],
+    keys: Sequence[Float[Array, "B kv_heads _ depth"]],
+    values: Sequence[Float[Array, "B kv_heads _ depth"]],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B heads T depth"]:
-    """Softmax attention; each key/value head serves heads / kv_heads query heads."""
+    """Softmax attention; each key/value head serves heads / kv_heads query heads.
+
+    keys, values: in one or more pieces, which have S slots together.
+    """
     batch, heads, length, depth = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
-    scores = jnp.einsum("bkgtd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32) * (
-        depth**-0.5
-    )
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scored = [dot("bkgtd,bksd->bkgts", grouped, piece) for piece in keys]
+    scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgts,bksd->bkgtd", weights, values, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
+    ends = np.cumsum([piece.shape[2] for piece in values])[:-1]
+    pieces = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
+    out = functools.reduce(jnp.add, [dot("bkgts,bksd->bkgtd", w, v) for w, v in pieces])
     return out.reshape(batch, heads, length, depth).astype(queries.dtype)
 
 
 class Block(nn.Module):
-    """One pre-norm layer. With a cache it writes its keys and values at slot `index`."""
+    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`."""
 
     config: ModelConfig
     keep_cache: bool
@@ -168,10 +188,13 @@ class Block(nn.Module):
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
         q = rotate(q, positions, width=c.rope_width, theta=c.rope_theta)
         k = rotate(k, positions, width=c.rope_width, theta=c.rope_theta)
+        keys: tuple[Array, ...] = (k,)
+        values: tuple[Array, ...] = (v,)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, index, axis=2)
-        attended = attend(q, k, v, mask).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
+            keys, values = (cache.keys, k), (cache.values, v)
+        attended = attend(q, keys, values, mask).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         x = x + _dense(c.width, c.dtype, "out")(attended)
 
         h = norm(name="mlp_norm")(x)
@@ -236,7 +259,8 @@ class Transformer(nn.Module):
         """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
 
         With `cache` the tokens attend to its slots too, and the cache comes back with them
-        written. Without, `keep_cache=True` returns a cache of just these T slots.
+        written among its later slots. Without, `keep_cache=True` returns a cache of just these T
+        slots.
         """
         c = self.config
         batch, length = tokens.shape
@@ -260,18 +284,25 @@ class Transformer(nn.Module):
             x = x + self.features(features.astype(c.dtype))
 
         slots = index + jnp.arange(length, dtype=jnp.int32)
-        key_slots = jnp.arange(length if cache is None else cache.keys.shape[3], dtype=jnp.int32)
+        key_slots = jnp.arange(length if cache is None else cache.slots, dtype=jnp.int32)
         positions = jnp.maximum(slots[None, :] - start[:, None], 0)
         mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
             key_slots[None, None, :] >= start[:, None, None]
         )
-        pair = None if cache is None else (cache.keys, cache.values)
         keep = keep_cache or cache is not None
-        x, written = self._layers(keep, x, pair, positions, mask, index)
+        stacked = None if cache is None else cache.replace(recent=None)
+        offset = index if cache is None else index - cache.keys.shape[3]
+        x, written = self._layers(keep, x, stacked, positions, mask, offset)
         new_cache = None
         if keep:
             tail = window[:, window.shape[1] - c.token_shift :]
-            new_cache = Cache(keys=written[0], values=written[1], recent=tail)
+            if cache is None:
+                none = jnp.zeros((*written[0].shape[:3], 0, c.head_width), written[0].dtype)
+                new_cache = Cache(written[0], written[1], none, none, tail)
+            else:
+                new_cache = cache.replace(
+                    later_keys=written[0], later_values=written[1], recent=tail
+                )
         return self.final_norm(x), new_cache
 
     def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]:

@@ -4,6 +4,7 @@ A `Protocol` is data, and knows of no tokens; `spell` writes its literals in tho
 """
 
 import dataclasses
+from collections.abc import Collection
 
 from atommem_jax.tokenizer import Tokenizer
 from atommem_jax.types import ActionKind
@@ -113,6 +114,10 @@ class Protocol:
         if target is None:
             return ()
         return tuple(target.replace("{}", str(i)) for i in range(1, self.max_target + 1))
+
+    def restrict(self, kinds: Collection[ActionKind]) -> "Protocol":
+        """The same with the tags of `kinds` alone; other actions cannot be written or parsed."""
+        return dataclasses.replace(self, tags=tuple(tag for tag in self.tags if tag.kind in kinds))
 
     def reserved_names(self) -> tuple[str, ...]:
         """All literals once each: what to reserve in a tokenizer trained for this protocol."""

@@ -284,6 +284,7 @@ def _one_turn(setting, policy, env, episodes, keys):
         response_lengths=response.lengths,
         log_probs=response.log_probs,
         values=response.values,
+        scripted=response.scripted,
         actions=actions,
         report=report,
         shown=seen.memory.shown,

@@ -178,7 +178,20 @@ def generate(
     )
     _, _, _, _, _, tokens, log_probs = jax.lax.while_loop(keep_going, decode, carry)
     lengths = jnp.sum(tokens != pad, axis=1).astype(jnp.int32)
-    return Response(tokens=tokens, lengths=lengths, log_probs=log_probs, values=values)
+    return Response(
+        tokens=tokens,
+        lengths=lengths,
+        log_probs=log_probs,
+        values=values,
+        scripted=jnp.zeros((batch,), bool),
+    )
+
+
+def row_lengths(
+    prompt_lengths: Int[Array, " M"], response_lengths: Int[Array, " M"]
+) -> Int[Array, " M"]:
+    """Tokens that `score` feeds to the model for each row."""
+    return prompt_lengths + jnp.maximum(response_lengths - 1, 0)
 
 
 def score(
@@ -190,19 +203,29 @@ def score(
     response_lengths: Int[Array, " M"],
     phase: Int[Array, " M"],
     temperature: Float[Array, ""],
+    width: int | None = None,
 ) -> Scores:
-    """Log-probs and entropies of given responses under the sampler's own distribution."""
+    """Log-probs and entropies of given responses under the sampler's own distribution.
+
+    width: static; columns that hold the prompt and response of every row, `row_lengths` of them.
+      None is what always suffices, P + R - 1. A shorter one leaves out padding, no token.
+    """
     model, grammar, config = agent.model, agent.grammar, agent.sampler
-    width, limit = prompt.shape[1], response.shape[1]
-    # The last response token predicts nothing, so it is never fed.
-    tokens = jnp.concatenate([prompt, response[:, :-1]], axis=1)
+    limit = response.shape[1]
+    width = prompt.shape[1] + limit - 1 if width is None else width
+    # The last response token predicts nothing, so it is never fed; the rest ends every row.
+    fed = row_lengths(prompt_lengths, response_lengths)
+    column = jnp.arange(width, dtype=jnp.int32)[None] - (width - fed)[:, None]  # within its row
+    place = column + (prompt.shape[1] - prompt_lengths)[:, None]
+    both = jnp.concatenate([prompt, response[:, :-1]], axis=1)
+    tokens = jnp.take_along_axis(both, jnp.maximum(place, 0), axis=1)
+    tokens = jnp.where(column >= 0, tokens, grammar.pad_id)
     hidden, _ = model.apply(
-        {"params": params},
-        tokens,
-        width - prompt_lengths,
-        features=_features(agent, prompt, tokens),
+        {"params": params}, tokens, width - fed, features=_features(agent, prompt, tokens)
     )
-    hidden = hidden[:, width - 1 :]
+    first = width - fed + prompt_lengths - 1  # the column that predicts the first response token
+    at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], width - 1)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
     values = model.apply({"params": params}, hidden[:, 0], method="value")
     logits = model.apply({"params": params}, hidden, method="logits")
     if config.constrained:

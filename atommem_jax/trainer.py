@@ -4,8 +4,10 @@ The trainer knows `Trajectory` and `Batch`, not how they were made. `make_batch`
 trajectories and their rewards into rows, one a turn. `update_step` shuffles *trajectories* into
 mini-batches and takes an optimiser step on each; `sft_step` takes one step on all its rows.
 
-Rows are packed: those that can contribute a gradient are moved to the front, and micro-batches
-of a fixed number of rows are accumulated for exactly as long as there are such rows. Turns that
+Rows are packed: those that can contribute a gradient are moved to the front, the longest first,
+and micro-batches of a fixed number of rows are accumulated for exactly as long as there are such
+rows. Each is scored at the least of a few widths that holds its rows, so that little of the work is
+padding. Turns that
 never took place, and with a pure policy-gradient loss those of groups whose advantages are all
 zero, cost nothing; no row is ever dropped, and the denominators count every generated token,
 packed or not. So the result equals that of the unpacked batch.
@@ -30,6 +32,10 @@ from atommem_jax.types import EMPTY, Batch, Trajectory
 
 Metrics = dict[str, Float[Array, ""]]
 PyTree = Any
+
+# Of the full width, where micro-batches are scored. More would save little work, and each is a
+# program of its own to compile.
+_EIGHTHS = (5, 8)
 
 # Metrics of `loss.ppo_loss` that are means over the tokens scored.
 _PER_TOKEN = (
@@ -93,7 +99,7 @@ class PPOConfig:
 
 
 def accumulate_gradients(
-    loss_fn: Callable[[PyTree, Batch], tuple[Float[Array, ""], tuple[Metrics, Metrics]]],
+    loss_fn: Callable[[PyTree, Batch, int], tuple[Float[Array, ""], tuple[Metrics, Metrics]]],
     params: PyTree,
     batch: Batch,
     active: Bool[Array, " M"],
@@ -102,11 +108,15 @@ def accumulate_gradients(
     """Sums gradients over micro-batches of `rows` rows, active rows first, idle ones not at all.
 
     `loss_fn` returns (loss, (metrics to add up, metrics to take the maximum of)); its loss is a
-    sum over rows with a denominator fixed beforehand, so that micro-batches add up.
+    sum over rows with a denominator fixed beforehand, so that micro-batches add up. Its last
+    argument is static: no row of the part has more `sampling.row_lengths` than that.
     """
     size = active.shape[0]
     rows = min(rows, size)
-    order = jnp.argsort(~active, stable=True)
+    lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
+    lengths = jnp.where(active, lengths, -1)
+    order = jnp.argsort(-lengths, stable=True)
+    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1)
     # The last slice may reach past the end: repeat row order, with weights of zero.
     padded = -(-size // rows) * rows
     order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
@@ -122,14 +132,26 @@ def accumulate_gradients(
             response_lengths=jnp.where(counts, part.response_lengths, 0),
         )
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss_shape, aux_shape), grad_shape = jax.eval_shape(lambda p: grad_fn(p, slice_of(0)), params)
+    def differentiate(width):
+        def grad_fn(part):
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, part, width)
+
+        return grad_fn
+
+    (loss_shape, aux_shape), grad_shape = jax.eval_shape(
+        lambda: differentiate(widths[-1])(slice_of(0))
+    )
     del loss_shape
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shape, aux_shape))
 
     def body(i, carry):
         grads, (sums, maxima) = carry
-        (_, (new_sums, new_maxima)), new_grads = grad_fn(params, slice_of(i))
+        longest = lengths[order[i * rows]]
+        (_, (new_sums, new_maxima)), new_grads = jax.lax.switch(
+            jnp.sum(longest > jnp.asarray(widths[:-1])),
+            [differentiate(width) for width in widths],
+            slice_of(i),
+        )
         return jax.tree.map(jnp.add, grads, new_grads), (
             jax.tree.map(jnp.add, sums, new_sums),
             jax.tree.map(jnp.maximum, maxima, new_maxima),
@@ -137,6 +159,11 @@ def accumulate_gradients(
 
     grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
     return grads, sums, maxima
+
+
+def list_widths(full: int) -> list[int]:
+    """The widths that rows are scored at: some eighths of `full`, each compiled once."""
+    return sorted({-(-full * eighths // 8) for eighths in _EIGHTHS})
 
 
 def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
@@ -148,13 +175,14 @@ def _flatten(x: Array) -> Array:
 
 
 def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch:
-    """Rows [B * T, ...] of all turns; dead turns have length 0 and weight 0.
+    """Rows [B * T, ...] of all turns; dead and scripted turns have length 0 and weight 0.
 
     advantages: Float[B T], copied to every token of the turn; returns: Float[B T].
     """
     turns = trajectories.turns
     mask = jnp.arange(turns.response.shape[2])[None, None] < turns.response_lengths[..., None]
-    mask = (mask & turns.live[..., None]).astype(jnp.float32)
+    learned = turns.live & ~turns.scripted
+    mask = (mask & learned[..., None]).astype(jnp.float32)
     per_turn = jnp.zeros(turns.live.shape, jnp.float32)
     advantages = per_turn if advantages is None else advantages
     returns = per_turn if returns is None else returns
@@ -162,7 +190,7 @@ def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch
         prompt=_flatten(turns.prompt),
         prompt_lengths=_flatten(turns.prompt_lengths),
         response=_flatten(turns.response),
-        response_lengths=_flatten(jnp.where(turns.live, turns.response_lengths, 0)),
+        response_lengths=_flatten(jnp.where(learned, turns.response_lengths, 0)),
         phase=_flatten(turns.phase),
         trajectory=jnp.repeat(jnp.arange(turns.live.shape[0]), turns.live.shape[1]),
         old_log_probs=_flatten(turns.log_probs),
@@ -174,7 +202,9 @@ def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch
     )
 
 
-def _score(agent: Agent, params, batch: Batch, temperature) -> sampling.Scores:
+def _score(
+    agent: Agent, params, batch: Batch, temperature, width: int | None = None
+) -> sampling.Scores:
     return sampling.score(
         agent,
         params,
@@ -184,6 +214,7 @@ def _score(agent: Agent, params, batch: Batch, temperature) -> sampling.Scores:
         batch.response_lengths,
         batch.phase,
         temperature,
+        width,
     )
 
 
@@ -213,8 +244,8 @@ def sft_step(
         tokens = sharding.total(batch.weights.sum())
         denominator = jnp.maximum(tokens, 1.0)
 
-        def loss_fn(params, part: Batch):
-            scores = _score(agent, params, part, jnp.ones((), jnp.float32))
+        def loss_fn(params, part: Batch, width: int):
+            scores = _score(agent, params, part, jnp.ones((), jnp.float32), width)
             value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
             metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
             return value, (metrics, {})
@@ -287,9 +318,11 @@ def turn_advantages(
     return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
 
 
-def _ppo_loss(config: PPOConfig, agent: Agent, temperature, denominators, params, part: Batch):
+def _ppo_loss(
+    config: PPOConfig, agent: Agent, temperature, denominators, params, part: Batch, width: int
+):
     tokens, turns = denominators
-    scores = _score(agent, params, part, temperature)
+    scores = _score(agent, params, part, temperature, width)
     value, metrics = loss.ppo_loss(
         scores.log_probs,
         part.old_log_probs,

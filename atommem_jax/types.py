@@ -145,6 +145,7 @@ class Response:
     lengths: Int[Array, " B"]  # end-of-sequence included
     log_probs: Float[Array, "B R"]  # 0 on padding
     values: Float[Array, " B"]
+    scripted: Bool[Array, " B"]  # written by a fixed program in the policy's place: not learned
 
 
 @flax.struct.dataclass
@@ -177,6 +178,7 @@ class Turns:
     response_lengths: Int[Array, " T"]  # tokens generated, end-of-sequence included
     log_probs: Float[Array, "T R"]  # behaviour log-probs of the response; 0 on padding
     values: Float[Array, " T"]  # of the value head at the end of the prompt
+    scripted: Bool[Array, " T"]  # the response was written by a fixed program: not learned
     actions: Actions  # fields lead with T
     report: Report  # fields lead with T
     shown: Int[Array, "T K"]  # slots shown

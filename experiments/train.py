@@ -9,6 +9,7 @@ parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/ten
 import math
 import os
 import time
+from typing import Any
 
 import jax
 import tqdm
@@ -20,7 +21,8 @@ from atommem_jax.checkpoint import Checkpointer
 from atommem_jax.config import check
 from atommem_jax.model import count_params
 from atommem_jax.tasks import episodes as episodes_lib
-from experiments import flags, stages, validation, wiring
+from atommem_jax.tokenizer import Tokenizer
+from experiments import evaluate, flags, stages, validation, wiring
 from experiments.metrics import MetricWriter
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
@@ -89,7 +91,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
 
         # -------------------------------------------------------------- loop
         index, local = _locate(plan, step)
-        params = None
+        params = None if step else load_initial(config, tokenizer)
         for stage in plan[index:]:
             iterator = stage.batches()
             if state is None:
@@ -129,6 +131,24 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                         metrics=results,
                     )
             params, state, local = state["train"].params, None, 0
+
+
+def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
+    """The parameters of `config.init_from`; None where it is empty.
+
+    Raises ConfigError where there are none, or they belong to another tokenizer or model.
+    """
+    if not config.init_from:
+        return None
+    loaded = evaluate.load(config.init_from, cpu_devices=config.mesh.cpu_devices)
+    check(
+        loaded.parts.tokenizer.to_bytes() == tokenizer.to_bytes(),
+        f"init_from={config.init_from}: its tokenizer is not that of this task; pass a checkpoint "
+        "trained on the same task and memory.shown",
+    )
+    changed = validation.differences(config.model, loaded.parts.config.model, "model.")
+    check(not changed, f"init_from={config.init_from} holds another model: {'; '.join(changed)}")
+    return jax.device_get(loaded.params)
 
 
 def stage_ends(config: ConfigDict) -> list[int]:

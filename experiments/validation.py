@@ -4,7 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from atommem_jax import memory
+from atommem_jax import memory, workflows
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import ModelConfig
 from atommem_jax.optimizer import OptimizerConfig
@@ -19,6 +19,7 @@ from experiments import wiring
 def validate(config: ConfigDict) -> None:
     """Raises ConfigError for a value out of range or two fields that disagree."""
     try:
+        workflow = workflows.find(config.workflow)
         wiring.subconfig(teacher.TeacherConfig, config.teacher).validate()
         wiring.subconfig(OptimizerConfig, config.sft.optimizer).validate("sft.optimizer")
         wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
@@ -33,6 +34,17 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(str(error)) from error
     _validate_memory(config)
     _validate_sizes(config)
+    check(
+        workflow.program is None or config.rl.ppo.estimator == "group",
+        f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
+        f"workflow={config.workflow!r} has turns that a program writes; use "
+        "rl.ppo.estimator='group'",
+    )
+    check(
+        not config.init_from or config.sft.steps == 0,
+        f"init_from={config.init_from!r} starts RL from other parameters than sft.steps="
+        f"{config.sft.steps} steps of SFT would; set sft.steps=0, or leave init_from empty",
+    )
     check(config.rl.temperature > 0, _message("rl.temperature", config, "above 0"))
     check(0 <= config.sft.min_reward <= 1, _message("sft.min_reward", config, "0 to 1"))
 
@@ -117,7 +129,10 @@ def validate_shape(
             limit >= least,
             f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
         )
-    longest = 3 + shape.query_length + shape.facts * 3 + shape.chunk_length
+    program = parts.workflow.program
+    # An update has three tokens besides its text; a delete and a create have five, in two actions.
+    edits = 2 if program is not None and program.delete else 1
+    longest = 3 + shape.query_length + shape.facts * (1 + 2 * edits) + shape.chunk_length
     check(
         limit >= longest,
         f"rollout.response_length={limit}: the teacher sets a query of {shape.query_length} tokens "
@@ -125,9 +140,9 @@ def validate_shape(
         "raise it, or lower task.facts_per_chunk",
     )
     check(
-        config.rollout.max_actions >= 1 + shape.facts,
+        config.rollout.max_actions >= 1 + edits * shape.facts,
         f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to "
-        f"{1 + shape.facts} actions a turn; raise it, or lower task.facts_per_chunk",
+        f"{1 + edits * shape.facts} actions a turn; raise it, or lower task.facts_per_chunk",
     )
     check(
         config.rollout.answer_length >= shape.answer_length,

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
-from atommem_jax import rollout, sharding
+from atommem_jax import rollout, sharding, workflows
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.grammar import compile_grammar
@@ -42,6 +42,7 @@ class Parts:
     tokenizer: Tokenizer
     agent: Agent
     script: teacher.Script
+    workflow: workflows.Workflow
     embed: HashedBagOfTokens
 
     def setting(self, shape: episodes_lib.EpisodeShape) -> rollout.Setting:
@@ -68,6 +69,7 @@ class Parts:
             read_budget=c.rollout.read_budget,
             answer_read_budget=c.rollout.answer_read_budget,
         )
+        sizes = dataclasses.replace(sizes, **self.workflow.sizes(c.memory.shown))
         sizes = dataclasses.replace(
             sizes, max_turns=sizes.turn_bound(shape.chunks, shape.questions)
         )
@@ -154,7 +156,8 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
     """Compiles protocol and prompt for the tokenizer and lays out the model."""
     m, r = config.memory, config.rollout
     max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
-    protocol = protocol_lib.compact(m.shown)
+    workflow = workflows.find(config.workflow)
+    protocol = protocol_lib.compact(m.shown).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
     sizes = config.model.to_dict()
     features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
@@ -179,6 +182,7 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         script=teacher.Script.compile(
             protocol, tokenizer, response_length=r.response_length, max_text=max_text
         ),
+        workflow=workflow,
         embed=HashedBagOfTokens(vocab_size=tokenizer.vocab_size, dim=m.key_dim),
     )
 
@@ -220,6 +224,7 @@ def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature)
+        policy = parts.workflow.apply(policy, parts.script)
         play = in_groups(lambda e, i: rollout.run(setting, policy, e, i, seed), group)
         return play(episodes, ids)
 
@@ -240,7 +245,8 @@ def make_scripted_player(
     config: teacher.TeacherConfig,
     mesh: Mesh,
 ):
-    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher."""
+    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher in the workflow."""
+    config = parts.workflow.restrict(config)
     # Rates are arguments of the program, so that teachers share what was compiled for one.
     rates = {
         name: np.float32(value)
@@ -250,6 +256,7 @@ def make_scripted_player(
 
     def play_local(setting, rates, episodes, ids, seed):
         policy = teacher.policy(dataclasses.replace(config, **rates), parts.script)
+        policy = parts.workflow.apply(policy, parts.script)
         return rollout.run(setting, policy, episodes, ids, seed)
 
     play = jax.jit(

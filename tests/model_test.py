@@ -250,15 +250,23 @@ def test_parameters_are_float32_and_counted():
     assert model_lib.count_params(params) == total
 
 
-def test_extended_cache_keeps_what_was_written():
+def test_an_extended_cache_keeps_what_was_written():
     config, params = make("plain")
     tokens, features, start, _ = make_rows(config)
     _, _, cache = forward(config, params, tokens, start, features, keep_cache=True)
-    longer = cache.extend(2)
-    assert cache.keys.shape == (2, ROWS, 2, LENGTH, 8)
-    assert longer.keys.shape == longer.values.shape == (2, ROWS, 2, LENGTH + 2, 8)
-    np.testing.assert_array_equal(longer.values[..., :LENGTH, :], cache.values)
-    assert not longer.keys[..., LENGTH:, :].any()
+    assert cache.keys.shape == cache.values.shape == (2, ROWS, 2, LENGTH, 8)
+    assert cache.slots == LENGTH
+    longer = cache.extend(3)
+    assert longer.slots == LENGTH + 3
+    token, flags = tokens[:, -1:], None if features is None else features[:, -1:]
+    _, _, written = decode(config, params, token, start, flags, longer, LENGTH)
+    again = written.extend(1)
+    assert again.slots == LENGTH + 4
+    for name in ("keys", "values"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(cache, name))
+        later = getattr(again, f"later_{name}")
+        assert later[..., 0, :].any()
+        assert not later[..., 1:, :].any()
 
 
 def test_missing_features_are_refused():

@@ -134,6 +134,7 @@ def play(setting, episodes, ids, seed, table, responses, lengths):
             lengths=size,
             log_probs=jnp.where(real, log_prob[:, None], 0.0),
             values=turn.astype(jnp.float32),
+            scripted=jnp.zeros(size.shape, bool),
         )
 
     return rollout.run(setting, respond, episodes, ids, seed)

@@ -113,8 +113,14 @@ def assert_close(ours, theirs, rtol=2e-4, atol=1e-6):
 # Packing
 
 
-def quadratic_loss(params, part):
-    """A loss as cheap as a table: no model, but every field of a row that packing moves."""
+def quadratic_loss(params, part, width=1000):
+    """A loss as cheap as a table: no model, but every field of a row that packing moves.
+
+    It is NaN where a row that counts does not fit into `width`.
+    """
+    fed = part.prompt_lengths + jnp.maximum(part.response_lengths - 1, 0)
+    overflows = (fed > width) & jnp.any(part.weights > 0, axis=1)
+    params = jnp.where(overflows.any(), jnp.nan, params)
     found = params[part.response] * (1.0 + part.phase.astype(jnp.float32))[:, None]
     error = jnp.square(found - part.old_log_probs)
     total = jnp.sum(jnp.where(part.weights > 0, error * part.weights, 0.0))

@@ -93,7 +93,9 @@ class Script:
         tags = {tag.kind: tag for tag in protocol.tags}
         opens = [spell(tokenizer, tags[k].open) if k in tags else () for k in ActionKind]
         closes = [spell(tokenizer, tags[k].close) if k in tags else () for k in ActionKind]
-        targets = [spell(tokenizer, name) for name in protocol.write_targets(ActionKind.UPDATE)]
+        targeted = [k for k in (ActionKind.UPDATE, ActionKind.DELETE) if k in tags]
+        names = protocol.write_targets(targeted[0]) if targeted else ()
+        targets = [spell(tokenizer, name) for name in names]
         if len({len(t) for t in targets}) > 1:
             raise ValueError(
                 f"protocol {protocol.name!r}: targets take {[len(t) for t in targets]} tokens; "
@@ -117,7 +119,9 @@ class Script:
         length: Int[Array, ""] | int = 0,
         target: Int[Array, ""] | None = None,
     ):
-        """(tokens, real) of one action, written only `when`."""
+        """(tokens, real) of one action, written only `when`; none of a kind without a tag."""
+        if not self.opens[kind]:
+            return jnp.zeros((0,), jnp.int32), jnp.zeros((0,), bool)
         pieces = [jnp.asarray(self.opens[kind], jnp.int32)]
         if target is not None:
             pieces.append(jnp.asarray(self.targets, jnp.int32)[jnp.maximum(target - 1, 0)])
@@ -269,6 +273,7 @@ def policy(config: TeacherConfig, script: Script) -> Policy:
             lengths=lengths,
             log_probs=jnp.zeros(tokens.shape, jnp.float32),
             values=jnp.zeros(lengths.shape, jnp.float32),
+            scripted=jnp.zeros(lengths.shape, bool),
         )
 
     return respond

@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     """The experiment of `make demo`."""
     config = ConfigDict()
     config.seed = 0
+    config.workflow = "learned"  # or one of atommem_jax.workflows: what it is compared with
+    config.init_from = ""  # a checkpoint whose parameters start RL; needs sft.steps=0
 
     config.mesh = ConfigDict()
     config.mesh.data = 0  # devices; 0 for all
