@@ -4,7 +4,8 @@
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
 
 `--checkpoint` is a workdir, its checkpoints folder, or one numbered step in it. Writes
-per-question records (JSON lines) and a summary (JSON) for each split, and prints a table.
+per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints a
+table for each temperature.
 """
 
 import json
@@ -36,13 +37,21 @@ STEP = absl_flags.DEFINE_string(
 SPLITS = absl_flags.DEFINE_multi_string(
     "split", None, "Split to evaluate; repeat the flag for several. Default: all test splits."
 )
-TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+TEMPERATURES = absl_flags.DEFINE_multi_float(
+    "temperature", [0.0], "0 is greedy; repeat the flag for several.", lower_bound=0.0
+)
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many; 0 for the whole split.")
 SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does not use it.")
 CPU_DEVICES = absl_flags.DEFINE_integer(
     "cpu_devices", 2, "Into how many a host without an accelerator is split.", lower_bound=1
 )
 OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
+SKIP_EXISTING = absl_flags.DEFINE_bool(
+    "skip_existing",
+    False,
+    "Print what is there already for the same split, temperature, step, seed and number of "
+    "episodes, and play only the rest.",
+)
 
 
 def main(argv) -> None:
@@ -53,25 +62,32 @@ def main(argv) -> None:
     dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))
-    print(f"step {loaded.step} of {loaded.workdir}, temperature {TEMPERATURE.value:g}")
-    print(
-        f"{'split':12} {'EM':>6} {'95% interval':>16} {'F1':>6} {'episodes':>9} {'questions':>10}"
-    )
-    for split in splits:
-        summary = evaluate_split(
-            loaded,
-            dataset,
-            split,
-            temperature=TEMPERATURE.value,
-            episodes=EPISODES.value,
-            seed=SEED.value,
-            out=out,
-        )
-        print(
-            f"{split:12} {summary['em']:6.3f}   {summary['ci_low']:.3f} .. {summary['ci_high']:.3f}"
-            f" {summary['f1']:6.3f} {summary['episodes']:9d} {summary['questions']:10d}"
-        )
+    for temperature in TEMPERATURES.value:
+        print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
+        print(_HEADER)
+        for split in splits:
+            summary = evaluate_split(
+                loaded,
+                dataset,
+                split,
+                temperature=temperature,
+                episodes=EPISODES.value,
+                seed=SEED.value,
+                out=out,
+                skip_existing=SKIP_EXISTING.value,
+            )
+            print(_render(split, summary), flush=True)
     print(f"records and summaries: {out}")
+
+
+_HEADER = f"{'split':12} {'EM':>6} {'95% interval':>16} {'F1':>6} {'episodes':>9} {'questions':>10}"
+
+
+def _render(split: str, summary: dict[str, Any]) -> str:
+    return (
+        f"{split:12} {summary['em']:6.3f}   {summary['ci_low']:.3f} .. {summary['ci_high']:.3f}"
+        f" {summary['f1']:6.3f} {summary['episodes']:9d} {summary['questions']:10d}"
+    )
 
 
 class Loaded:
@@ -141,8 +157,12 @@ def evaluate_split(
     seed: int = 0,
     out: pathlib.Path | None = None,
     label: str = "",
+    skip_existing: bool = False,
 ) -> dict[str, Any]:
     """Plays a split once and returns its summary; with `out` it also writes both files.
+
+    With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
+    same split, temperature, step, seed and number of episodes.
 
     Raises ConfigError for an unknown split.
     """
@@ -151,6 +171,12 @@ def evaluate_split(
     except KeyError as error:
         raise ConfigError(f"--split={split}: {error.args[0]}") from error
     examples = examples[:episodes] if episodes else examples
+    name = f"{split}_t{temperature:g}_step{loaded.step}"
+    cell = {"split": split, "temperature": temperature, "seed": seed, "step": loaded.step}
+    if skip_existing and out is not None:
+        found = _find(out / f"{name}.json", cell | {"episodes": len(examples)})
+        if found is not None:
+            return found
     tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
     shape = episodes_lib.fit_shape(examples, tokenizer)
     size = loaded.parts.config.eval.batch_size
@@ -166,25 +192,33 @@ def evaluate_split(
         mesh=mesh,
     )
     summary: dict[str, Any] = evaluation.summarise(records)
-    names = wiring.category_names(loaded.parts.config)
-    summary |= {
-        "split": split,
-        "temperature": temperature,
-        "seed": seed,
-        "step": loaded.step,
+    categories = wiring.category_names(loaded.parts.config)
+    summary |= cell | {
         "statistics": statistics,
-        "categories": evaluation.category_rates(records, names),
+        "categories": evaluation.category_rates(records, categories),
     }
     if out is not None:
-        _write(out, f"{split}_t{temperature:g}_step{loaded.step}", records, summary)
+        _write(out, name, records, summary)
     return summary
+
+
+def _find(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary in a file, unless there is none or it is of something else."""
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    same = all(summary.get(field) == value for field, value in expected.items())
+    return summary if same else None
 
 
 def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    (out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    # Last, and renamed when whole: a summary that is there says that its records are too.
+    aside = out / f"{name}.json.tmp"
+    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    aside.replace(out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -123,14 +123,51 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         f"--out={tmp_path}",
         "--split=test_1x",
         "--temperature=1",
+        "--temperature=0",
     )
-    name = f"test_1x_t1_step{END}"
-    assert read_lines(tmp_path / f"{name}.jsonl") == read_lines(workdir / "eval" / f"{name}.jsonl")
-    summary = json.loads((tmp_path / f"{name}.json").read_text())
-    assert summary == json.loads((workdir / "eval" / f"{name}.json").read_text())
-    (line,) = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
-    assert line.split()[-2:] == [str(EPISODES), str(2 * EPISODES)]
-    assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
+    assert re.findall(r"temperature (\d)", printed) == ["1", "0"]
+    lines = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
+    for temperature, line in zip((1, 0), lines, strict=True):
+        name = f"test_1x_t{temperature}_step{END}"
+        records = read_lines(tmp_path / f"{name}.jsonl")
+        assert records == read_lines(workdir / "eval" / f"{name}.jsonl")
+        summary = json.loads((tmp_path / f"{name}.json").read_text())
+        assert summary == json.loads((workdir / "eval" / f"{name}.json").read_text())
+        assert line.split()[-2:] == [str(EPISODES), str(2 * EPISODES)]
+        assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
+
+
+def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
+    workdir, _ = demo
+    loaded = evaluate.load(str(workdir))
+    dataset = wiring.load_dataset(loaded.parts.config, str(data_root))
+
+    class PlayedError(Exception):
+        pass
+
+    def refuse(shape):
+        raise PlayedError
+
+    monkeypatch.setattr(loaded, "player", refuse)
+
+    def ask(split="test_2x", out=workdir / "eval", **options):
+        return evaluate.evaluate_split(
+            loaded, dataset, split, out=out, skip_existing=True, **options
+        )
+
+    for options in ({}, {"episodes": EPISODES}, {"episodes": 2 * EPISODES}):
+        saved = workdir / "eval" / f"test_2x_t0_step{END}.json"
+        assert ask(**options) == json.loads(saved.read_text())
+    assert ask(temperature=1.0)["temperature"] == 1.0
+    for options in (
+        {"episodes": EPISODES - 1},
+        {"seed": 1},
+        {"temperature": 0.5},
+        {"split": "validation_1x"},
+        {"out": None},
+    ):
+        with pytest.raises(PlayedError):
+            ask(**options)
 
 
 def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
@@ -254,6 +291,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
         ("train.py", ["--config", "--workdir", "--data_root"]),
         ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
         ("demo.py", ["--config", "--workdir", "--data_root"]),
+        ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
     ],
 )

@@ -1,0 +1,64 @@
+"""Ablations of the learned policy: operations, capacity, K, eviction, scratchpad, task. One seed.
+
+    python experiments/sweep.py --config=experiments/configs/ablations.py \
+        --workdir=runs/ablations --jobs=2
+
+`learned` is the reference: 5 slots of which 4 are shown, a scratchpad of one token, one fact a
+chunk, two questions an episode.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import synthetic
+
+EVALUATIONS = [
+    {"splits": ["test_1x", "test_4x"], "temperatures": [0.0, 1.0], "episodes": 256},
+]
+
+
+def get_config() -> ConfigDict:
+    """The experiment of `make demo`."""
+    return synthetic.get_config()
+
+
+def sweep(add) -> None:
+    """What is left out or changed is the name of the run."""
+    for workflow in ("learned", "no_update", "no_delete", "no_scratchpad", "no_store"):
+        add(workflow, {"workflow": workflow})
+
+    for slots in (3, 4, 8, 16):
+        # No more can be shown than there is.
+        shown = {"memory.shown": slots} if slots < 4 else {}
+        add(f"slots_{slots}", {"memory.slots": slots, **shown})
+    for shown in (1, 2, 3, 5):
+        add(f"shown_{shown}", {"memory.shown": shown})
+    for eviction in ("oldest", "reject"):
+        add(f"eviction_{eviction}", {"memory.eviction": eviction})
+
+    for length in (2, 8):
+        scratchpad = {"memory.scratchpad_length": length}
+        add(f"scratchpad_{length}", scratchpad)
+        add(f"scratchpad_only_{length}", {"workflow": "scratchpad_only", **scratchpad})
+
+    for facts in (2, 3, 4):
+        add(f"facts_a_chunk_{facts}", _facts_a_chunk(facts))
+    for questions in (1, 3, 4):
+        add(f"questions_{questions}", _questions(questions))
+
+
+def _facts_a_chunk(facts: int) -> dict[str, object]:
+    """A turn may set the query and store every fact of its chunk."""
+    return {
+        "task.facts_per_chunk": facts,
+        "rollout.max_actions": 2 + facts,
+        "rollout.response_length": 6 + 10 * facts,
+    }
+
+
+def _questions(questions: int) -> dict[str, object]:
+    """A question needs an employer, its correction, a city and a decoy; the query a name each."""
+    return {
+        "task.questions": (questions, questions),
+        "task.base_facts": max(12, 4 * questions),
+        "rollout.response_length": 14 + max(2, questions),
+    }

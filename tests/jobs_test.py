@@ -1,0 +1,217 @@
+"""The scheduler of sweeps, with commands that cost nothing: order, failures, kills, resumption."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from atommem_jax.config import ConfigError
+from experiments import jobs
+from tests.conftest import ROOT
+
+UNCONFINED: list[int] = []
+
+
+def make_job(folder: pathlib.Path, name: str, **scripts: str) -> jobs.Job:
+    """A job of shell scripts; `$PWD` is the folder of all jobs."""
+    commands = {key: ["sh", "-c", f"cd {folder}; {script}"] for key, script in scripts.items()}
+    return jobs.Job(name, folder / name, commands, about={"made": "by hand"})
+
+
+def run(*due: jobs.Job, slots=(UNCONFINED,)) -> dict[str, jobs.Status]:
+    """What the jobs that ended are reported as, in that order."""
+    ended = {}
+    jobs.Scheduler(slots, commit=lambda: "abc").run(
+        due, lambda job, status: ended.update({job.name: status})
+    )
+    return ended
+
+
+def read_trace(folder: pathlib.Path) -> list[str]:
+    return (folder / "trace").read_text().split()
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def test_commands_run_in_order_and_the_status_tells(tmp_path):
+    first = make_job(tmp_path, "first", one="echo 1 >> trace; echo said", two="echo 2 >> trace")
+    second = make_job(tmp_path, "in/second", one="echo 3 >> trace")
+    assert not jobs.read_status(first.folder)
+    assert list(run(first, second)) == ["first", "in/second"]
+    assert read_trace(tmp_path) == ["1", "2", "3"]
+    status = jobs.read_status(first.folder)
+    assert (status.state, status.finished, status.attempts) == (jobs.DONE, ["one", "two"], 1)
+    assert (status.commit, status.about) == ("abc", {"made": "by hand"})
+    assert status.seconds > 0
+    assert status.cpu_seconds > 0
+    log = (first.folder / status.log).read_text()
+    assert (
+        log.index("==== attempt 1: sh") < log.index("\nsaid\n") < log.rindex("==== attempt 1: sh")
+    )
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_time_of_the_processors_is_that_of_the_command(tmp_path):
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    job = jobs.Job("burn", tmp_path / "burn", {"one": [sys.executable, "-c", burn]})
+    status = run(job)["burn"]
+    assert 0.5 <= status.cpu_seconds < 5
+    assert jobs.read_status(job.folder) == status
+
+
+def test_as_many_run_at_a_time_as_there_are_slots(tmp_path):
+    # Each of the first two goes on only when the other runs; the third finds one of them at most.
+    wait = "touch {0}; while [ ! -e {1} ]; do sleep 0.02; done; echo {0} >> trace"
+    due = [
+        make_job(tmp_path, "a", one=wait.format("a.is", "b.is")),
+        make_job(tmp_path, "b", one=wait.format("b.is", "a.is")),
+        make_job(tmp_path, "c", one="grep -c is trace > before"),
+    ]
+    assert set(run(*due, slots=(UNCONFINED, UNCONFINED))) == {"a", "b", "c"}
+    assert int((tmp_path / "before").read_text()) >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot confine processes here")
+def test_a_slot_keeps_its_jobs_on_its_cores(tmp_path):
+    core = max(os.sched_getaffinity(0))
+    show = [sys.executable, "-c", "import os; print('on', sorted(os.sched_getaffinity(0)))"]
+    before = os.sched_getaffinity(0)
+    run(jobs.Job("a", tmp_path / "a", {"one": show}), slots=([core],))
+    assert f"\non [{core}]\n" in (tmp_path / "a" / "log.txt").read_text()
+    run(jobs.Job("b", tmp_path / "b", {"one": show}))
+    assert f"\non {sorted(before)}\n" in (tmp_path / "b" / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures
+
+
+def test_a_failure_is_kept_apart_and_retried_on_request(tmp_path):
+    bad = make_job(
+        tmp_path, "bad", one="echo one >> trace", two="[ -e cure ] || exit 3", three="echo >> trace"
+    )
+    good = make_job(tmp_path, "good", one="echo good >> trace")
+    ended = run(bad, good)
+    assert (ended["bad"].state, ended["bad"].failed) == (jobs.FAILED, "two: ended with status 3")
+    assert ended["bad"].finished == ["one"]
+    assert ended["good"].state == jobs.DONE
+
+    status = jobs.read_status(bad.folder)
+    assert not jobs.is_due(bad, status, retry_failed=False)
+    assert jobs.is_due(bad, status, retry_failed=True)
+    assert not jobs.is_due(good, jobs.read_status(good.folder), retry_failed=True)
+
+    (tmp_path / "cure").touch()
+    again = run(bad)["bad"]
+    assert (again.state, again.failed, again.attempts) == (jobs.DONE, "", 2)
+    assert read_trace(tmp_path) == ["one", "good"]  # and an empty line: nothing was repeated
+    assert again.seconds > status.seconds
+
+
+def test_a_command_that_was_killed_has_failed(tmp_path):
+    assert (
+        run(make_job(tmp_path, "a", one="kill -9 $$"))["a"].failed == "one: was killed by SIGKILL"
+    )
+
+
+def test_a_command_that_does_not_exist_has_failed(tmp_path):
+    job = jobs.Job("a", tmp_path / "a", {"one": [str(tmp_path / "nothing")]})
+    assert run(job)["a"].state == jobs.FAILED
+    assert "No such file" in jobs.read_tail(job.folder / "log.txt", 3)
+
+
+def test_a_new_command_makes_a_job_due_again(tmp_path):
+    run(make_job(tmp_path, "a", one="echo 1 >> trace"))
+    more = make_job(tmp_path, "a", one="echo 1 >> trace", two="echo 2 >> trace")
+    assert jobs.is_due(more, jobs.read_status(more.folder), retry_failed=False)
+    run(more)
+    assert read_trace(tmp_path) == ["1", "2"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The end of the scheduler
+
+_DRIVER = """
+import json, pathlib, sys
+from experiments import jobs
+folder, commands = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
+with jobs.lock(folder) as descriptor, jobs.interruptible():
+    scheduler = jobs.Scheduler([[]], keep_open=[descriptor])
+    scheduler.run([jobs.Job("a", folder / "a", commands)])
+"""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(
+            signal.SIGKILL,
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="orphans go on here"),
+        ),
+    ],
+)
+def test_commands_end_with_the_scheduler_and_the_next_one_goes_on(tmp_path, number):
+    job = make_job(
+        tmp_path,
+        "a",
+        one="echo one >> trace",
+        two="[ -e go ] || { touch waiting; exec sleep 1000; }; echo two >> trace",
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, str(tmp_path), json.dumps(job.commands)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    while driver.poll() is None and not (tmp_path / "waiting").exists():
+        time.sleep(0.01)
+    # In use, by the scheduler and by its command.
+    with pytest.raises(ConfigError, match="is in use"), jobs.lock(tmp_path, patience=0.0):
+        pass
+    driver.send_signal(number)
+    _, printed = driver.communicate()
+    assert driver.returncode != 0, printed
+    status = jobs.read_status(job.folder)
+    assert (status.state, status.finished) == (jobs.STARTED, ["one"])
+
+    (tmp_path / "go").touch()
+    with jobs.lock(tmp_path, patience=60.0):  # free: the command has ended too
+        assert run(job)["a"].state == jobs.DONE
+    assert read_trace(tmp_path) == ["one", "two"]
+    assert jobs.read_status(job.folder).attempts == 2
+
+
+def test_an_error_in_a_report_ends_the_commands(tmp_path):
+    def refuse(job, status):
+        raise RuntimeError("no")
+
+    sleeper = make_job(tmp_path, "b", one="exec sleep 1000")
+    with jobs.lock(tmp_path) as descriptor:
+        scheduler = jobs.Scheduler([UNCONFINED, UNCONFINED], keep_open=[descriptor])
+        with pytest.raises(RuntimeError, match="no"):
+            scheduler.run([make_job(tmp_path, "a", one=":"), sleeper], refuse)
+    with jobs.lock(tmp_path, patience=60.0):
+        assert jobs.read_status(sleeper.folder).state == jobs.STARTED
+
+
+# ---------------------------------------------------------------------------------------------
+# Logs
+
+
+def test_a_tail_shows_progress_bars_as_they_were_left(tmp_path):
+    log = tmp_path / "log.txt"
+    assert jobs.read_tail(log, 3) == jobs.read_progress(log) == ""
+    log.write_text("begin\nsft:   1%|   | 1/90\rsft:  10%|#  | 9/90\n\nsft step 9: EM 0.1\n")
+    assert jobs.read_tail(log, 2) == "sft:  10%|#  | 9/90\nsft step 9: EM 0.1"
+    assert jobs.read_progress(log) == "sft 10%"
+    with log.open("a") as file:
+        file.write("\rrl:   0%|  | 0/36\rrl:  50%|# | 18/36")
+    assert jobs.read_progress(log) == "rl 50%"
+    assert jobs.read_tail(log, 1) == "rl:  50%|# | 18/36"
