@@ -27,11 +27,10 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from atommem_jax.config import ConfigError, check
-from experiments import flags, jobs, sweep_plan, sweep_table
+from experiments import flags, jobs, sweep_plan, sweep_table, train
 from experiments.sweep_plan import Run, Sweep
 
-CONFIG = flags.define_config("experiments/configs/main_table.py")
-WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where the runs and the table go.")
+absl_flags.adopt_module_key_flags(train)  # --help lists them
 JOBS = absl_flags.DEFINE_integer(
     "jobs",
     0,
@@ -54,12 +53,15 @@ _TAIL_LINES = 15
 def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
-    check(bool(WORKDIR.value), "--workdir is missing: pass a directory for the runs and the table")
-    workdir = pathlib.Path(WORKDIR.value).resolve()
+    check(
+        bool(train.WORKDIR.value),
+        "--workdir is missing: pass a directory for the runs and the table",
+    )
+    workdir = pathlib.Path(train.WORKDIR.value).resolve()
     flag = absl_flags.FLAGS["config"]
     sweep = sweep_plan.load(
         config_flags.get_config_filename(flag),
-        CONFIG.value,
+        train.CONFIG.value,
         config_flags.get_override_values(flag),
     )
     if TABLE_ONLY.value:

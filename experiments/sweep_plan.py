@@ -100,8 +100,8 @@ def load(spec: str, base: ConfigDict, common: Overrides) -> Sweep:
     module = _load_module(path)
     check(
         callable(getattr(module, "sweep", None)),
-        f"--config={spec}: {path} does not define sweep(add); add it, or train this config with "
-        "experiments/train.py",
+        f"--config={spec}: {path} does not define sweep(add); pass a config that does, such as "
+        "experiments/configs/main_table.py, or train this one with experiments/train.py",
     )
     added: dict[str, Overrides] = {}
 

@@ -18,6 +18,7 @@ from experiments import flags, jobs, sweep, sweep_plan, sweep_table, validation,
 from tests import runs
 from tests.conftest import ROOT
 
+MAIN = "--config=experiments/configs/main_table.py"
 COMMITTED = ("main_table", "ablations", "algorithms")
 
 
@@ -538,11 +539,15 @@ def test_a_sweep_of_a_good_and_a_bad_run(tmp_path_factory):
     ("arguments", "message"),
     [
         ([], "--workdir is missing"),
-        (["--workdir=w", "--only=none"], "--only=none fits no run; there are: learned/seed0"),
-        (["--workdir=w", "--only=("], "--only=(: missing )"),
-        (["--workdir=w/none", "--table_only"], "does not exist: nothing was run there"),
-        (["--workdir=w", "--config.memory.shown=6"], "run 'learned/seed0': memory.shown=6 is more"),
-        (["--workdir=w", "--config.memory.show=6"], "did you mean 'memory.shown'"),
+        (["--workdir=w"], "synthetic.py does not define sweep(add); pass a config that does"),
+        ([MAIN, "--workdir=w", "--only=none"], "--only=none fits no run; there are: learned/seed0"),
+        ([MAIN, "--workdir=w", "--only=("], "--only=(: missing )"),
+        ([MAIN, "--workdir=w/none", "--table_only"], "does not exist: nothing was run there"),
+        (
+            [MAIN, "--workdir=w", "--config.memory.shown=6"],
+            "run 'learned/seed0': memory.shown=6 is more",
+        ),
+        ([MAIN, "--workdir=w", "--config.memory.show=6"], "did you mean 'memory.shown'"),
     ],
 )
 def test_a_mistake_ends_with_status_2(arguments, message):
