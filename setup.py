@@ -23,6 +23,7 @@ setup(
     # that `python experiments/train.py` finds `experiments` too.
     package_dir={"": "."},
     packages=find_packages(include=["atommem_jax", "atommem_jax.*"]),
+    package_data={"atommem_jax": ["report_page/*"]},
     install_requires=read_requirements(),
     extras_require={
         "test": [

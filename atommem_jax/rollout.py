@@ -48,10 +48,10 @@ from atommem_jax.types import (
     View,
 )
 
-_PERMITTED = np.zeros((len(Phase), NUM_KINDS), bool)
-_PERMITTED[Phase.READING, ActionKind.CREATE : ActionKind.ANSWER] = True
-_PERMITTED[Phase.ANSWERING, [ActionKind.READ, ActionKind.ANSWER]] = True
-_PERMITTED[Phase.FINAL, ActionKind.ANSWER] = True
+PERMITTED = np.zeros((len(Phase), NUM_KINDS), bool)
+PERMITTED[Phase.READING, ActionKind.CREATE : ActionKind.ANSWER] = True
+PERMITTED[Phase.ANSWERING, [ActionKind.READ, ActionKind.ANSWER]] = True
+PERMITTED[Phase.FINAL, ActionKind.ANSWER] = True
 
 EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
 
@@ -217,7 +217,7 @@ def end_turn(
     table, report = memory.transition(
         env.memory,
         actions,
-        permitted=jnp.asarray(_PERMITTED)[env.phase],
+        permitted=jnp.asarray(PERMITTED)[env.phase],
         eviction=c.eviction,
         embed=setting.embed,
         pad_id=setting.pad_id,

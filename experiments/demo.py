@@ -1,64 +1,85 @@
-"""The tour of `make demo`: prepare, SFT, RL, then evaluate before and after RL.
+"""The tour of `make demo`: train, compare with fixed workflows, and make a report of it.
 
     python experiments/demo.py --workdir=runs/demo
 
-Trains at 1x only and evaluates at 1x, 2x and 4x as many facts, greedily and at temperature 1.
-Writes <workdir>/results.json and <workdir>/learning.png. Interrupted, it goes on where it was.
+SFT, then RL, at 1x only. The baselines (`atommem_jax/workflows.py`) start from the same SFT
+checkpoint and have as much RL. Then everything is evaluated at 1x, 2x and 4x as many facts,
+greedily and at temperature 1. Writes <workdir>/results.json and <workdir>/report/index.html.
+Interrupted, it goes on where it was.
 """
 
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from atommem_jax import report
+from atommem_jax import report, workflows
 from atommem_jax.config import check
-from experiments import evaluate, flags, train, wiring
+from atommem_jax.tasks import episodes as episodes_lib
+from experiments import agents, flags, reporting, train, wiring
 from experiments.metrics import read_metrics
 
 absl_flags.adopt_module_key_flags(train)  # --help lists them
 
 SCALES = ("1x", "2x", "4x")
 TEMPERATURES = {"": 0.0, "_t1": 1.0}
+BASELINES = absl_flags.DEFINE_list(
+    "baselines",
+    ["scratchpad_only", "store_all", "store_all_update", "store_all_one_read", "no_memory"],
+    "Workflows to compare with, by their names in atommem_jax/workflows.py; empty for none.",
+)
+
+Cells = dict[str, dict[str, Any]]
 
 
 def main(argv) -> None:
     """See the module docstring."""
-    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     folder = pathlib.Path(train.WORKDIR.value or "runs/demo")
-    run(train.CONFIG.value, folder, flags.DATA_ROOT.value)
+    for name in BASELINES.value:
+        check(
+            name in workflows.WORKFLOWS and name != "learned",
+            f"--baselines={name}: allowed are "
+            f"{', '.join(other for other in workflows.WORKFLOWS if other != 'learned')}",
+        )
+    run(train.CONFIG.value, folder, flags.DATA_ROOT.value, BASELINES.value)
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, data_root: str) -> None:
-    """Trains (or resumes), evaluates, writes the results and prints them."""
+def run(
+    config: ConfigDict, workdir: pathlib.Path, data_root: str, baselines: Sequence[str]
+) -> None:
+    """Trains (or resumes), evaluates, writes the results and the report, and prints them."""
     started = time.perf_counter()
+    check(
+        config.workflow == "learned" and config.sft.steps > 0 and config.rl.steps > 0,
+        f"workflow={config.workflow}, sft.steps={config.sft.steps}, rl.steps={config.rl.steps}: "
+        "the demo trains the workflow 'learned' in both stages and adds the others itself; use "
+        "experiments/train.py for one run of another kind",
+    )
+    # ------------------------------------------------------------------ the learned policy
     train.train(config, str(workdir), data_root)
+    dataset = wiring.load_dataset(config, data_root)
+    methods: dict[str, Cells] = {}
+    rates: dict[str, Any] = {}
+    sft_end, end = train.stage_ends(config)
+    for name, step in (("atommem_sft", sft_end), ("atommem_rl", end)):
+        measured = _measure(workdir, step, dataset, name, methods)
+        rates |= {method: summary["categories"] for method, summary in measured.items()}
+
+    # ------------------------------------------------------------------ baselines
+    for name in baselines:
+        print(f"\nbaseline {name}: RL from the same SFT checkpoint", flush=True)
+        folder = workdir / "baselines" / name
+        train.train(_baseline(config, workdir, name), str(folder), data_root)
+        _measure(folder, config.rl.steps, dataset, name, methods)
+
+    # ------------------------------------------------------------------ results
     records = read_metrics(workdir)
     report.plot_learning(records, workdir / "learning.png")
-
-    dataset = wiring.load_dataset(config, data_root)
-    methods: dict[str, dict[str, Any]] = {}
-    rates: dict[str, Any] = {}
-    for name, step in zip(("atommem_sft", "atommem_rl"), train.stage_ends(config), strict=True):
-        loaded = evaluate.load(str(workdir), str(step))
-        for suffix, temperature in TEMPERATURES.items():
-            for scale in SCALES:
-                summary = evaluate.evaluate_split(
-                    loaded,
-                    dataset,
-                    f"test_{scale}",
-                    temperature=temperature,
-                    out=workdir / "eval",
-                    label=f"{name}{suffix} ",
-                )
-                methods.setdefault(name + suffix, {})[scale] = {
-                    key: summary[key] for key in ("em", "ci_low", "ci_high", "episodes")
-                }
-                if scale == "1x":
-                    rates[name + suffix] = summary["categories"]
     seconds = {
         stage: sum(r["seconds"] for r in records if r["stage"] == stage) for stage in ("sft", "rl")
     }
@@ -70,10 +91,53 @@ def run(config: ConfigDict, workdir: pathlib.Path, data_root: str) -> None:
         "seed": config.seed,
     }
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _print(results, workdir)
+    print()
+    page = reporting.make(workdir, data_root)
+    _print(results, workdir, page)
 
 
-def _print(results: dict[str, Any], workdir: pathlib.Path) -> None:
+def _baseline(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
+    """The config of a baseline: RL alone, from the end of the learned policy's SFT."""
+    changed = config.copy_and_resolve_references().unlock()
+    changed.workflow = name
+    changed.init_from = str(workdir / "checkpoints" / str(config.sft.steps))
+    changed.sft.steps = 0
+    return changed.lock()
+
+
+def _measure(
+    folder: pathlib.Path,
+    step: int,
+    dataset: episodes_lib.Dataset,
+    name: str,
+    methods: dict[str, Cells],
+) -> dict[str, dict[str, Any]]:
+    """Adds the rows of a checkpoint, one a temperature; returns their summaries at the first scale.
+
+    What an interrupted call has measured already is not played again.
+    """
+    loaded = agents.load(str(folder), str(step))
+    first = {}
+    for suffix, temperature in TEMPERATURES.items():
+        for scale in SCALES:
+            summary = agents.evaluate_split(
+                loaded,
+                dataset,
+                f"test_{scale}",
+                temperature=temperature,
+                out=folder / "eval",
+                label=f"{name}{suffix} ",
+                skip_existing=True,
+            )
+            methods.setdefault(name + suffix, {})[scale] = {
+                key: summary[key] for key in ("em", "ci_low", "ci_high", "episodes")
+            }
+            first.setdefault(name + suffix, summary)
+    return first
+
+
+def _print(results: dict[str, Any], workdir: pathlib.Path, page: pathlib.Path) -> None:
+    print(f"\nopen this in a browser: {page.resolve()}")
     print("\nWhat happens to facts, test 1x, greedy (share created / updated):")
     before, after = (results["categories_1x"][name] for name in ("atommem_sft", "atommem_rl"))
     for category in sorted(before):
@@ -82,11 +146,11 @@ def _print(results: dict[str, Any], workdir: pathlib.Path) -> None:
             f"  {category:18} before RL {b['create']:.2f} / {b['update']:.2f}"
             f"   after RL {a['create']:.2f} / {a['update']:.2f}"
         )
-    print("\nExact match on questions never seen, with 95% bootstrap intervals:")
-    print(f"  {'method':16}" + "".join(f"{scale:>22}" for scale in SCALES))
+    print("\nExact match on questions never seen, with 95% bootstrap intervals (_t1: sampled):")
+    print(f"  {'method':22}" + "".join(f"{scale:>22}" for scale in SCALES))
     for name, row in results["methods"].items():
         cells = (f"{c['em']:.3f} [{c['ci_low']:.3f}, {c['ci_high']:.3f}]" for c in row.values())
-        print(f"  {name:16}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"  {name:22}" + "".join(f"{cell:>22}" for cell in cells))
     seconds = results["seconds"]
     print(
         f"\nSFT {seconds['sft']:.0f} s, RL {seconds['rl']:.0f} s, "

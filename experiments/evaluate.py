@@ -8,25 +8,15 @@ per-question records (JSON lines) and a summary (JSON) for each split and temper
 table for each temperature.
 """
 
-import json
 import os
 import pathlib
 from typing import Any
 
-import jax
-import numpy as np
-import tqdm
 from absl import flags as absl_flags
-from jax.sharding import Mesh
 
-from atommem_jax import evaluate as evaluation
-from atommem_jax import sharding
-from atommem_jax.checkpoint import Checkpointer, CheckpointError
-from atommem_jax.config import ConfigError, check
-from atommem_jax.model import init_params
-from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tokenizer import SentencePieceTokenizer
+from atommem_jax.config import check
 from experiments import flags, wiring
+from experiments.agents import evaluate_split, load
 
 CHECKPOINT = absl_flags.DEFINE_string(
     "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
@@ -88,137 +78,6 @@ def _render(split: str, summary: dict[str, Any]) -> str:
         f"{split:12} {summary['em']:6.3f}   {summary['ci_low']:.3f} .. {summary['ci_high']:.3f}"
         f" {summary['f1']:6.3f} {summary['episodes']:9d} {summary['questions']:10d}"
     )
-
-
-class Loaded:
-    """An agent from a checkpoint, ready to play."""
-
-    def __init__(self, workdir: str, step: int, parts: wiring.Parts, params: Any, mesh: Mesh):
-        self.workdir, self.step, self.parts = workdir, step, parts
-        self.params, self.mesh = params, mesh
-        self._players: dict[Any, Any] = {}
-
-    def player(self, shape: episodes_lib.EpisodeShape):
-        """The jitted rollout for episodes of this shape; compiled once a shape."""
-        if shape not in self._players:
-            self._players[shape] = wiring.make_player(self.parts, shape, self.mesh)
-        return self._players[shape]
-
-
-def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
-    """Reads config, tokenizer and parameters, onto the devices there are here.
-
-    Raises ConfigError where there is no such checkpoint.
-    """
-    wiring.prepare_devices(cpu_devices)
-    folder = pathlib.Path(path)
-    if folder.name.isdigit() and folder.parent.name == "checkpoints":
-        folder, which = folder.parent, folder.name
-    elif (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    check(
-        which in ("last", "best") or which.isdigit(),
-        f"--step={which}: allowed are last, best or a number",
-    )
-    try:
-        with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
-            step = {"last": checkpointer.latest_step, "best": checkpointer.best_step}.get(
-                which, lambda: int(which)
-            )()
-            config = checkpointer.restore_config(step)
-            mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
-            tokenizer = SentencePieceTokenizer.from_bytes(checkpointer.restore_tokenizer(step))
-            parts = wiring.build(config, tokenizer)
-            shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
-            whole = jax.NamedSharding(mesh, jax.P())
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
-            )
-            restored = checkpointer.restore(
-                step, abstract_state={"train": {"params": abstract}}, partial=True
-            )
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-    return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
-
-
-def _count_devices(batch_size: int) -> int:
-    """The most devices that share a batch evenly, however many the run was trained on."""
-    return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
-
-
-def evaluate_split(
-    loaded: Loaded,
-    dataset: episodes_lib.Dataset,
-    split: str,
-    *,
-    temperature: float = 0.0,
-    episodes: int = 0,
-    seed: int = 0,
-    out: pathlib.Path | None = None,
-    label: str = "",
-    skip_existing: bool = False,
-) -> dict[str, Any]:
-    """Plays a split once and returns its summary; with `out` it also writes both files.
-
-    With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
-    same split, temperature, step, seed and number of episodes.
-
-    Raises ConfigError for an unknown split.
-    """
-    try:
-        examples = dataset.split(split)
-    except KeyError as error:
-        raise ConfigError(f"--split={split}: {error.args[0]}") from error
-    examples = examples[:episodes] if episodes else examples
-    name = f"{split}_t{temperature:g}_step{loaded.step}"
-    cell = {"split": split, "temperature": temperature, "seed": seed, "step": loaded.step}
-    if skip_existing and out is not None:
-        found = _find(out / f"{name}.json", cell | {"episodes": len(examples)})
-        if found is not None:
-            return found
-    tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
-    shape = episodes_lib.fit_shape(examples, tokenizer)
-    size = loaded.parts.config.eval.batch_size
-    play = loaded.player(shape)
-    key = sharding.replicate(jax.random.key(seed), mesh)
-    heat = sharding.replicate(np.float32(temperature), mesh)
-    batches = episodes_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
-    total = -(-len(examples) // size)
-    records, statistics = evaluation.evaluate(
-        lambda e, ids: play(loaded.params, e, ids, key, heat),
-        tqdm.tqdm(batches, desc=f"{label}{split}", total=total, leave=False, mininterval=1.0),
-        tokenizer.decode,
-        mesh=mesh,
-    )
-    summary: dict[str, Any] = evaluation.summarise(records)
-    categories = wiring.category_names(loaded.parts.config)
-    summary |= cell | {
-        "statistics": statistics,
-        "categories": evaluation.category_rates(records, categories),
-    }
-    if out is not None:
-        _write(out, name, records, summary)
-    return summary
-
-
-def _find(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary in a file, unless there is none or it is of something else."""
-    if not path.exists():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    same = all(summary.get(field) == value for field, value in expected.items())
-    return summary if same else None
-
-
-def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    # Last, and renamed when whole: a summary that is there says that its records are too.
-    aside = out / f"{name}.json.tmp"
-    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    aside.replace(out / f"{name}.json")
 
 
 if __name__ == "__main__":

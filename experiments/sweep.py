@@ -46,7 +46,6 @@ DRY_RUN = absl_flags.DEFINE_bool("dry_run", False, "Print what would be run, and
 TABLE_ONLY = absl_flags.DEFINE_bool("table_only", False, "Make the table of what there is.")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_CACHE_BYTES = 4 << 30
 _TAIL_LINES = 15
 
 
@@ -109,7 +108,10 @@ def _run(
         write_table(sweep, workdir, quiet=True)
 
     scheduler = jobs.Scheduler(
-        slots, environment=make_environment(), keep_open=[descriptor], commit=read_commit
+        slots,
+        environment={**os.environ, "PYTHONUNBUFFERED": "1"},
+        keep_open=[descriptor],
+        commit=read_commit,
     )
     scheduler.run(due, report)
 
@@ -249,20 +251,6 @@ def has_accelerator() -> bool:
     command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.split()[-1] != "cpu"
-
-
-def make_environment() -> dict[str, str]:
-    """Of the runs, which share compiled programs.
-
-    JAX locks its compilation cache only where that has a size limit, and a folder that was filled
-    without one is of no use to it then: so runs have a cache of their own, beside the usual one.
-    """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in environment:
-        environment["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_CACHE_BYTES)
-        usual = environment.get("ATOMMEM_CACHE", "~/.cache/atommem_jax/xla")
-        environment["ATOMMEM_CACHE"] = f"{usual.rstrip('/')}_sweeps"
-    return environment
 
 
 def read_commit() -> str:

@@ -22,7 +22,7 @@ from atommem_jax.config import check
 from atommem_jax.model import count_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import Tokenizer
-from experiments import evaluate, flags, stages, validation, wiring
+from experiments import agents, flags, stages, validation, wiring
 from experiments.metrics import MetricWriter
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
@@ -140,7 +140,7 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
     """
     if not config.init_from:
         return None
-    loaded = evaluate.load(config.init_from, cpu_devices=config.mesh.cpu_devices)
+    loaded = agents.load(config.init_from, cpu_devices=config.mesh.cpu_devices)
     check(
         loaded.parts.tokenizer.to_bytes() == tokenizer.to_bytes(),
         f"init_from={config.init_from}: its tokenizer is not that of this task; pass a checkpoint "

@@ -22,9 +22,9 @@ from atommem_jax import sharding
 from atommem_jax.config import check
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
-from experiments import evaluate, flags, train, validation, wiring
+from experiments import flags, train, validation, wiring
 
-absl_flags.declare_key_flag("episodes")  # of evaluate.py: --help lists it here too
+EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many of each split; 0 for all.")
 JSON = absl_flags.DEFINE_string("json", None, "File for the summaries; none is written without.")
 
 FLOOR = 0.95  # of the policy that makes no mistake, at every scale
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     config = train.CONFIG.value
     validation.validate(config)
     dataset = wiring.load_dataset(config, flags.DATA_ROOT.value)
-    table = measure(config, dataset, teacher.SCRIPTED, episodes=evaluate.EPISODES.value)
+    table = measure(config, dataset, teacher.SCRIPTED, episodes=EPISODES.value)
     print(render(table))
     if JSON.value:
         path = pathlib.Path(JSON.value)

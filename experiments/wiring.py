@@ -33,6 +33,8 @@ from atommem_jax.tasks import teacher
 from atommem_jax.tokenizer import SentencePieceTokenizer, Tokenizer
 from atommem_jax.types import Episode, Trajectory
 
+_CACHE_BYTES = 4 << 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -93,8 +95,11 @@ def prepare_devices(cpu_devices: int) -> None:
     Call it before anything else touches JAX's devices: opening a checkpoint does. The persistent
     compilation cache makes the second start of a script much faster.
     """
-    cache = os.path.expanduser(os.environ.get("ATOMMEM_CACHE", "~/.cache/atommem_jax/xla"))
+    cache = os.path.expanduser(os.environ.get("ATOMMEM_CACHE", "~/.cache/atommem_jax/programs"))
     jax.config.update("jax_compilation_cache_dir", cache)
+    # JAX locks the folder only where its size is limited, and several runs may share it.
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Without effect where the devices exist already, as in a script that trains twice.
@@ -156,7 +161,7 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
     """Compiles protocol and prompt for the tokenizer and lays out the model."""
     m, r = config.memory, config.rollout
     max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
-    workflow = workflows.find(config.workflow)
+    workflow = workflows.find(config.get("workflow", "learned"))  # older runs have none
     protocol = protocol_lib.compact(m.shown).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
     sizes = config.model.to_dict()

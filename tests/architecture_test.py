@@ -27,11 +27,12 @@ FLOORS = (
         "reward",
         "optimizer",
         "checkpoint",
+        "figures",
         "report",
     ),
     ("sampling", "tasks", "workflows", "pretrained"),
     ("rollout",),
-    ("trainer", "evaluate"),
+    ("trainer", "evaluate", "trace"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Flags belong to the scripts, the scripts to nobody, and the rest weighs more than it is worth.

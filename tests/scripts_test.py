@@ -13,14 +13,20 @@ import pytest
 from atommem_jax.checkpoint import Checkpointer
 from atommem_jax.config import ConfigError
 from atommem_jax.tasks import teacher
-from experiments import evaluate, validity, wiring
-from tests import runs
+from atommem_jax.tokenizer import SentencePieceTokenizer
+from experiments import agents, train, validity, wiring
+from tests import runs, tiny
 from tests.conftest import COMPILATION_CACHE
 
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
 EPISODES = runs.OVERRIDES["task.test_examples"]
-METHODS = ("atommem_sft", "atommem_rl", "atommem_sft_t1", "atommem_rl_t1")
+BASELINES = ("scratchpad_only", "store_all_one_read")
+METHODS = tuple(
+    f"{name}{suffix}"
+    for name in ("atommem_sft", "atommem_rl", *BASELINES)
+    for suffix in ("", "_t1")
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,11 @@ def demo(tmp_path_factory, data_root):
     """(workdir, printed) of one small tour."""
     workdir = tmp_path_factory.mktemp("demo")
     printed = runs.run(
-        "demo.py", f"--workdir={workdir}", f"--data_root={data_root}", *runs.make_flags()
+        "demo.py",
+        f"--workdir={workdir}",
+        f"--data_root={data_root}",
+        f"--baselines={','.join(BASELINES)}",
+        *runs.make_flags(),
     )
     return workdir, printed
 
@@ -76,6 +86,47 @@ def test_the_demo_draws_and_prints_what_it_measured(demo):
         scores = [float(x) for x in re.findall(r"([\d.]+) \[", line)]
         measured = [results["methods"][name][scale]["em"] for scale in ("1x", "2x", "4x")]
         np.testing.assert_allclose(scores, measured, atol=6e-4)
+
+
+def test_the_demo_opens_its_results_with_the_report(demo):
+    workdir, printed = demo
+    (path,) = re.findall(r"^open this in a browser: (.*)$", printed, re.MULTILINE)
+    assert pathlib.Path(path) == (workdir / "report" / "index.html").resolve()
+    assert printed.index(path) < printed.index("Exact match")
+    page = pathlib.Path(path).read_text(encoding="utf-8")
+    for name in METHODS:
+        assert name in page
+
+
+def test_baselines_have_only_rl_and_start_where_the_learned_policy_does(demo):
+    workdir, _ = demo
+    end = read_params(workdir, SFT_END)
+    for name in BASELINES:
+        folder = workdir / "baselines" / name
+        with Checkpointer(folder / "checkpoints", best_metric="em", read_only=True) as source:
+            assert source.latest_step() == runs.RL_STEPS
+            config = source.restore_config(runs.RL_STEPS)
+            tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
+        assert (config.workflow, config.sft.steps) == (name, 0)
+        assert_equal(train.load_initial(config, tokenizer), end)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read_params(folder), end)
+        assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
+    workdir, _ = demo
+    config = runs.make_config(sft__steps=0, init_from=str(workdir))
+    with pytest.raises(ConfigError, match=r"init_from=.*tokenizer is not that of this task"):
+        train.load_initial(config, tiny.make_tokenizer())
+    own = agents.load(str(workdir)).parts.tokenizer
+    wider = runs.make_config(sft__steps=0, init_from=str(workdir), model__width=32)
+    with pytest.raises(ConfigError, match=r"another model: model\.width=32 \(checkpoint: 16\)"):
+        train.load_initial(wider, own)
+
+
+def test_an_unknown_baseline_ends_with_status_2():
+    printed = runs.run("demo.py", "--workdir=nowhere", "--baselines=store_all,rag", status=2)
+    assert "--baselines=rag: allowed are scratchpad_only, store_all," in printed
 
 
 def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
@@ -139,7 +190,7 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
 
 def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
     workdir, _ = demo
-    loaded = evaluate.load(str(workdir))
+    loaded = agents.load(str(workdir))
     dataset = wiring.load_dataset(loaded.parts.config, str(data_root))
 
     class PlayedError(Exception):
@@ -151,9 +202,7 @@ def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
     monkeypatch.setattr(loaded, "player", refuse)
 
     def ask(split="test_2x", out=workdir / "eval", **options):
-        return evaluate.evaluate_split(
-            loaded, dataset, split, out=out, skip_existing=True, **options
-        )
+        return agents.evaluate_split(loaded, dataset, split, out=out, skip_existing=True, **options)
 
     for options in ({}, {"episodes": EPISODES}, {"episodes": 2 * EPISODES}):
         saved = workdir / "eval" / f"test_2x_t0_step{END}.json"
@@ -174,10 +223,10 @@ def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
     workdir, _ = demo
     folder = workdir / "checkpoints"
     found = {
-        "workdir": evaluate.load(str(workdir)),
-        "folder": evaluate.load(str(folder)),
-        "number": evaluate.load(str(workdir), str(SFT_END)),
-        "path": evaluate.load(str(folder / str(SFT_END))),
+        "workdir": agents.load(str(workdir)),
+        "folder": agents.load(str(folder)),
+        "number": agents.load(str(workdir), str(SFT_END)),
+        "path": agents.load(str(folder / str(SFT_END))),
     }
     steps = {"workdir": END, "folder": END, "number": SFT_END, "path": SFT_END}
     for name, loaded in found.items():
@@ -203,9 +252,13 @@ def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
                 progress={},
                 metrics={"em": em},
             )
-    best, last = evaluate.load(str(tmp_path), "best"), evaluate.load(str(tmp_path), "last")
+    best, last = agents.load(str(tmp_path), "best"), agents.load(str(tmp_path), "last")
     assert (best.step, last.step) == (SFT_END, END)
     assert_equal(best.params, runs.read_state(workdir, SFT_END)["train"]["params"])
+
+
+def read_params(workdir: pathlib.Path, step: int = runs.RL_STEPS) -> dict:
+    return runs.read_state(workdir, step)["train"]["params"]
 
 
 def assert_equal(params, saved) -> None:
@@ -216,13 +269,13 @@ def assert_equal(params, saved) -> None:
 def test_checkpoints_that_are_not_there_are_explained(demo, tmp_path):
     workdir, _ = demo
     with pytest.raises(ConfigError, match=f"no complete checkpoint in .*{tmp_path.name}.*empty"):
-        evaluate.load(str(tmp_path))
+        agents.load(str(tmp_path))
     with pytest.raises(ConfigError, match="does not exist"):
-        evaluate.load(str(tmp_path / "nowhere"))
+        agents.load(str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=f"step=3: .* holds steps {SFT_END}, .*{END}"):
-        evaluate.load(str(workdir), "3")
+        agents.load(str(workdir), "3")
     with pytest.raises(ConfigError, match="--step=first: allowed are last, best or a number"):
-        evaluate.load(str(workdir), "first")
+        agents.load(str(workdir), "first")
     assert not list(tmp_path.iterdir())
 
 
@@ -290,7 +343,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
     [
         ("train.py", ["--config", "--workdir", "--data_root"]),
         ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
-        ("demo.py", ["--config", "--workdir", "--data_root"]),
+        ("demo.py", ["--config", "--workdir", "--baselines", "--data_root"]),
         ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
     ],

@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
@@ -260,14 +261,18 @@ def test_there_is_no_accelerator_here():
     assert not sweep.has_accelerator()
 
 
-def test_runs_share_a_cache_that_jax_locks(monkeypatch):
+def test_scripts_share_a_cache_that_jax_locks(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE", raising=False)
-    monkeypatch.setenv("ATOMMEM_CACHE", "/somewhere/")
-    found = sweep.make_environment()
-    assert int(found["JAX_COMPILATION_CACHE_MAX_SIZE"]) > 0
-    assert found["ATOMMEM_CACHE"] == "/somewhere_sweeps"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5")
-    assert sweep.make_environment()["ATOMMEM_CACHE"] == "/somewhere/"
+    monkeypatch.setenv("ATOMMEM_CACHE", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        wiring.prepare_devices(1)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        assert jax.config.jax_compilation_cache_max_size > 0
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Makes the report of a run: a page to open in a browser, and its figures as PNG and PDF.
+
+    python experiments/report.py --workdir=runs/demo
+    python experiments/report.py --workdir=runs/demo --compare=runs/demo1 --split=test_8x
+
+Writes <workdir>/report/index.html, which needs no network: results with intervals, curves, and
+the memory trace of some episodes, played again from the checkpoint. What a run lacks is left out,
+and the page says which command makes it.
+"""
+
+import pathlib
+
+from absl import flags as absl_flags
+
+from atommem_jax.config import check
+from experiments import flags, reporting
+
+WORKDIR = absl_flags.DEFINE_string("workdir", None, "The run to report on.")
+COMPARE = absl_flags.DEFINE_multi_string(
+    "compare", [], "Another workdir to show beside it; repeat the flag for several."
+)
+SPLIT = absl_flags.DEFINE_string(
+    "split", None, "Of the traced episodes. Default: the first test split."
+)
+EPISODES = absl_flags.DEFINE_integer(
+    "episodes", 12, "How many to trace; 0 for none.", lower_bound=0
+)
+STEP = absl_flags.DEFINE_string("step", "last", "Checkpoint to trace: 'last', 'best' or a number.")
+TEMPERATURE = absl_flags.DEFINE_float(
+    "temperature", 0.0, "Of the traced episodes; 0 is greedy.", lower_bound=0.0
+)
+OUT = absl_flags.DEFINE_string("out", None, "Folder of the report. Default: <workdir>/report.")
+
+
+def main(argv) -> None:
+    """See the module docstring."""
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    check(bool(WORKDIR.value), "--workdir is missing: pass the workdir of a training run")
+    reporting.make(
+        pathlib.Path(WORKDIR.value),
+        flags.DATA_ROOT.value,
+        compare=[pathlib.Path(other) for other in COMPARE.value],
+        split=SPLIT.value,
+        episodes=EPISODES.value,
+        step=STEP.value,
+        temperature=TEMPERATURE.value,
+        out=pathlib.Path(OUT.value) if OUT.value else None,
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)
