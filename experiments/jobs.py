@@ -40,6 +40,7 @@ class Job:
     folder: pathlib.Path
     commands: Mapping[str, Sequence[str]]  # by a key under which each is remembered as finished
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # kept in the status
+    after: tuple[str, ...] = ()  # names of jobs that it waits for, whatever becomes of them
 
 
 @dataclasses.dataclass
@@ -126,8 +127,9 @@ class Scheduler:
     def run(
         self, jobs: Sequence[Job], on_end: Callable[[Job, Status], None] = lambda job, status: None
     ) -> None:
-        """Runs what is given, in order; `on_end` is called with each job that is done or failed.
+        """Runs what is given, in order as far as none waits for another.
 
+        `on_end` is called with each job that is done or failed.
         Whatever interrupts it, Ctrl-C or an exception, ends the commands first.
         """
         waiting = list(jobs)
@@ -137,8 +139,10 @@ class Scheduler:
                 while waiting or self._running:
                     busy = {running.slot for running in self._running}
                     for slot in range(len(self._slots)):
-                        if waiting and slot not in busy:
-                            self._start(waiting.pop(0), slot)
+                        ready = self._find_ready(waiting)
+                        if ready is not None and slot not in busy:
+                            waiting.remove(ready)
+                            self._start(ready, slot)
                     ended = self._poll()
                     for running in ended:
                         on_end(running.job, running.status)
@@ -150,6 +154,11 @@ class Scheduler:
                     time.sleep(0 if ended else _POLL_SECONDS)
             finally:
                 self._stop()
+
+    def _find_ready(self, waiting: Sequence[Job]) -> Job | None:
+        """The first that waits for none of those not yet at an end."""
+        open_ = {job.name for job in waiting} | {running.job.name for running in self._running}
+        return next((job for job in waiting if not open_.intersection(job.after)), None)
 
     def _start(self, job: Job, slot: int) -> None:
         status = read_status(job.folder) or Status()

@@ -185,7 +185,8 @@ def make_job(
     return jobs.Job(
         name=run.name,
         folder=folder,
-        commands=sweep_plan.make_commands(sweep, run, folder, data_root, devices),
+        commands=sweep_plan.make_commands(sweep, run, workdir, data_root, devices),
+        after=(run.start[0],) if run.start else (),
         about={"cpu_devices": devices, "overrides": dict(run.overrides), "config": config},
     )
 

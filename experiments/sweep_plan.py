@@ -9,8 +9,13 @@ A sweep's config file is a config like any other, with two things more:
     EVALUATIONS = [{"splits": ["test_1x"], "temperatures": [0, 1], "episodes": 256}]
 
 `add` takes a run's name, which is its folder too, and its overrides of `get_config()`. Runs whose
-overrides differ in the seed only are one row of the table. Nothing is run here: everything is
-checked before the first run starts.
+overrides differ in the seed only are one row of the table. A run may start from a checkpoint of one
+that was added before it, and waits for that one:
+
+    add(f"large/seed{seed}", {"seed": seed, "sft.steps": 0, "init_from": "@small/seed{seed}:sft"})
+
+where `{seed}` stands for its own seed and the step is `sft`, `last` or a number. Nothing is run
+here: everything is checked before the first run starts.
 """
 
 import dataclasses
@@ -29,6 +34,7 @@ from experiments import flags, validation
 
 _ROOT = pathlib.Path(__file__).resolve().parent
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
+_START = re.compile(r"@(?P<run>.+):(?P<step>sft|last|\d+)")
 _SEED = re.compile(r"(?<=.)[/._-]?seed[=_-]?\d+")
 
 Overrides = Mapping[str, Any]
@@ -43,11 +49,6 @@ class Evaluation:
     splits: tuple[str, ...] = ()  # none for all test splits
     temperatures: tuple[float, ...] = (0.0, 1.0)
     episodes: int = 0  # 0 for all
-
-    def resolve_step(self, config: ConfigDict) -> int:
-        """The number of the checkpoint that is meant."""
-        ends = {"sft": config.sft.steps, "last": config.sft.steps + config.rl.steps}
-        return ends[self.step] if isinstance(self.step, str) else self.step
 
     @property
     def key(self) -> str:
@@ -64,6 +65,7 @@ class Run:
     overrides: Overrides  # of this run alone, as plain values
     config: ConfigDict  # with everything applied
     evaluations: tuple[Evaluation, ...]
+    start: tuple[str, int] | None = None  # run and step of the checkpoint that RL starts from
 
     @property
     def group(self) -> str:
@@ -112,9 +114,17 @@ def load(spec: str, base: ConfigDict, common: Overrides) -> Sweep:
     module.sweep(add)
     check(bool(added), f"--config={spec}: sweep(add) added no run; call add(name, overrides)")
     evaluations = _read_evaluations(path, getattr(module, "EVALUATIONS", [{}]), list(added))
-    runs = tuple(_make_run(base, name, added[name], evaluations) for name in added)
-    _check_groups(runs)
-    return Sweep(spec=spec, common=common, runs=runs)
+    runs: dict[str, Run] = {}
+    for name, overrides in added.items():
+        runs[name] = _make_run(base, name, overrides, evaluations, runs)
+    _check_groups(tuple(runs.values()))
+    return Sweep(spec=spec, common=common, runs=tuple(runs.values()))
+
+
+def resolve_step(step: str | int, config: ConfigDict) -> int:
+    """The number of the checkpoint that is meant: the end of a stage, or a number already."""
+    ends = {"sft": config.sft.steps, "last": config.sft.steps + config.rl.steps}
+    return ends[step] if step in ends else int(step)
 
 
 def _load_module(path: pathlib.Path) -> Any:
@@ -142,7 +152,11 @@ def _check_name(name: str, others: Mapping[str, Any]) -> None:
 
 
 def _make_run(
-    base: ConfigDict, name: str, overrides: Overrides, evaluations: Sequence[Evaluation]
+    base: ConfigDict,
+    name: str,
+    overrides: Overrides,
+    evaluations: Sequence[Evaluation],
+    before: Mapping[str, Run],
 ) -> Run:
     config = base.copy_and_resolve_references()
     plain = {}
@@ -150,18 +164,33 @@ def _make_run(
         for path, value in overrides.items():
             plain[path] = _set(config, path, value)
         validation.validate(config)
+        start = _find_start(config, before)
     except ConfigError as error:
         raise ConfigError(f"sweep: run {name!r}: {error}") from error
     chosen = tuple(e for e in evaluations if re.search(e.runs, name))
     last = config.sft.steps + config.rl.steps
     for evaluation in chosen:
-        step = evaluation.resolve_step(config)
+        step = resolve_step(evaluation.step, config)
         check(
             0 < step <= last,
             f"sweep: run {name!r}: EVALUATIONS asks for step {evaluation.step!r}, which is step "
             f"{step}; the run has 1 to {last} (sft.steps + rl.steps)",
         )
-    return Run(name, plain, config, chosen)
+    return Run(name, plain, config, chosen, start)
+
+
+def _find_start(config: ConfigDict, before: Mapping[str, Run]) -> tuple[str, int] | None:
+    """Run and step that `init_from` names, where it names a run of the sweep."""
+    if not config.init_from.startswith("@"):
+        return None
+    matched = _START.fullmatch(config.init_from.replace("{seed}", str(config.seed)))
+    check(
+        matched is not None and matched["run"] in before,
+        f"init_from={config.init_from!r}: allowed is @RUN:STEP, with a run added before this one "
+        f"({', '.join(before) or 'none'}) and the step sft, last or a number",
+    )
+    assert matched is not None
+    return matched["run"], resolve_step(matched["step"], before[matched["run"]].config)
 
 
 def _set(config: ConfigDict, path: str, value: Any) -> Any:
@@ -231,10 +260,14 @@ def _check_groups(runs: Sequence[Run]) -> None:
 
 
 def make_commands(
-    sweep: Sweep, run: Run, folder: pathlib.Path, data_root: pathlib.Path, cpu_devices: int
+    sweep: Sweep, run: Run, workdir: pathlib.Path, data_root: pathlib.Path, cpu_devices: int
 ) -> dict[str, list[str]]:
     """The commands of a run, by the key under which its status remembers each."""
+    folder = workdir / run.name
     overrides = {**sweep.common, **run.overrides, "mesh.cpu_devices": cpu_devices}
+    if run.start is not None:
+        other, step = run.start
+        overrides["init_from"] = str(workdir / other / "checkpoints" / str(step))
     commands = {
         "train": [
             *_script("train.py"),
@@ -248,7 +281,7 @@ def make_commands(
         commands[evaluation.key] = [
             *_script("evaluate.py"),
             f"--checkpoint={folder}",
-            f"--step={evaluation.resolve_step(run.config)}",
+            f"--step={resolve_step(evaluation.step, run.config)}",
             *(f"--split={split}" for split in evaluation.splits),
             *(f"--temperature={temperature:g}" for temperature in evaluation.temperatures),
             f"--episodes={evaluation.episodes}",
