@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments import jobs
-from experiments.sweep_plan import Evaluation, Run
+from experiments.sweep_plan import Evaluation, Run, resolve_step
 
 PENDING = "pending"
 
@@ -77,7 +77,7 @@ def _read_cells(run: Run, folder: pathlib.Path) -> tuple[Cell, ...]:
 def _asks_for(evaluation: Evaluation, run: Run, summary: dict[str, Any]) -> bool:
     split = summary["split"]
     return (
-        summary["step"] == evaluation.resolve_step(run.config)
+        summary["step"] == resolve_step(evaluation.step, run.config)
         and summary["temperature"] in evaluation.temperatures
         and (split in evaluation.splits if evaluation.splits else split.startswith("test"))
     )

@@ -1,5 +1,6 @@
 """The scheduler of sweeps, with commands that cost nothing: order, failures, kills, resumption."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -38,6 +39,25 @@ def read_trace(folder: pathlib.Path) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------
 # Running
+
+
+def test_a_job_waits_for_another_and_lets_others_pass(tmp_path):
+    first = make_job(tmp_path, "first", one="sleep 0.5; echo first >> trace")
+    wants = make_job(tmp_path, "wants", one="echo wants >> trace")
+    wants = dataclasses.replace(wants, after=("first", "done long ago"))
+    other = make_job(tmp_path, "other", one="echo other >> trace")
+    assert set(run(first, wants, other, slots=(UNCONFINED, UNCONFINED))) == {
+        "first",
+        "wants",
+        "other",
+    }
+    assert read_trace(tmp_path) == ["other", "first", "wants"]
+
+
+def test_a_job_does_not_wait_for_one_that_has_failed(tmp_path):
+    bad = make_job(tmp_path, "bad", one="exit 3")
+    wants = dataclasses.replace(make_job(tmp_path, "wants", one="true"), after=("bad",))
+    assert [status.state for status in run(bad, wants).values()] == [jobs.FAILED, jobs.DONE]
 
 
 def test_commands_run_in_order_and_the_status_tells(tmp_path):

@@ -1,7 +1,6 @@
 """Sweeps: what a config may add, the commands of its runs, the table, and one sweep for real."""
 
 import csv
-import importlib
 import io
 import json
 import os
@@ -13,6 +12,7 @@ import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
+from atommem_jax import workflows
 from atommem_jax.config import ConfigError
 from atommem_jax.tasks import episodes as episodes_lib
 from experiments import flags, jobs, sweep, sweep_plan, sweep_table, validation, wiring
@@ -148,6 +148,39 @@ def test_the_end_of_sft_must_exist(make_sweep):
         make_sweep([("a", {}), ("b", {"sft.steps": 0})], "[{'step': 'sft'}]")
 
 
+def test_a_run_may_start_from_one_before_it(make_sweep):
+    reader = {"sft.steps": 0, "init_from": "@a/seed{seed}:sft"}
+    plan = make_sweep(
+        [
+            ("a/seed1", {"seed": 1}),
+            ("b/seed1", {"seed": 1, **reader}),
+            ("a/seed2", {"seed": 2}),
+            ("b/seed2", {"seed": 2, **reader}),
+            ("c", {"sft.steps": 0, "init_from": "@b/seed2:last"}),
+            ("d", {"sft.steps": 0, "init_from": "@a/seed1:3"}),
+            ("e", {"sft.steps": 0, "init_from": "elsewhere/checkpoints/7"}),
+        ]
+    )
+    sft, rl = runs.SFT_STEPS, runs.RL_STEPS
+    assert {run.name: run.start for run in plan.runs} == {
+        "a/seed1": None,
+        "b/seed1": ("a/seed1", sft),
+        "a/seed2": None,
+        "b/seed2": ("a/seed2", sft),
+        "c": ("b/seed2", rl),
+        "d": ("a/seed1", 3),
+        "e": None,
+    }
+    assert [run.group for run in plan.runs] == ["a", "b", "a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("where", ["@b:sft", "@later:sft", "@a", "@a:best"])
+def test_a_run_cannot_start_from_what_is_not_there_yet(make_sweep, where):
+    added = [("a", {}), ("b", {"sft.steps": 0, "init_from": where}), ("later", {"seed": 1})]
+    with pytest.raises(ConfigError, match=rf"run 'b': init_from='{where}': allowed is @RUN:STEP"):
+        make_sweep(added)
+
+
 # ---------------------------------------------------------------------------------------------
 # Commands
 
@@ -185,6 +218,10 @@ def test_the_command_line_makes_the_config_that_was_checked(name, parse):
         assert parsed.mesh.cpu_devices == 1
         with parsed.unlocked():
             parsed.mesh.cpu_devices = run.config.mesh.cpu_devices
+            if run.start is not None:
+                folder, step = ROOT / "w" / run.start[0] / "checkpoints", run.start[1]
+                assert parsed.init_from == str(folder / str(step))
+                parsed.init_from = run.config.init_from
         assert validation.differences(parsed, run.config) == []
 
 
@@ -321,10 +358,14 @@ def test_no_run_is_another_under_a_second_name(name):
 
 def test_the_main_table_has_every_method_with_every_seed():
     plan = load_committed("main_table")
-    module = importlib.import_module("experiments.configs.main_table")
+    ablations = {"no_update", "no_delete", "no_scratchpad", "no_store"}
     found = {(run.config.workflow, run.config.seed) for run in plan.runs}
-    assert found == {(w, seed) for w in module.WORKFLOWS for seed in (0, 1, 2)}
+    methods = set(workflows.WORKFLOWS) - ablations
+    assert found == {(method, seed) for method in methods for seed in (0, 1, 2)}
     for run in plan.runs:
+        learned = f"learned/seed{run.config.seed}"
+        is_program = workflows.find(run.config.workflow).program is not None
+        assert run.start == ((learned, 900) if is_program else None)
         steps = [evaluation.step for evaluation in run.evaluations]
         assert steps == (["last", "sft"] if run.config.workflow == "learned" else ["last"])
 
