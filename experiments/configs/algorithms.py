@@ -4,7 +4,8 @@
         --workdir=runs/algorithms --jobs=2
 
 `reference` divides group advantages by their deviation, gives answer tokens the reward of their
-own question, and has no KL and no entropy bonus. Every run has 256 trajectories a step.
+own question, and has no KL and no entropy bonus. Every run has 256 trajectories a step, and starts
+RL from the reference's SFT checkpoint.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ EVALUATIONS = [
 
 TRAJECTORIES = 256  # rl.episodes * rl.ppo.group_size of the reference
 
+SHARED_SFT = {"sft.steps": 0, "init_from": "@reference/seed{seed}:sft"}
 CHOICES: dict[str, dict[str, object]] = {
     "reference": {},
     "no_division": {"rl.ppo.divide_by_std": False},
@@ -43,4 +45,5 @@ def sweep(add) -> None:
     """Seeds outside, so that half of the time gives the whole table once."""
     for seed in range(2):
         for name, overrides in CHOICES.items():
-            add(f"{name}/seed{seed}", {"seed": seed, **overrides})
+            shared = {} if name == "reference" else SHARED_SFT
+            add(f"{name}/seed{seed}", {"seed": seed, **shared, **overrides})
