@@ -129,7 +129,8 @@ class Scheduler:
     ) -> None:
         """Runs what is given, in order as far as none waits for another.
 
-        `on_end` is called with each job that is done or failed. Whatever interrupts it, Ctrl-C or an exception, ends the commands first.
+        `on_end` is called with each job that is done or failed. Whatever interrupts it, Ctrl-C or
+        an exception, ends the commands first.
         """
         waiting = list(jobs)
         with tqdm.tqdm(total=len(jobs), desc="runs", mininterval=_SHOW_SECONDS) as bar:
