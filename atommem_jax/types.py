@@ -48,12 +48,15 @@ class Annotations:
     """What a scripted teacher may know of an episode, and a learned policy never sees.
 
     A chunk is made of at most U facts (sentences). A fact is named by its flat index
-    `chunk * U + position`.
+    `chunk * U + position`. What is worth storing of a fact is its note, where it has one, else
+    the fact itself. W is the length of the longest note: 0 where no fact has any.
     """
 
     start: Int[Array, "C U"]  # first token of the fact within its chunk
     length: Int[Array, "C U"]  # tokens of the fact; 0 where there is none
-    subject_length: Int[Array, "C U"]  # leading tokens of the fact that name its subject
+    note: Int[Array, "C U W"]  # tokens that are stored instead of the fact
+    note_length: Int[Array, "C U"]  # 0 where the fact itself is stored
+    subject_length: Int[Array, "C U"]  # leading tokens of what is stored that name its subject
     support: Bool[Array, "C U"]  # worth storing, as far as was known when it was read
     supersedes: Int[Array, "C U"]  # flat index of the fact that it corrects, or EMPTY
     category: Int[Array, "C U"]  # task's own label of the kind of fact, for statistics
@@ -96,7 +99,7 @@ class MemoryState:
 
     entries: Int[Array, "N L"]  # pad where there is no token; all pad in a free slot
     lengths: Int[Array, " N"]
-    keys: Float[Array, "N D"]  # unit vectors; zero in a free slot
+    keys: Float[Array, "N D"]  # unit vectors on a grid, see `memory`; zero in a free slot
     valid: Bool[Array, " N"]
     created: Int[Array, " N"]  # clock at which the entry was created; 0 in a free slot
     touched: Int[Array, " N"]  # clock of the last create, update or showing

@@ -132,11 +132,12 @@ def validate_shape(
     program = parts.workflow.program
     # An update has three tokens besides its text; a delete and a create have five, in two actions.
     edits = 2 if program is not None and program.delete else 1
-    longest = 3 + shape.query_length + shape.facts * (1 + 2 * edits) + shape.chunk_length
+    stored = max(shape.chunk_length, shape.facts * shape.note_length)
+    longest = 3 + shape.query_length + shape.facts * (1 + 2 * edits) + stored
     check(
         limit >= longest,
         f"rollout.response_length={limit}: the teacher sets a query of {shape.query_length} tokens "
-        f"and stores {shape.facts} facts of together {shape.chunk_length}, which takes {longest}; "
+        f"and stores {shape.facts} facts of together {stored}, which takes {longest}; "
         "raise it, or lower task.facts_per_chunk",
     )
     check(

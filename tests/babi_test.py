@@ -1,7 +1,5 @@
 """bAbI is read from small files written here by hand, and from the published ones where present."""
 
-import collections
-
 import pytest
 
 from atommem_jax.tasks import babi
@@ -86,47 +84,107 @@ def test_task_1_makes_an_example_per_question_over_its_story_so_far(tmp_path):
     assert [example["id"] for example in (first, second, third)] == [0, 1, 2]
 
 
-def test_task_2_keeps_the_place_where_the_object_was_put_down(tmp_path):
+def test_task_2_notes_where_the_object_is(tmp_path):
     at_office, at_garden = babi.generate(write(tmp_path, 2, TASK2), "train")
     assert at_office["focus"] == "milk"
-    assert column(at_office, "support") == [True, True, False, True, True, True, True]
-    # 'office' (3) replaces 'garden' (0); 'hallway' (5) must not replace 'office', where the milk
-    # is; 'kitchen' (6) replaces 'hallway'; putting down (4) replaces picking up (1).
-    assert column(at_office, "supersedes") == [-1, -1, -1, 0, 1, -1, 5]
-    assert at_office["questions"][0]["needs"] == [4, 3]
+    notes = [
+        "Mary garden",
+        "milk Mary garden",  # what is known of Mary tells where she takes it
+        None,  # the apple is not asked for
+        "milk Mary office",
+        "milk office",
+        None,  # Mary no longer has it, and where it is, is known
+        None,
+    ]
+    assert [fact.get("note") for fact in flatten(at_office)] == notes
+    assert column(at_office, "support") == [note is not None for note in notes]
+    # What is said of the milk replaces what was said of the milk; Mary's own entry stays.
+    assert column(at_office, "supersedes") == [-1, -1, -1, 1, 3, -1, -1]
+    assert column(at_office, "subject") == ["Mary", "milk", "John", "milk", "milk", "Mary", "Mary"]
+    assert at_office["questions"][0]["needs"] == [4]
     assert column(at_office, "category") == [
         FactCategory.MOVE,
         FactCategory.TAKE,
         FactCategory.OTHER_TAKE,
         FactCategory.MOVE,
         FactCategory.DROP,
-        FactCategory.MOVE,
-        FactCategory.MOVE,
+        FactCategory.OTHER_MOVE,
+        FactCategory.OTHER_MOVE,
     ]
-    assert column(at_garden, "supersedes")[7:] == [-1, 4, 7]
-    assert at_garden["questions"][0]["needs"] == [8, 9]
+    later = flatten(at_garden)[7:]
+    assert [fact.get("note") for fact in later] == [None, "milk John office", "milk John garden"]
+    assert column(at_garden, "supersedes")[7:] == [-1, 4, 8]
+    assert at_garden["questions"][0]["needs"] == [9]
 
 
-def test_task_2_forgets_where_the_object_lay_once_it_is_taken_again(tmp_path):
+def test_people_matter_until_the_object_is_seen_somewhere(tmp_path):
     text = """\
-1 Mary went to the garden.
-2 Mary got the milk.
+1 Mary got the milk there.
+2 John went to the garden.
 3 Mary left the milk.
-4 Mary took the milk.
-5 Mary went to the office.
-6 Where is the milk?\toffice\t4 5
+4 John travelled to the office.
+5 Sandra moved to the den.
+6 John took the milk there.
+7 Sandra went to the hall.
+8 Where is the milk?\toffice\t6 4
 """
     [example] = babi.generate(write(tmp_path, 2, text), "train")
-    assert column(example, "supersedes") == [-1, -1, 1, 2, 0]
+    assert [fact.get("note") for fact in flatten(example)] == [
+        "milk Mary",
+        "John garden",
+        "milk",
+        "John office",
+        "Sandra den",
+        "milk John office",
+        None,
+    ]
+    assert column(example, "supersedes") == [-1, -1, 0, 1, -1, 2, -1]
+    assert example["questions"][0]["needs"] == [5]
 
 
-def test_task_3_keeps_the_path_of_the_object(tmp_path):
+def test_task_3_notes_where_the_object_was_before_the_place_asked_about(tmp_path):
     [example] = babi.generate(write(tmp_path, 3, TASK3), "train")
     assert example["focus"] == "milk"
-    assert example["questions"][0]["needs"] == [4, 3, 2]
-    # Mary held the milk in the garden, the office and the hallway; only 'kitchen' is replaced.
-    assert column(example, "supersedes") == [-1, -1, -1, -1, -1, -1, 5]
-    assert all(column(example, "support"))
+    assert [fact.get("note") for fact in flatten(example)] == [
+        "Mary garden",
+        "milk Mary garden",
+        "milk Mary office",
+        "milk Mary hallway office",
+        "milk hallway office",
+        None,
+        None,
+    ]
+    assert column(example, "supersedes") == [-1, -1, 1, 2, 3, -1, -1]
+    assert example["questions"][0]["needs"] == [4]
+
+
+def test_task_3_forgets_the_earlier_arrival_at_the_place_asked_about(tmp_path):
+    text = """\
+1 Mary got the milk.
+2 Mary went to the den.
+3 Mary went to the hall.
+4 Mary went to the attic.
+5 Mary went to the den.
+6 Mary went to the hall.
+7 Mary dropped the milk.
+8 Where was the milk before the den?\tattic\t7 5 4
+"""
+    [example] = babi.generate(write(tmp_path, 3, text), "train")
+    assert [fact["note"] for fact in flatten(example)] == [
+        "milk Mary",
+        "milk Mary den",  # from where, is not known
+        "milk Mary hall",
+        "milk Mary attic",
+        "milk Mary den attic",
+        "milk Mary hall attic",
+        "milk hall attic",
+    ]
+
+
+def test_an_answer_that_the_notes_do_not_give_needs_what_was_published(tmp_path):
+    text = TASK2.replace("\toffice\t5 4", "\tcellar\t5 4")
+    first, _ = babi.generate(write(tmp_path, 2, text), "train")
+    assert first["questions"][0]["needs"] == [4, 3]
 
 
 def test_sentences_are_grouped_into_chunks(tmp_path):
@@ -193,12 +251,68 @@ def test_files_of_another_kind_are_refused(tmp_path, text, message):
     [
         ({"task": 4}, "task.task is 4; allowed: 1, 2 or 3"),
         ({"facts_per_chunk": 0}, "task.facts_per_chunk is 0"),
+        ({"task": 2, "facts_per_chunk": 2}, "facts_per_chunk is 2, but in task 2 .* allowed: 1"),
         ({"validation_every": 1}, "task.validation_every is 1"),
     ],
 )
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         BabiConfig(**fields)
+
+
+def interpret(entries: list[list[str]], text: str, question: str):
+    """What a reader who sees only this much would store: (entry replaced or None, note) or None.
+
+    Written from the entries, where the code under test goes through the story.
+    """
+    person, *words = text.rstrip(".").split()
+    asked, *before = question.rstrip("?").split()[3::3]
+    about = next((entry for entry in entries if entry[0] == asked), [])
+    theirs = next((entry for entry in entries if entry[0] == person), [])
+    holder = [word for word in about[1:] if word.istitle()]
+    places = [word for word in about[1:] if word.islower()]
+    if "to" in words:
+        arrival = words[-1]
+        if [person] == holder:
+            earlier = places[:1] if [arrival] == before else places[1:]
+            return about, [asked, person, arrival, *earlier]
+        return None if places else (theirs, [person, arrival])
+    if asked not in words:
+        return None
+    holder = [person] if words[0] in ("took", "got", "grabbed", "picked") else []
+    return about, [asked, *holder, *(places or theirs[1:])]
+
+
+def check_notes(example: dict) -> None:
+    """Every note follows from what is stored by then, and the answer from the last of them."""
+    [question] = example["questions"]
+    entries: list[list[str]] = []
+    facts = flatten(example)
+    for fact in facts:
+        stored = interpret(entries, fact["text"], question["text"])
+        assert fact["support"] == (stored is not None)
+        if stored is None:
+            assert "note" not in fact
+            assert fact["supersedes"] == -1
+            continue
+        replaced, note = stored
+        assert fact["note"].split() == note
+        assert fact["note"].startswith(fact["subject"])
+        old = facts[fact["supersedes"]]["note"].split() if fact["supersedes"] >= 0 else []
+        assert old == replaced
+        entries = [entry for entry in entries if entry != replaced] + [note]
+        assert len(entries) <= 5, "four people and the object"
+        assert len(note) <= 4
+    [needed] = question["needs"]
+    [about] = [entry for entry in entries if entry[0] == example["focus"]]
+    assert facts[needed]["note"].split() == about
+    assert about[-1] == question["aliases"][0]
+
+
+@pytest.mark.parametrize(("task", "text"), [(2, TASK2), (3, TASK3)])
+def test_notes_follow_from_what_a_reader_sees(tmp_path, task, text):
+    for example in babi.generate(write(tmp_path, task, text), "train"):
+        check_notes(example)
 
 
 @pytest.mark.parametrize("task", [1, 2, 3])
@@ -212,22 +326,17 @@ def test_published_files_can_be_answered_from_what_is_kept(shared_data, task):
         examples = list(babi.generate(config, split))
         counts[split] = len(examples)
         for example in examples:
+            if task > 1:
+                check_notes(example)
+                continue
             facts = flatten(example)
             [question] = example["questions"]
-            gone = {fact["supersedes"] for fact in facts}
-            assert all(facts[i]["support"] and i not in gone for i in question["needs"])
-            needed = [facts[i]["text"] for i in question["needs"]]
-            assert any(text.endswith(f" {question['aliases'][0]}.") for text in needed)
-            assert len(needed) == task
-            for number, fact in enumerate(facts):
-                replaced = fact["supersedes"]
-                if replaced >= 0:
-                    old = facts[replaced]
-                    assert replaced < number
-                    is_move = fact["category"] == FactCategory.MOVE
-                    assert is_move == (old["category"] == FactCategory.MOVE)
-                    assert not is_move or old["subject"] == fact["subject"]
-            replaced = collections.Counter(f["supersedes"] for f in facts if f["supersedes"] >= 0)
-            assert set(replaced.values()) <= {1}, "a sentence is replaced twice"
+            [needed] = question["needs"]
+            assert facts[needed]["support"]
+            assert facts[needed]["text"].endswith(f" {question['aliases'][0]}.")
+            about = [i for i, fact in enumerate(facts) if fact["subject"] == example["focus"]]
+            assert [i for i, fact in enumerate(facts) if fact["support"]] == about
+            assert [facts[i]["supersedes"] for i in about] == [-1, *about[:-1]]
+            assert needed == about[-1]
     training = 10_000 if task < 3 else 1_000
     assert counts == {"train": training * 9 // 10, "validation": training // 10, "test": 1000}

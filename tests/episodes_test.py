@@ -107,6 +107,8 @@ def test_example_becomes_the_arrays_worked_out_by_hand():
     same(episode.question_lengths, [3, 5, 0])
     same(episode.num_questions, 2)
     notes = episode.annotations
+    assert notes.note.shape == (3, 2, 0), "no fact has a note"
+    same(notes.note_length, [[0, 0], [0, 0], [0, 0]])
     same(notes.start, [[0, 4], [0, 0], [0, 0]])
     same(notes.length, [[4, 3], [5, 0], [0, 0]])
     same(notes.subject_length, [[1, 1], [2, 0], [0, 0]])
@@ -119,6 +121,43 @@ def test_example_becomes_the_arrays_worked_out_by_hand():
     same(notes.gold_length, [2, 1, 0])
     same(notes.focus, [bob, ann, 0])
     same(notes.focus_length, 2)
+
+
+def test_a_note_is_stored_instead_of_its_fact():
+    chunks = [
+        [
+            make_fact("Ann sat."),
+            make_fact("Mary Ann rests.", "Mary Ann", note="Mary Ann rests now"),
+        ],
+        [make_fact("Bob runs.", "runs", note="runs Bob"), make_fact("Ann ran.", "Ann", note="")],
+    ]
+    words = Words()
+    words.encode("Ann sat. Mary rests now Bob runs ran")
+    ann, sat, dot, mary, rests, now, bob, runs, ran = range(1, 10)
+    example: episodes.Example = {**EXAMPLE, "chunks": chunks}
+    shape = episodes.fit_shape([example], words)
+    assert shape.note_length == 4
+    episode = episodes.encode(example, words, shape)
+    notes = episode.annotations
+    np.testing.assert_array_equal(
+        episode.chunks, [[ann, sat, dot, mary, ann, rests, dot], [bob, runs, dot, ann, ran, dot, 0]]
+    )
+    np.testing.assert_array_equal(
+        notes.note, [[[0] * 4, [mary, ann, rests, now]], [[runs, bob, 0, 0], [0] * 4]]
+    )
+    np.testing.assert_array_equal(notes.note_length, [[0, 4], [2, 0]])
+    np.testing.assert_array_equal(notes.length, [[3, 4], [3, 3]])
+    # Leading words of the note, or of the fact where there is none.
+    np.testing.assert_array_equal(notes.subject_length, [[0, 2], [1, 1]])
+    with pytest.raises(ValueError, match="note_length is 4, but the shape allows 3"):
+        episodes.encode(example, words, dataclasses.replace(shape, note_length=3))
+
+
+def test_a_tokenizer_learns_from_notes_too():
+    chunks = [[make_fact("Ann sat.", note="Ann there"), make_fact("Bob ran.")]]
+    train: list[episodes.Example] = [{**EXAMPLE, "chunks": chunks}]
+    dataset = episodes.Dataset("nowhere", {"train": train})
+    assert list(episodes.tokenizer_texts(dataset))[:3] == ["Ann sat.", "Ann there", "Bob ran."]
 
 
 def test_flat_fact_index_counts_the_places_of_half_filled_chunks():
@@ -147,9 +186,12 @@ def test_fitted_shape_is_exact_and_every_smaller_one_is_refused():
         needs=2,
         answer_length=2,
         query_length=2,
+        note_length=0,
     )
     episodes.encode(EXAMPLE, words, shape)
     for field, size in dataclasses.asdict(shape).items():
+        if not size:
+            continue
         smaller = dataclasses.replace(shape, **{field: size - 1})
         message = f"example 5: {field} is {size}, but the shape allows {size - 1}"
         with pytest.raises(ValueError, match=message):
@@ -157,8 +199,8 @@ def test_fitted_shape_is_exact_and_every_smaller_one_is_refused():
 
 
 def test_joined_shape_holds_both():
-    one, other = EpisodeShape(1, 9, 1, 5, 3, 2, 1, 4), EpisodeShape(2, 3, 1, 1, 6, 2, 2, 1)
-    assert one.join(other) == other.join(one) == EpisodeShape(2, 9, 1, 5, 6, 2, 2, 4)
+    one, other = EpisodeShape(1, 9, 1, 5, 3, 2, 1, 4, 0), EpisodeShape(2, 3, 1, 1, 6, 2, 2, 1, 7)
+    assert one.join(other) == other.join(one) == EpisodeShape(2, 9, 1, 5, 6, 2, 2, 4, 7)
 
 
 @pytest.mark.parametrize(

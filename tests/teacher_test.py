@@ -27,18 +27,19 @@ def _play(setting, rates, episodes, ids, seed, scratchpad_only):
     return rollout.run(setting, policy, episodes, ids, seed)
 
 
-def play(seed=0, scratchpad_only=False, **rates):
+def play(seed=0, scratchpad_only=False, episodes=None, **rates):
     """Every tiny episode once. Returns trajectories with NumPy leaves."""
+    episodes = tiny_episodes() if episodes is None else episodes
     clean = dataclasses.asdict(TeacherConfig())
     rates = {name: jnp.float32(rates.get(name, clean[name])) for name in RATES}
     setting = tiny.make_parts().setting(tiny.make_shape())
     ids = np.arange(len(EPISODES), dtype=np.int32)
-    played = _play(setting, rates, episodes(), ids, jax.random.key(seed), scratchpad_only)
+    played = _play(setting, rates, episodes, ids, jax.random.key(seed), scratchpad_only)
     return jax.device_get(played)
 
 
 @functools.cache
-def episodes():
+def tiny_episodes():
     return jax.device_get(tiny.make_episodes(EPISODES)[0])
 
 
@@ -50,14 +51,14 @@ def count(played, kind, fate="applied", phase=None):
 
 def facts():
     """(support, correction, real) [B C], one fact a chunk."""
-    a = episodes().annotations
+    a = tiny_episodes().annotations
     return a.support[..., 0], a.supersedes[..., 0] != EMPTY, a.length[..., 0] > 0
 
 
 def fact_tokens(b, chunk):
-    a = episodes().annotations
+    a = tiny_episodes().annotations
     start, length = int(a.start[b, chunk, 0]), int(a.length[b, chunk, 0])
-    return episodes().chunks[b, chunk, start : start + length].tolist()
+    return tiny_episodes().chunks[b, chunk, start : start + length].tolist()
 
 
 def stored(played, b):
@@ -70,11 +71,13 @@ def stored(played, b):
 
 
 def asked():
-    return np.arange(episodes().questions.shape[1])[None] < episodes().num_questions[:, None]
+    return (
+        np.arange(tiny_episodes().questions.shape[1])[None] < tiny_episodes().num_questions[:, None]
+    )
 
 
 def solved(played):
-    a = episodes().annotations
+    a = tiny_episodes().annotations
     width = a.gold.shape[2]
     same = (played.answers[..., :width] == a.gold).all(-1) & (
         played.answer_lengths == a.gold_length
@@ -86,8 +89,8 @@ def test_the_samples_hold_what_these_tests_need():
     support, correction, real = facts()
     assert (support & correction).sum() >= 5
     assert (~support & real).sum() >= 20
-    assert (episodes().num_questions == 1).any()
-    assert (episodes().num_questions == 2).any()
+    assert (tiny_episodes().num_questions == 1).any()
+    assert (tiny_episodes().num_questions == 2).any()
 
 
 def test_the_clean_teacher_solves_everything_without_waste():
@@ -99,7 +102,7 @@ def test_the_clean_teacher_solves_everything_without_waste():
     np.testing.assert_array_equal(count(played, ActionKind.UPDATE), (support & correction).sum(1))
     np.testing.assert_array_equal(count(played, ActionKind.CREATE), (support & ~correction).sum(1))
     np.testing.assert_array_equal(count(played, ActionKind.DELETE), 0)
-    replaced = episodes().annotations.supersedes[..., 0]
+    replaced = tiny_episodes().annotations.supersedes[..., 0]
     for b in EPISODES:
         gone = set(replaced[b][support[b] & correction[b]].tolist())
         kept = [c for c in np.flatnonzero(support[b]) if c not in gone]
@@ -110,7 +113,7 @@ def test_the_standing_query_is_set_at_the_first_chunk():
     played, never = play(), play(set_query=0.0)
     np.testing.assert_array_equal(count(played, ActionKind.READ, phase=Phase.READING), 1)
     np.testing.assert_array_equal(count(never, ActionKind.READ, phase=Phase.READING), 0)
-    a = episodes().annotations
+    a = tiny_episodes().annotations
     for b in EPISODES:
         focus = a.focus[b, : a.focus_length[b]].tolist()
         assert played.turns.report.applied[b, 0, ActionKind.READ] == 1
@@ -162,7 +165,7 @@ def test_missing_facts_are_read_for_by_their_subject():
     assert count(none, ActionKind.READ, phase=Phase.ANSWERING).sum() == 0
     assert (none.turns.phase != Phase.FINAL).all()
 
-    a = episodes().annotations
+    a = tiny_episodes().annotations
     for played in (reads, badly):
         turns = played.turns
         has_read = turns.report.applied[..., ActionKind.READ] > 0
@@ -177,7 +180,7 @@ def test_missing_facts_are_read_for_by_their_subject():
             asked_for += 1
             query = turns.actions.text[b, t, 0, : turns.actions.length[b, t, 0]].tolist()
             if played is badly:
-                question = episodes().questions[b, q, : episodes().question_lengths[b, q]]
+                question = tiny_episodes().questions[b, q, : tiny_episodes().question_lengths[b, q]]
                 assert query == question[-2:].tolist()
             else:  # the first that is missing: the second hop is known by the first
                 subject = a.subject_length[b, missing[0], 0]
@@ -188,7 +191,7 @@ def test_missing_facts_are_read_for_by_their_subject():
 def test_an_unknown_answer_is_the_end_of_the_best_entry_shown():
     played = play(answer_known=0.0, read_missing=0.0)
     turns = played.turns
-    gold_length = episodes().annotations.gold_length
+    gold_length = tiny_episodes().annotations.gold_length
     seen = 0
     for b, t in zip(*np.nonzero(turns.question != EMPTY), strict=True):
         if not turns.live[b, t]:
@@ -219,6 +222,57 @@ def test_a_teacher_without_memory_guesses():
     assert not played.turns.occupancy.any()
     assert solved(played).mean() < 0.2
     assert (played.answer_lengths[asked()] > 0).all()
+
+
+@functools.cache
+def noted_episodes():
+    """The same, but what is to be stored of a fact is written backwards, without its full stop.
+
+    Facts of every third chunk have no note.
+    """
+    a = tiny_episodes().annotations
+    width = int(a.length.max()) - 1
+    note = np.full((*a.length.shape, width), tiny.make_tokenizer().pad_id, np.int32)
+    note_length = np.zeros(a.length.shape, np.int32)
+    for b, c in zip(*np.nonzero(a.length[..., 0]), strict=True):
+        if c % 3:
+            text = fact_tokens(b, c)[-2::-1]
+            note[b, c, 0, : len(text)], note_length[b, c, 0] = text, len(text)
+    return tiny_episodes().replace(annotations=a.replace(note=note, note_length=note_length))
+
+
+def stored_tokens(b, chunk):
+    return fact_tokens(b, chunk)[-2::-1] if chunk % 3 else fact_tokens(b, chunk)
+
+
+def test_notes_are_stored_updated_and_recognised():
+    played = play(episodes=noted_episodes())
+    support, correction, _ = facts()
+    assert solved(played).all()
+    assert not played.turns.report.invalid.any()
+    np.testing.assert_array_equal(count(played, ActionKind.UPDATE), (support & correction).sum(1))
+    replaced = tiny_episodes().annotations.supersedes[..., 0]
+    for b in EPISODES:
+        gone = set(replaced[b][support[b] & correction[b]].tolist())
+        kept = [c for c in np.flatnonzero(support[b]) if c not in gone]
+        assert stored(played, b) == sorted(stored_tokens(b, c) for c in kept)
+
+
+def test_the_end_of_a_note_is_a_guess():
+    played = play(episodes=noted_episodes(), answer_known=0.0, read_missing=0.0)
+    last = play(episodes=noted_episodes(), scratchpad_only=True)
+    turns = played.turns
+    gold_length = tiny_episodes().annotations.gold_length
+    support, _, _ = facts()
+    for b, t in zip(*np.nonzero(turns.live & (turns.question != EMPTY)), strict=True):
+        q = turns.question[b, t]
+        best = turns.shown_entries[b, t, 0].tolist()
+        best = [token for token in best if token != tiny.make_tokenizer().pad_id]
+        given = played.answers[b, q, : played.answer_lengths[b, q]].tolist()
+        assert given == best[-gold_length[b, q] :]
+    for b in EPISODES:
+        newest = stored_tokens(b, np.flatnonzero(support[b])[-1])
+        assert last.memory.scratchpad[b].tolist() == newest[-1:]
 
 
 def _rates(name):

@@ -2,23 +2,27 @@
 
 Source: Weston et al., "Towards AI-Complete Question Answering", arXiv 1502.05698; the English
 10k files of `tasks_1-20_v1-2`. One example is made per question: the sentences of its story up to
-it, and that question. The published supporting sentences become `needs`.
+it, and that question.
 
-What a teacher is told (`support`, `supersedes`) follows from the question alone and from what has
-been read so far, never from the answer:
+What a teacher is told (`support`, `note`, `supersedes`) follows from the question's text and from
+what has been read so far, never from the answer:
 
 Task 1, "Where is Mary?". Each sentence about the asked person is worth storing, and replaces the
-one before it.
+one before it. The published supporting sentences become `needs`.
 
-Tasks 2 and 3, "Where is the milk?", "Where was the milk before the garden?". Anyone may turn out
-to carry the asked object, so where each person goes is worth storing, and so is each sentence in
-which the asked object changes hands; those about other objects are not. What replaces what:
+Tasks 2 and 3, "Where is the milk?", "Where was the milk before the garden?". A sentence alone does
+not say where the milk is, so what is stored is a note, made from the sentence and from the notes
+before it. There are two kinds:
 
-- A move replaces the last move of the same person, unless that one still tells a place where the
-  object has been: in task 2, that of a person who has put it down there and left it; in task 3,
-  which asks where it was before, any place to which the object came or where it lay.
-- Task 2: picking up or putting down the object replaces the last such sentence.
-- Task 3: nothing replaces such a sentence; the object's path has to be told from them.
+- "milk John office": the asked object, who holds it, and where it is; "milk office" once John has
+  put it down. In task 3 a last word says where it was before its latest arrival at the asked
+  place: "milk John garden office". The place is left out as long as nothing has told it.
+- "Mary hallway": where a person is. Only whoever takes the object makes it known where it is, so
+  that people's places are worth storing until then, and nobody's but the holder's afterwards.
+
+Each note replaces the last one about the same object or person, and the answer is the last word
+of the object's. So `needs` is that note alone; where it does not end with the published answer,
+`needs` are the published supporting sentences.
 """
 
 import dataclasses
@@ -27,7 +31,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
@@ -49,7 +53,7 @@ _LINE = re.compile(
 )
 _SENTENCE = re.compile(
     r"(?P<person>[A-Z]\w*) (?:"
-    r"(?P<move>(?:moved|went|travelled|journeyed|went back) to the \w+)|"
+    r"(?P<move>(?:moved|went|travelled|journeyed|went back) to the (?P<place>\w+))|"
     r"(?P<take>(?:took|got|grabbed|picked up) the (?P<taken>\w+)(?: there)?)|"
     r"(?P<drop>(?:dropped|left|discarded|put down) the (?P<dropped>\w+)(?: there)?)"
     r")\."
@@ -57,14 +61,14 @@ _SENTENCE = re.compile(
 _QUESTIONS = {
     1: re.compile(r"Where is (\w+)\?"),
     2: re.compile(r"Where is the (\w+)\?"),
-    3: re.compile(r"Where was the (\w+) before the \w+\?"),
+    3: re.compile(r"Where was the (\w+) before the (\w+)\?"),
 }
 
 
 class FactCategory(enum.IntEnum):
-    """What a sentence is about; OTHER_ means that the question is not about it."""
+    """What a sentence is about; OTHER_ means that it does not matter to the question."""
 
-    MOVE = 0  # task 1: of the asked person; tasks 2 and 3: of anyone
+    MOVE = 0  # tasks 2 and 3: of the holder, or of anyone until the object is seen somewhere
     TAKE = 1
     DROP = 2
     OTHER_MOVE = 3
@@ -87,6 +91,12 @@ class BabiConfig:
         if self.facts_per_chunk < 1:
             found = self.facts_per_chunk
             raise ValueError(f"config.task.facts_per_chunk is {found!r}; allowed: 1 or more.")
+        if self.facts_per_chunk > 1 and self.task > 1:
+            raise ValueError(
+                f"config.task.facts_per_chunk is {self.facts_per_chunk}, but in task {self.task} "
+                "each sentence may change the note that the one before it changed, and a turn can "
+                "update only what it was shown; allowed: 1."
+            )
         if self.validation_every < 2:
             found = self.validation_every
             raise ValueError(f"config.task.validation_every is {found!r}; allowed: 2 or more.")
@@ -104,7 +114,17 @@ class _Event(NamedTuple):
 
     person: str
     kind: str  # 'move', 'take' or 'drop'
-    thing: str | None  # the object taken or dropped
+    place: str | None  # moved to
+    thing: str | None  # taken or dropped
+
+
+class _Label(NamedTuple):
+    """What is worth storing of a sentence."""
+
+    support: bool = False
+    supersedes: int = -1
+    note: str = ""
+    subject: str = ""
 
 
 def data_file(config: BabiConfig, part: str) -> str:
@@ -177,13 +197,21 @@ def _make_example(
             f"{config.task}; {_SOURCE}."
         )
     focus = matched[1]
-    facts = _label([line.text for line in sentences], config.task, focus)
-    size = config.facts_per_chunk
+    events = [_understand(line.text) for line in sentences]
+    if config.task == 1:
+        labels = _follow_person(events, focus)
+        known = None
+    else:
+        place = matched[2] if config.task == 3 else None
+        labels, known = _follow_object(events, focus, place)
+    told = known is not None and labels[known].note.endswith(f" {asked.answer}")
     question = {
         "text": asked.text,
         "aliases": [asked.answer],
-        "needs": [numbers[number] for number in asked.supporting],
+        "needs": [known] if told else [numbers[number] for number in asked.supporting],
     }
+    facts = [_make_fact(*pair) for pair in zip(sentences, labels, strict=True)]
+    size = config.facts_per_chunk
     return {
         "id": index,
         "chunks": [facts[start : start + size] for start in range(0, len(facts), size)],
@@ -192,60 +220,76 @@ def _make_example(
     }
 
 
+def _make_fact(line: _Line, label: _Label) -> dict[str, Any]:
+    event = _understand(line.text)
+    category = FactCategory[("" if label.support else "OTHER_") + event.kind.upper()]
+    fact = {
+        "text": line.text,
+        "subject": label.subject or event.person,
+        "support": label.support,
+        "supersedes": label.supersedes,
+        "category": int(category),
+    }
+    return fact | ({"note": label.note} if label.note else {})
+
+
 @functools.lru_cache(maxsize=4096)  # the files hold a few hundred different sentences
 def _understand(text: str) -> _Event:
     matched = _SENTENCE.fullmatch(text)
     if matched is None:
         raise ValueError(f"the sentence {text!r} is none that bAbI tasks 1 to 3 use; {_SOURCE}.")
     kind = next(kind for kind in ("move", "take", "drop") if matched[kind])
-    return _Event(matched["person"], kind, matched["taken"] or matched["dropped"])
+    thing = matched["taken"] or matched["dropped"]
+    return _Event(matched["person"], kind, matched["place"], thing)
 
 
-def _label(texts: Iterable[str], task: int, asked: str) -> list[dict[str, Any]]:
-    """The sentences as facts; the module's docstring gives the rules."""
-    facts: list[dict[str, Any]] = []
-    last_move: dict[str, int] = {}
-    kept: set[int] = set()  # moves that tell where the object is or has been
-    last_change = -1  # the last sentence in which the object changed hands
-    holder = None
-    for number, text in enumerate(texts):
-        event = _understand(text)
-        supersedes = -1
-        if event.kind == "move":
-            support = task > 1 or event.person == asked
-            previous = last_move.get(event.person, -1)
-            if support and previous not in kept:
-                supersedes = previous
-            last_move[event.person] = number
-            if task == 3 and event.person == holder:
-                kept.add(number)
+def _follow_person(events: Sequence[_Event], asked: str) -> list[_Label]:
+    """Task 1: the sentences about the asked person; no notes."""
+    labels, last = [], -1
+    for number, event in enumerate(events):
+        support = event.kind == "move" and event.person == asked
+        labels.append(_Label(support, last) if support else _Label())
+        last = number if support else last
+    return labels
+
+
+def _follow_object(
+    events: Sequence[_Event], asked: str, before: str | None
+) -> tuple[list[_Label], int | None]:
+    """Tasks 2 and 3: notes on the asked object, and on people as long as they may matter.
+
+    Returns the labels, and which sentence made the last note about the object, if one did. In
+    task 3 `before` is the place of the question.
+    """
+    labels: list[_Label] = []
+    places: dict[str, str] = {}  # person -> place noted
+    latest: dict[str, int] = {}  # subject of a note -> number of the sentence that made it
+    holder = place = earlier = None
+    for number, event in enumerate(events):
+        subject = asked
+        if event.kind != "move" and event.thing == asked:
+            holder = event.person if event.kind == "take" else None
+            place = place or places.get(event.person)
+        elif event.kind == "move" and event.person == holder:
+            earlier = place if event.place == before else earlier
+            place = event.place
+        elif event.kind == "move" and place is None and event.place is not None:
+            subject = event.person
+            places[subject] = event.place
         else:
-            support = task > 1 and event.thing == asked
-            if support:
-                supersedes = last_change if task == 2 else -1
-                last_change = number
-                holder = event.person if event.kind == "take" else None
-                if task == 3 or event.kind == "drop":
-                    kept.add(last_move.get(event.person, -1))
-                if task == 2 and event.kind == "take":
-                    kept.clear()  # it is no longer where it was put down
-        category = FactCategory[("" if support else "OTHER_") + event.kind.upper()]
-        facts.append(
-            {
-                "text": text,
-                "subject": event.person,
-                "support": support,
-                "supersedes": supersedes,
-                "category": int(category),
-            }
-        )
-    return facts
+            labels.append(_Label())
+            continue
+        about = (asked, holder, place, earlier) if subject == asked else (subject, event.place)
+        note = " ".join(word for word in about if word)
+        labels.append(_Label(True, latest.get(subject, -1), note, subject))
+        latest[subject] = number
+    return labels, latest.get(asked)
 
 
 class Babi(builders.ExampleBuilder):
     """bAbI tasks 1 to 3 (https://fb.ai/babi)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     DESCRIPTION = "bAbI tasks 1 to 3, one example per question."
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:

@@ -25,12 +25,17 @@ from atommem_jax.types import EMPTY, Annotations, Episode
 
 
 class Fact(TypedDict):
-    """One sentence of a document."""
+    """One sentence of a document, and what is worth storing of it.
+
+    That is the sentence itself, or a `note`: other words, which follow from the sentence and from
+    what was stored before it. It has the form of an answer, without a full stop.
+    """
 
     text: str
-    subject: str  # leading words of the text that name what it is about; '' where unknown
+    note: NotRequired[str]  # stored instead of the text; without it, or where '', the text is
+    subject: str  # leading words of what is stored that name what it is about; '' where unknown
     support: bool  # worth storing, as far as was known when it was read
-    supersedes: int  # number of the fact that it replaces, or -1
+    supersedes: int  # number of the fact whose entry it replaces, or -1
     category: int  # the family's own label, for statistics
 
 
@@ -165,7 +170,10 @@ def tokenizer_texts(dataset: Dataset) -> Iterator[str]:
 
 
 def _texts(example: Example) -> Iterator[str]:
-    yield from (fact["text"] for chunk in example["chunks"] for fact in chunk)
+    for fact in _concatenate(example["chunks"]):
+        yield fact["text"]
+        if fact.get("note"):
+            yield fact["note"]
     for question in example["questions"]:
         yield question["text"]
         yield from question["aliases"]
@@ -188,6 +196,7 @@ class EpisodeShape:
     needs: int  # M, a question
     answer_length: int  # G
     query_length: int  # Y
+    note_length: int = 0  # W
 
     def join(self, other: "EpisodeShape") -> "EpisodeShape":
         """The smallest shape that holds what either holds."""
@@ -202,6 +211,7 @@ class _Tokens(NamedTuple):
     questions: list[list[int]]
     answers: list[list[int]]
     focus: list[int]
+    notes: list[list[list[int]]]  # chunk -> fact -> ids; none where the fact has no note
 
     def shape(self, example: Example) -> EpisodeShape:
         return EpisodeShape(
@@ -213,6 +223,7 @@ class _Tokens(NamedTuple):
             needs=max((len(question["needs"]) for question in example["questions"]), default=0),
             answer_length=max(map(len, self.answers), default=0),
             query_length=len(self.focus),
+            note_length=max(map(len, _concatenate(self.notes)), default=0),
         )
 
 
@@ -250,7 +261,11 @@ def _tokenize(example: Example, encode_text: _TextEncoder) -> _Tokens:
                 "one or more texts, none empty. Correct the data set's builder."
             )
     answers = [encode_text(question["aliases"][0]) for question in example["questions"]]
-    return _Tokens(chunks, questions, answers, encode_text(example["focus"]))
+    notes = [
+        [encode_text(fact["note"]) if fact.get("note") else [] for fact in chunk]
+        for chunk in example["chunks"]
+    ]
+    return _Tokens(chunks, questions, answers, encode_text(example["focus"]), notes)
 
 
 def _concatenate(lists: Iterable[list[Any]]) -> list[Any]:
@@ -276,8 +291,8 @@ def encode(example: Example, tokenizer: Tokenizer, shape: EpisodeShape) -> Episo
     """Makes one example an Episode with NumPy leaves (int32, bool), padded to `shape`.
 
     The tokens of a chunk are those of its facts, one after the other, so that each fact is an
-    exact span; a fact that follows another one begins with the space between them.
-    Where there is no fact, category is EMPTY.
+    exact span; a fact that follows another one begins with the space between them. A note is
+    encoded alone. Where there is no fact, category is EMPTY.
 
     Raises ValueError, naming the field and both sizes, where the example does not fit `shape`,
     and where a fact number is none of the example's.
@@ -311,7 +326,8 @@ def _annotate(
 ) -> Annotations:
     pad_id = encode_text.pad_id
     grid = (shape.chunks, shape.facts)
-    start, length, subject_length = (np.zeros(grid, np.int32) for _ in range(3))
+    start, length, subject_length, note_length = (np.zeros(grid, np.int32) for _ in range(4))
+    note = np.full((*grid, shape.note_length), pad_id, np.int32)
     support = np.zeros(grid, np.bool_)
     supersedes, category = (np.full(grid, EMPTY, np.int32) for _ in range(2))
     places = [
@@ -329,10 +345,11 @@ def _annotate(
     for c, chunk in enumerate(example["chunks"]):
         position = 0
         for u, fact in enumerate(chunk):
-            ids = tokens.chunks[c][u]
-            subject = encode_text(fact["subject"], first=u == 0)
+            ids, noted = tokens.chunks[c][u], tokens.notes[c][u]
+            subject = encode_text(fact["subject"], first=u == 0 or bool(noted))
             start[c, u], length[c, u] = position, len(ids)
-            subject_length[c, u] = _common_prefix(ids, subject)
+            note[c, u, : len(noted)], note_length[c, u] = noted, len(noted)
+            subject_length[c, u] = _common_prefix(noted or ids, subject)
             support[c, u] = fact["support"]
             if fact["supersedes"] != EMPTY:
                 supersedes[c, u] = flat(fact["supersedes"])
@@ -342,6 +359,8 @@ def _annotate(
     leaves: dict[str, Any] = {
         "start": start,
         "length": length,
+        "note": note,
+        "note_length": note_length,
         "subject_length": subject_length,
         "support": support,
         "supersedes": supersedes,

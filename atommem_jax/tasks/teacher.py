@@ -2,8 +2,9 @@
 
 A teacher is a rollout policy like the model, so its prompts, its memory and its budgets are
 those of training; it is written for one trajectory and vectorised with `vmap`. It knows which
-facts are worth storing and which earlier fact a correction supersedes (`Annotations`), but it
-edits only entries that it is *shown*, and answers only from entries that it is shown.
+facts are worth storing, as which note, and which earlier fact a correction supersedes
+(`Annotations`), but it edits only entries that it is *shown*, and answers only from entries that it
+is shown.
 
 `TeacherConfig` holds a rate per kind of mistake, so that RL can start from a middling policy
 (paper, section 4: the policy before RL). `SCRIPTED` names the settings that the validity table
@@ -157,6 +158,26 @@ def _fact(script: Script, episode: Episode, index: Int[Array, ""]):
     return jnp.where(offsets < length, episode.chunks[chunk][at], script.pad_id), length
 
 
+def _entry(script: Script, episode: Episode, index: Int[Array, ""]):
+    """Tokens and length of what is stored of fact `index`: its note, else the fact itself."""
+    text, length = _fact(script, episode, index)
+    a = episode.annotations
+    facts, longest = a.note.shape[1:]
+    if not longest:
+        return text, length
+    chunk, place = jnp.maximum(index, 0) // facts, jnp.maximum(index, 0) % facts
+    room = max(0, script.max_text - longest)
+    note = jnp.pad(a.note[chunk, place], (0, room), constant_values=script.pad_id)
+    note_length = jnp.where(index == EMPTY, 0, a.note_length[chunk, place])
+    noted = note_length > 0
+    return jnp.where(noted, note[: script.max_text], text), jnp.where(noted, note_length, length)
+
+
+def _full_stop(episode: Episode) -> int:
+    """Tokens that end an entry and are no part of an answer: sentences have one, notes none."""
+    return 0 if episode.annotations.note.shape[-1] else 1
+
+
 def _where_shown(script: Script, view: View, tokens, length) -> tuple[Array, Array]:
     """Is this text shown, and as which Memory number (1..K)?"""
     shown, lengths = view.observation.shown, view.observation.shown_lengths
@@ -177,7 +198,7 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
     for place in range(a.start.shape[1]):
         index = jnp.maximum(view.chunk, 0) * a.start.shape[1] + place
-        text, length = _fact(script, episode, index)
+        text, length = _entry(script, episode, index)
         chunk = jnp.maximum(view.chunk, 0)
         u = jax.random.uniform(jax.random.fold_in(key, 1 + place), (3,))
         rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
@@ -185,11 +206,12 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
         if c.scratchpad_only:
             # The object of the newest relevant fact: its last word before the full stop.
             cap = view.observation.scratchpad.shape[0]
-            last = jnp.roll(text, -jnp.maximum(length - 1 - cap, 0))[:cap]
+            end = length - _full_stop(episode)
+            last = jnp.roll(text, -jnp.maximum(end - cap, 0))[:cap]
             actions.append(script.action(ActionKind.SCRATCHPAD, store, last, cap))
             continue
         stale, number = _where_shown(
-            script, view, *_fact(script, episode, a.supersedes[chunk, place])
+            script, view, *_entry(script, episode, a.supersedes[chunk, place])
         )
         stale &= a.supersedes[chunk, place] != EMPTY
         update = store & stale & (u[1] < c.update)
@@ -202,17 +224,19 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     return actions
 
 
-def _guess(c: TeacherConfig, view: View, width: int, length) -> Int[Array, " width"]:
+def _guess(
+    c: TeacherConfig, view: View, episode: Episode, width: int, length
+) -> Int[Array, " width"]:
     """An extractive guess: the end of the best entry shown (or of the notes), full stop aside."""
     o = view.observation
     if c.scratchpad_only:
-        source, size = o.scratchpad, o.scratchpad_length + 1
+        source, size = o.scratchpad, o.scratchpad_length
     else:
-        source, size = o.shown[0], o.shown_lengths[0]
+        source, size = o.shown[0], o.shown_lengths[0] - _full_stop(episode)
     question = jnp.maximum(view.question, 0)
-    none = size <= 1
+    none = size <= 0
     source = jnp.pad(source, (0, max(0, width - source.shape[0])))
-    taken = jnp.roll(source, -jnp.maximum(size - 1 - length, 0))[:width]
+    taken = jnp.roll(source, -jnp.maximum(size - length, 0))[:width]
     return jnp.where(none, o.questions[question][:1], taken)
 
 
@@ -226,7 +250,7 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
     missing = jnp.full((), EMPTY, jnp.int32)
     for hop in range(a.needs.shape[1]):
         index = a.needs[q, hop]
-        found, _ = _where_shown(script, view, *_fact(script, episode, index))
+        found, _ = _where_shown(script, view, *_entry(script, episode, index))
         needed = index != EMPTY
         missing = jnp.where(known & needed & ~found, index, missing)
         known &= found | ~needed
@@ -239,7 +263,7 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
     read &= not c.scratchpad_only
     place = jnp.maximum(missing, 0)
     facts = a.start.shape[1]
-    subject, _ = _fact(script, episode, place)
+    subject, _ = _entry(script, episode, place)
     subject_length = a.subject_length[place // facts, place % facts]
     question, question_length = episode.questions[q], episode.question_lengths[q]
     bad = u[1] < c.read_badly
@@ -248,7 +272,7 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
     query = jnp.where(bad, tail[:width], subject[:width])
     query_length = jnp.where(bad, jnp.minimum(question_length, 2), subject_length)
     right = known & (u[2] < c.answer_known)
-    guess = _guess(c, view, gold.shape[0], gold_length)
+    guess = _guess(c, view, episode, gold.shape[0], gold_length)
     answer = jnp.where(right, gold, guess)
     return [
         script.action(ActionKind.READ, read, query, query_length),

@@ -59,3 +59,12 @@ def _keep_notes(config: ConfigDict) -> None:
     config.teacher.store_support = 1.0
     config.teacher.store_distractor = 0.0
     config.teacher.update = 1.0
+
+    # It samples what it does greedily: most groups agree, and the rest pull hard. At task 1's rate
+    # five steps took validation from 1.000 to .973.
+    config.rl.steps = 6
+    config.rl.optimizer.learning_rate = 3e-5
+
+    # A story of task 3 has three times the turns, and little happens in most of them.
+    config.sft.steps = {2: 600, 3: 900}[config.task.task]
+    config.sft.eval_every = config.sft.steps // 2
