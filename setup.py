@@ -26,6 +26,9 @@ setup(
     package_data={"atommem_jax": ["report_page/*"]},
     install_requires=read_requirements(),
     extras_require={
+        # What experiments/benchmark.py measures against. Without an accelerator take PyTorch from
+        # https://download.pytorch.org/whl/cpu: the default brings gigabytes of CUDA.
+        "bench": ["faiss-cpu==1.15.1", "torch==2.13.0"],
         "test": [
             "hypothesis==6.170.15",
             "mypy==2.4.1",

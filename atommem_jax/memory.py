@@ -24,9 +24,9 @@ EVICTION_POLICIES = ("lru", "oldest", "reject")
 """What a create does to a full table: evict the least recently touched entry, evict the one
 created first, or refuse the create."""
 
-# Keys lie on this grid. So every product of two, and every partial sum of products of two unit
-# vectors, is a multiple of 2**-22 below 2: a float32 number, without rounding.
-_GRID = 2.0**-11
+GRID = 2.0**-11
+"""Keys are rounded to multiples of it. So every product of two, and every partial sum of products
+of two unit vectors, is a multiple of 2**-22 below 2: a float32 number, without rounding."""
 
 
 def init(
@@ -89,8 +89,8 @@ def retrieve(state: MemoryState, embed: Embed) -> tuple[MemoryState, Float[Array
     num_slots, num_shown = state.valid.shape[0], state.shown.shape[0]
     key = _to_grid(embed(state.query, state.query_length))
     chex.assert_shape(key, state.keys.shape[1:])
-    # Exact, see _GRID. So equal entries tie, and the ranking is the same in any batch, in any order
-    # of summation, fused or not, on any device.
+    # Exact, see `GRID`. So equal entries tie, and the ranking is the same in any batch, in any
+    # order of summation, fused or not, on any device.
     scores = jnp.dot(state.keys, key, precision=jax.lax.Precision.HIGHEST)
     candidates = state.valid & (state.query_length > 0)
     scores, slots = jax.lax.top_k(jnp.where(candidates, scores, -jnp.inf), num_shown)
@@ -291,7 +291,7 @@ def _fit(
 
 
 def _to_grid(vector: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-    return jnp.round(vector / _GRID) * _GRID
+    return jnp.round(vector / GRID) * GRID
 
 
 def _is_any(kind: Int[Array, " A"], *kinds: ActionKind) -> Bool[Array, " A"]:

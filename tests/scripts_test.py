@@ -344,6 +344,11 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
         ("train.py", ["--config", "--workdir", "--data_root"]),
         ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
         ("demo.py", ["--config", "--workdir", "--baselines", "--data_root"]),
+        (
+            "benchmark.py",
+            ["--suite", "--json", "--runs", "--checkpoint", "--config", "--data_root"],
+        ),
+        ("report.py", ["--workdir", "--compare", "--split", "--step", "--out", "--data_root"]),
         ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
     ],

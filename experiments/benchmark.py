@@ -1,0 +1,125 @@
+"""Measures speed against what one would use instead; ratios above 1 mean that ours is faster.
+
+    python experiments/benchmark.py --suite=memory,rollout,train,task --json=runs/benchmark.json
+    python experiments/benchmark.py --checkpoint=runs/demo --suite=rollout,train
+    python experiments/benchmark.py --suite=growth --plot=runs/growth.png
+
+| suite | ours | peers |
+|---|---|---|
+| memory | retrieval and operations of a turn, jitted | FAISS a trajectory, NumPy |
+| rollout | the jitted episode | the same agent driven from the host; PyTorch with FAISS |
+| train | one PPO update | PyTorch, eager and compiled |
+| task | the validity table | |
+| growth | a turn against slots, trajectories, entry length; an episode against turns | |
+
+Peers do the same work, and tests hold that they get the same results. Contestants take turns in
+every round; figures are medians, with the extremes of the rounds beside them. Both sides may use
+all cores; where threads hurt a peer it gets the setting that was fastest in a trial. Nothing is
+loaded from the compilation cache, so that the compile times are real. Without --checkpoint the
+parameters are fresh: turns are valid, thanks to the grammar, but random. The libraries of the
+peers are the extra `bench`: pip install -e '.[bench]'.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from absl import flags as absl_flags
+
+from atommem_jax.config import check
+from experiments import flags, train, validation, validity
+from experiments.benchmarks import memory_suite, suites
+
+for _name in ("episodes", "json"):
+    absl_flags.declare_key_flag(_name)  # of validity.py: --help lists them here too
+SUITE = absl_flags.DEFINE_list(
+    "suite", list(suites.DEFAULT_SUITES), f"Which to run, of {', '.join(suites.SUITES)}."
+)
+CHECKPOINT = absl_flags.DEFINE_string(
+    "checkpoint", None, "A workdir of train.py: its agent and config instead of a fresh agent."
+)
+STEP = absl_flags.DEFINE_string("step", "last", "Of the checkpoint: 'last', 'best' or a number.")
+RUNS = absl_flags.DEFINE_integer("runs", 5, "Rounds that are timed.", lower_bound=1)
+PLOT = absl_flags.DEFINE_string("plot", None, "File (PNG, PDF) for the curves of suite growth.")
+SAMPLED = absl_flags.DEFINE_bool(
+    "sampled", False, "Rollouts at rl.temperature. Greedy ones are the same for all peers."
+)
+TRAJECTORIES = absl_flags.DEFINE_integer(
+    "trajectories", 0, "0: 256 in suite memory, and a batch of training elsewhere.", lower_bound=0
+)
+_LOAD = memory_suite.Load()
+TORCH_COMPILE = absl_flags.DEFINE_bool(
+    "torch_compile", True, "Also measure torch.compile; compiling takes minutes on two cores."
+)
+SLOTS = absl_flags.DEFINE_integer("slots", _LOAD.slots, "Of suite memory.", lower_bound=1)
+ENTRY_LENGTH = absl_flags.DEFINE_integer(
+    "entry_length", _LOAD.entry_length, "Tokens of an entry of suite memory.", lower_bound=1
+)
+KEY_DIM = absl_flags.DEFINE_integer(
+    "key_dim", _LOAD.key_dim, "Width of the keys of suite memory.", lower_bound=1
+)
+SHOWN = absl_flags.DEFINE_integer(
+    "shown", _LOAD.shown, "Entries retrieved a turn in suite memory.", lower_bound=1
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """See the module docstring."""
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    check_suites(SUITE.value)
+    options = read_options()
+    config = train.CONFIG.value
+    validation.validate(config)
+    # Compile times are part of the result: nothing may come from an earlier run.
+    jax.config.update("jax_enable_compilation_cache", False)
+    bench = suites.Benchmark(
+        config, flags.DATA_ROOT.value, options, checkpoint=CHECKPOINT.value, step=STEP.value
+    )
+    for name in SUITE.value:
+        print(f"suite {name}", flush=True)
+        bench.run(name)
+        if validity.JSON.value:
+            suites.write(bench.results, validity.JSON.value)
+    print(suites.render(bench.results))
+    if validity.JSON.value:
+        print(f"results: {validity.JSON.value}")
+
+
+def check_suites(names: Sequence[str]) -> None:
+    """Raises ConfigError for a suite that does not exist, or none."""
+    unknown = [name for name in names if name not in suites.SUITES]
+    check(
+        bool(names) and not unknown,
+        f"--suite={','.join(names)}: allowed are {', '.join(suites.SUITES)}, separated by commas",
+    )
+
+
+def read_options() -> suites.Options:
+    """What the flags say. Raises ConfigError where two disagree."""
+    check(
+        SHOWN.value <= SLOTS.value,
+        f"--shown={SHOWN.value} is more than --slots={SLOTS.value}; show at most what there is",
+    )
+    check(
+        not PLOT.value or PLOT.value.endswith((".png", ".pdf")),
+        f"--plot={PLOT.value}: allowed endings are .png and .pdf",
+    )
+    load = memory_suite.Load(
+        trajectories=TRAJECTORIES.value or _LOAD.trajectories,
+        slots=SLOTS.value,
+        entry_length=ENTRY_LENGTH.value,
+        key_dim=KEY_DIM.value,
+        shown=SHOWN.value,
+    )
+    return suites.Options(
+        runs=RUNS.value,
+        load=load,
+        trajectories=TRAJECTORIES.value,
+        sampled=SAMPLED.value,
+        episodes=validity.EPISODES.value,
+        plot=PLOT.value,
+        torch_compile=TORCH_COMPILE.value,
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,231 @@
+"""The suites of `experiments/benchmark.py`, their results as JSON, and the printed table."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from atommem_jax import sharding
+from atommem_jax.config import check
+from atommem_jax.model import init_params
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tasks import teacher
+from experiments import agents, validity, wiring
+from experiments.benchmarks import growth, memory_suite, phases, rollout_suite, timing, train_suite
+
+SUITES = ("memory", "rollout", "train", "task", "growth")
+DEFAULT_SUITES = ("memory", "rollout", "train", "task")
+
+Results = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say."""
+
+    runs: int = 5
+    load: memory_suite.Load = dataclasses.field(default_factory=memory_suite.Load)
+    trajectories: int = 0  # of rollout and train; 0: a batch of training
+    sampled: bool = False  # rollouts at rl.temperature; greedy otherwise
+    episodes: int = 0  # of each split in suite task; 0: all
+    plot: str | None = None
+    torch_compile: bool = True
+
+
+class Benchmark:
+    """Runs suites one after the other and gathers their results."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        data_root: str,
+        options: Options,
+        *,
+        checkpoint: str | None = None,
+        step: str = "last",
+    ):
+        """Builds the agent: of a checkpoint, with its own config, or with fresh parameters."""
+        self._options = options
+        if checkpoint:
+            loaded = agents.load(checkpoint, step, config.mesh.cpu_devices)
+            self.parts, self.params, self.mesh = loaded.parts, loaded.params, loaded.mesh
+            self._dataset = wiring.load_dataset(self.config, data_root)
+            parameters = f"{loaded.workdir}, step {loaded.step}"
+        else:
+            parameters = "fresh"
+            self.mesh = wiring.make_mesh(config)
+            self._dataset = wiring.load_dataset(config, data_root)
+            self.parts = wiring.build(config, wiring.load_tokenizer(config, self._dataset))
+            key = jax.random.key(config.seed)
+            self.params = jax.jit(lambda: init_params(self.parts.agent.model, key))()
+        check(
+            self.config.workflow == "learned",
+            f"workflow={self.config.workflow!r}: the host peers know 'learned' only; "
+            "leave --config.workflow as it is",
+        )
+        check(
+            self.config.rollout.top_p == 1.0,
+            f"rollout.top_p={self.config.rollout.top_p}: the PyTorch peer samples with 1.0 only",
+        )
+        check(
+            self.config.memory.eviction != "reject",
+            "memory.eviction='reject': the host peers know 'lru' and 'oldest' only",
+        )
+        self._clock = timing.CompileClock()
+        self.results: Results = {
+            "machine": timing.describe_machine(),
+            "settings": dataclasses.asdict(options) | {"parameters": parameters},
+            "compile_seconds": self._clock.seconds,
+        }
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.parts.config
+
+    def run(self, suite: str) -> None:
+        """Runs one suite and adds what it found to `results`."""
+        {
+            "memory": self._run_memory,
+            "rollout": self._run_rollout,
+            "train": self._run_train,
+            "task": self._run_task,
+            "growth": self._run_growth,
+        }[suite]()
+
+    def _run_memory(self) -> None:
+        load, devices = self._options.load, self.mesh.shape[sharding.DATA]
+        check(
+            load.trajectories % devices == 0,
+            f"--trajectories={load.trajectories}: must be a multiple of the {devices} devices",
+        )
+        with self._clock.of("memory"):
+            self.results["memory"] = memory_suite.run(load, self.mesh, runs=self._options.runs)
+
+    def _run_rollout(self) -> None:
+        scene = self._make_scene("train", self._temperature)
+        found = rollout_suite.run(scene, self._clock, runs=self._options.runs)
+        self.results["rollout"] = found
+        shares = phases.measure_rollout(scene, _our_seconds(found))
+        self.results.setdefault("phases", {})["rollout"] = shares
+
+    def _run_train(self) -> None:
+        # Always sampled: siblings of a greedy group would all be worth the same.
+        scene = self._make_scene("train", self.config.rl.temperature, grouped=True)
+        lesson = train_suite.make_lesson(scene)
+        peers = train_suite.PEERS if self._options.torch_compile else ("torch",)
+        found = train_suite.run(scene, lesson, self._clock, runs=self._options.runs, peers=peers)
+        if "torch_compile" not in found:
+            found["torch_compile"] = timing.failed("--notorch_compile")
+        self.results["train"] = found
+        shares = phases.measure_update(scene, lesson, _our_seconds(found))
+        self.results.setdefault("phases", {})["train"] = shares
+
+    def _run_task(self) -> None:
+        episodes = self._options.episodes
+        table = validity.measure(self.config, self._dataset, teacher.SCRIPTED, episodes=episodes)
+        self.results["task"] = table
+
+    def _run_growth(self) -> None:
+        curves = growth.measure_memory(self._options.load, self.mesh, runs=self._options.runs)
+        splits = [name for name in self._dataset.splits if name.startswith("test")]
+        curves["turns"] = growth.measure_turns(
+            lambda split: self._make_scene(split, self._temperature),
+            splits,
+            runs=self._options.runs,
+        )
+        self.results["growth"] = curves
+        if self._options.plot:
+            path = pathlib.Path(self._options.plot)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            growth.plot(curves, path)
+
+    def _check_count(self, count: int) -> None:
+        """Raises ConfigError where the trajectories cannot be shared out as training does."""
+        ppo, devices = self.config.rl.ppo, self.mesh.shape[sharding.DATA]
+        share, group = count // devices, self.config.rollout.group
+        unit = math.lcm(ppo.group_size, ppo.minibatches, group if 0 < group < share else 1)
+        check(
+            count % (devices * unit) == 0,
+            f"--trajectories={count}: must be a multiple of {devices * unit}, for {devices} "
+            f"devices with rollout.group={group}, rl.ppo.group_size={ppo.group_size} and "
+            f"rl.ppo.minibatches={ppo.minibatches}",
+        )
+
+    @property
+    def _temperature(self) -> float:
+        return self.config.rl.temperature if self._options.sampled else 0.0
+
+    def _make_scene(
+        self, split: str, temperature: float, grouped: bool = False
+    ) -> rollout_suite.Scene:
+        """Episodes of a split; `grouped` puts siblings next to each other, as training does."""
+        size = self.config.rl.ppo.group_size if grouped else 1
+        count = (
+            self._options.trajectories or self.config.rl.episodes * self.config.rl.ppo.group_size
+        )
+        self._check_count(count)
+        examples = self._dataset.split(split)
+        examples = examples[: max(count // size, 1)]
+        shape = episodes_lib.fit_shape(examples, self.parts.tokenizer)
+        dataset = episodes_lib.EncodedDataset(examples, self.parts.tokenizer, shape)
+        batch = dataset.stack(range(len(examples)))
+        return rollout_suite.Scene(
+            parts=self.parts,
+            params=self.params,
+            mesh=self.mesh,
+            shape=shape,
+            episodes=jax.tree.map(lambda x: np.repeat(x, size, axis=0), batch.episodes),
+            aliases=[accepted for accepted in batch.aliases for _ in range(size)],
+            temperature=temperature,
+        )
+
+
+def _our_seconds(found: Results) -> list[float]:
+    """Our side's seconds, from any peer that ran; [nan] where none did."""
+    return next((r["ours_seconds"] for r in found.values() if "ours_seconds" in r), [float("nan")])
+
+
+def write(results: Results, path: str) -> None:
+    """Writes the JSON, whole or not at all."""
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)
+
+
+def render(results: Results) -> str:
+    """All results as text."""
+    lines = []
+    for suite in ("memory", "rollout", "train"):
+        for peer, result in results.get(suite, {}).items():
+            lines.append(f"{suite + '.' + peer:32} {_render_peer(result)}")
+    for suite, found in results.get("phases", {}).items():
+        shares = "  ".join(f"{name} {share:.1%}" for name, share in found["share"].items())
+        lines.append(
+            f"phases of {suite}: {shares}  (sum {found['sum_seconds']:.2f} s, "
+            f"whole {found['whole_seconds']:.2f} s)"
+        )
+    for name, seconds in results["compile_seconds"].items():
+        lines.append(f"compilation of {name}: {seconds:.1f} s")
+    if "task" in results:
+        lines.append(validity.render(results["task"]))
+    for axis, points in results.get("growth", {}).items():
+        cells = (f"{p[axis]:g}: {p['ours']:.2f}" for p in points)
+        lines.append(f"ms against {axis}: {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+def _render_peer(result: Results) -> str:
+    if result["ratio"] is None:
+        return f"not run: {result['reason']}"
+    return (
+        f"{result['ours']:10.4g} {result['peer']:10.4g} {result['unit']:22} "
+        f"{result['ratio']:6.2f}x  ({result['ratio_min']:.2f} to {result['ratio_max']:.2f})"
+    )
