@@ -8,18 +8,21 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-peers lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 	$(RUN) experiments/demo.py --workdir=runs/demo
 
 test: $(VENV)/.stamp-test  ## Run the tests
 	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
+
+test-peers: $(VENV)/.stamp-peers  ## Also test what the benchmark compares with (PyTorch, FAISS)
+	$(RUN) -m pytest tests/benchmark_test.py
 
 lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .
@@ -48,3 +51,7 @@ $(VENV)/.stamp-demo: requirements.txt setup.py | $(VENV)/.stamp-venv
 $(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.stamp-demo
+
+$(VENV)/.stamp-peers: $(VENV)/.stamp-test
+	$(PIP) --editable '.[test,bench]'
+	touch $@

@@ -94,8 +94,8 @@ def test_the_demo_opens_its_results_with_the_report(demo):
     assert pathlib.Path(path) == (workdir / "report" / "index.html").resolve()
     assert printed.index(path) < printed.index("Exact match")
     page = pathlib.Path(path).read_text(encoding="utf-8")
-    for name in METHODS:
-        assert name in page
+    for name in ("learned, after SFT", "learned, after RL", *BASELINES):
+        assert f">{name.replace('_', ' ')}<" in page
 
 
 def test_baselines_have_only_rl_and_start_where_the_learned_policy_does(demo):
