@@ -3,8 +3,10 @@
 Without flags, so that every script can use it.
 """
 
+import functools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,12 +31,29 @@ class Loaded:
         self.workdir, self.step, self.parts = workdir, step, parts
         self.params, self.mesh = params, mesh
         self._players: dict[Any, Any] = {}
+        self._shapes: dict[tuple[str, ...], episodes_lib.EpisodeShape] = {}
 
     def player(self, shape: episodes_lib.EpisodeShape):
         """The jitted rollout for episodes of this shape; compiled once a shape."""
         if shape not in self._players:
             self._players[shape] = wiring.make_player(self.parts, shape, self.mesh)
         return self._players[shape]
+
+    def shape(self, dataset: episodes_lib.Dataset, split: str) -> episodes_lib.EpisodeShape:
+        """What holds the episodes of all splits of the same part: all tests, for `test_1x`.
+
+        They share a compiled program, and what a split's episodes come to does not depend on which
+        others are evaluated. Raises ConfigError for an unknown split.
+        """
+        _find_split(dataset, split)
+        part = split.partition("_")[0]
+        splits = tuple(name for name in dataset.splits if name.partition("_")[0] == part)
+        if splits not in self._shapes:
+            shapes = [
+                episodes_lib.fit_shape(dataset.split(name), self.parts.tokenizer) for name in splits
+            ]
+            self._shapes[splits] = functools.reduce(episodes_lib.EpisodeShape.join, shapes)
+        return self._shapes[splits]
 
 
 def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
@@ -74,6 +93,13 @@ def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
     return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
 
 
+def _find_split(dataset: episodes_lib.Dataset, split: str) -> Sequence[Any]:
+    try:
+        return dataset.split(split)
+    except KeyError as error:
+        raise ConfigError(f"--split={split}: {error.args[0]}") from error
+
+
 def _count_devices(batch_size: int) -> int:
     """The most devices that share a batch evenly, however many the run was trained on."""
     return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
@@ -98,10 +124,7 @@ def evaluate_split(
 
     Raises ConfigError for an unknown split.
     """
-    try:
-        examples = dataset.split(split)
-    except KeyError as error:
-        raise ConfigError(f"--split={split}: {error.args[0]}") from error
+    examples = _find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
     name = f"{split}_t{temperature:g}_step{loaded.step}"
     cell = {"split": split, "temperature": temperature, "seed": seed, "step": loaded.step}
@@ -110,7 +133,7 @@ def evaluate_split(
         if found is not None:
             return found
     tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
-    shape = episodes_lib.fit_shape(examples, tokenizer)
+    shape = loaded.shape(dataset, split)
     size = loaded.parts.config.eval.batch_size
     play = loaded.player(shape)
     key = sharding.replicate(jax.random.key(seed), mesh)

@@ -2,10 +2,10 @@
 
     python experiments/demo.py --workdir=runs/demo
 
-SFT, then RL, at 1x only. The baselines (`atommem_jax/workflows.py`) start from the same SFT
-checkpoint and have as much RL. Then everything is evaluated at 1x, 2x and 4x as many facts,
-greedily and at temperature 1. Writes <workdir>/results.json and <workdir>/report/index.html.
-Interrupted, it goes on where it was.
+SFT, then RL, at 1x only. The baselines (`atommem_jax/workflows.py`) have as much RL, from the same
+SFT checkpoint where a program manages their memory, else after an SFT of their own. Then
+everything is evaluated at 1x, 2x and 4x as many facts, greedily and at temperature 1. Writes
+<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was.
 """
 
 import json
@@ -72,10 +72,11 @@ def run(
 
     # ------------------------------------------------------------------ baselines
     for name in baselines:
-        print(f"\nbaseline {name}: RL from the same SFT checkpoint", flush=True)
+        print(f"\nbaseline {name}", flush=True)
         folder = workdir / "baselines" / name
-        train.train(_baseline(config, workdir, name), str(folder), data_root)
-        _measure(folder, config.rl.steps, dataset, name, methods)
+        changed = _baseline(config, workdir, name)
+        train.train(changed, str(folder), data_root)
+        _measure(folder, train.stage_ends(changed)[1], dataset, name, methods)
 
     # ------------------------------------------------------------------ results
     records = read_metrics(workdir)
@@ -97,11 +98,12 @@ def run(
 
 
 def _baseline(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
-    """The config of a baseline: RL alone, from the end of the learned policy's SFT."""
+    """The config of a baseline; under a program, RL alone from the learned policy's SFT."""
     changed = config.copy_and_resolve_references().unlock()
     changed.workflow = name
-    changed.init_from = str(workdir / "checkpoints" / str(config.sft.steps))
-    changed.sft.steps = 0
+    if workflows.find(name).program is not None:
+        changed.init_from = str(workdir / "checkpoints" / str(config.sft.steps))
+        changed.sft.steps = 0
     return changed.lock()
 
 

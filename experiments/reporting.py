@@ -197,11 +197,8 @@ def trace_episodes(
     if split is None:
         split = next((name for name in dataset.splits if name.startswith("test")), None)
         check(split is not None, f"the data set has no test split, but {list(dataset.splits)}")
-    try:
-        examples = dataset.split(split)
-    except KeyError as error:
-        raise ConfigError(f"--split={split}: {error.args[0]}") from error
-    shape = episodes_lib.fit_shape(examples, loaded.parts.tokenizer)
+    shape = loaded.shape(dataset, split)
+    examples = dataset.split(split)
     played = play(loaded, examples, shape, episodes, temperature)
     rows = trace.choose([em for _, _, em, _ in played], episodes)
     trajectories, samples = (

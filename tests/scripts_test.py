@@ -98,19 +98,25 @@ def test_the_demo_opens_its_results_with_the_report(demo):
         assert f">{name.replace('_', ' ')}<" in page
 
 
-def test_baselines_have_only_rl_and_start_where_the_learned_policy_does(demo):
+def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(demo):
     workdir, _ = demo
-    end = read_params(workdir, SFT_END)
-    for name in BASELINES:
-        folder = workdir / "baselines" / name
-        with Checkpointer(folder / "checkpoints", best_metric="em", read_only=True) as source:
-            assert source.latest_step() == runs.RL_STEPS
-            config = source.restore_config(runs.RL_STEPS)
-            tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
-        assert (config.workflow, config.sft.steps) == (name, 0)
-        assert_equal(train.load_initial(config, tokenizer), end)
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read_params(folder), end)
-        assert max(jax.tree.leaves(moved)) > 0
+    folder, end = workdir / "baselines" / "store_all_one_read", read_params(workdir, SFT_END)
+    with Checkpointer(folder / "checkpoints", best_metric="em", read_only=True) as source:
+        assert source.latest_step() == runs.RL_STEPS
+        config = source.restore_config(runs.RL_STEPS)
+        tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
+    assert (config.workflow, config.sft.steps) == ("store_all_one_read", 0)
+    assert_equal(train.load_initial(config, tokenizer), end)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read_params(folder), end)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_a_masked_baseline_has_an_sft_of_its_own(demo):
+    folder = demo[0] / "baselines" / "scratchpad_only" / "checkpoints"
+    with Checkpointer(folder, best_metric="em", read_only=True) as source:
+        assert source.latest_step() == END
+        config = source.restore_config(END)
+    assert (config.workflow, config.init_from) == ("scratchpad_only", "")
 
 
 def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
