@@ -4,7 +4,7 @@
         --workdir=runs/ablations --jobs=2
 
 `learned` is the reference: 5 slots of which 4 are shown, a scratchpad of one token, one fact a
-chunk, two questions an episode. RL is two thirds as long as in the demo, for all alike. What has
+chunk, two questions an episode. RL is half as long as in the demo, for all alike. What has
 the reference's vocabulary and writes the same kinds of action starts RL from its SFT checkpoint.
 """
 
@@ -21,7 +21,7 @@ SHARED_SFT = {"sft.steps": 0, "init_from": "@learned:sft"}
 def get_config() -> ConfigDict:
     """The experiment of `make demo`, with less RL."""
     config = synthetic.get_config()
-    config.rl.steps = 24
+    config.rl.steps = 18
     return config
 
 
