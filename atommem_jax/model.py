@@ -15,16 +15,23 @@ Two input features serve models trained from scratch and are off for pretrained 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-_MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
+from atommem_jax import attention, sharding
+from atommem_jax.sharding import constrain
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,  # keep the input of each layer and recompute the rest
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass of a rematerialised layer finds ready."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,9 @@ class ModelConfig:
     token_shift: int = 0  # how many previous tokens' embeddings are mixed in
     num_features: int = 0  # flags per token
     pad_id: int = 0
-    remat: bool = False
+    remat: bool = False  # recompute layers in the backward pass
+    remat_policy: str = "full"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # one of attention.IMPLEMENTATIONS, for whole rows
     dtype: str = "float32"  # of activations; parameters, norms, softmax and logits are float32
 
     def validate(self) -> None:
@@ -74,12 +83,25 @@ class ModelConfig:
                 f"model.rope_fraction={self.rope_fraction} of model.head_width={self.head_width} "
                 f"gives {self.rope_width} rotated channels; choose them so that it is even"
             )
+        for name, allowed in (
+            ("remat_policy", tuple(REMAT_POLICIES)),
+            ("attention", attention.IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
 
     @property
     def rope_width(self) -> int:
         return int(self.head_width * self.rope_fraction)
+
+    @property
+    def layout(self) -> sharding.Layout:
+        """Where the parameters lie on a mesh."""
+        return sharding.Layout(self.num_heads, self.num_kv_heads)
 
 
 @flax.struct.dataclass
@@ -122,6 +144,12 @@ def _dense(features: int, dtype: str, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=_dot_general, name=name)
 
 
+def _gather(table: Array, axes: tuple[str, str]) -> Array:
+    """A table whole in its width on every device, gathered after its cast and not before."""
+    table = constrain(table, *axes)
+    return constrain(table, *(None if axis == "embed" else axis for axis in axes))
+
+
 def rotate(
     x: Float[Array, "B heads T depth"],
     positions: Int[Array, "B T"],
@@ -141,30 +169,6 @@ def rotate(
     return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
 
 
-def attend(
-    queries: Float[Array, "B heads T depth"],
-    keys: Sequence[Float[Array, "B kv_heads _ depth"]],
-    values: Sequence[Float[Array, "B kv_heads _ depth"]],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B heads T depth"]:
-    """Softmax attention; each key/value head serves heads / kv_heads query heads.
-
-    keys, values: in one or more pieces, which have S slots together.
-    """
-    batch, heads, length, depth = queries.shape
-    kv_heads = keys[0].shape[1]
-    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scored = [dot("bkgtd,bksd->bkgts", grouped, piece) for piece in keys]
-    scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
-    ends = np.cumsum([piece.shape[2] for piece in values])[:-1]
-    pieces = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    out = functools.reduce(jnp.add, [dot("bkgts,bksd->bkgtd", w, v) for w, v in pieces])
-    return out.reshape(batch, heads, length, depth).astype(queries.dtype)
-
-
 class Block(nn.Module):
     """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`."""
 
@@ -172,13 +176,21 @@ class Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x, cache, positions, mask, index):
+    def __call__(self, x, cache, start, positions, mask, index):
         c = self.config
+        x = constrain(x, "rows", None, None)
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
         batch, length, _ = x.shape
 
         def heads(y, count):  # [B heads T depth]: faster on CPU than [B T heads depth]
             return y.reshape(batch, length, count, c.head_width).transpose(0, 2, 1, 3)
+
+        # With fewer key/value heads than devices on the tensor axis, each holds the one it needs.
+        copies = max(sharding.partition_size("heads") // c.num_kv_heads, 1)
+
+        def place(y, copies=1):
+            y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
+            return constrain(y, "rows", "heads", None, None)
 
         h = norm(name="attention_norm")(x)
         q = heads(_dense(c.num_heads * c.head_width, c.dtype, "query")(h), c.num_heads)
@@ -188,18 +200,20 @@ class Block(nn.Module):
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
         q = rotate(q, positions, width=c.rope_width, theta=c.rope_theta)
         k = rotate(k, positions, width=c.rope_width, theta=c.rope_theta)
-        keys: tuple[Array, ...] = (k,)
-        values: tuple[Array, ...] = (v,)
-        if cache is not None:
+        q, k, v = place(q), place(k, copies), place(v, copies)
+        if cache is None:
+            attended = attention.causal(q, k, v, start, implementation=c.attention)
+        else:
             k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
-            keys, values = (cache.keys, k), (cache.values, v)
-        attended = attend(q, keys, values, mask).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+            attended = attention.attend(q, (cache.keys, k), (cache.values, v), mask)
+        attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         x = x + _dense(c.width, c.dtype, "out")(attended)
 
         h = norm(name="mlp_norm")(x)
-        gate = nn.silu(_dense(c.mlp_width, c.dtype, "gate")(h))
-        x = x + _dense(c.width, c.dtype, "down")(gate * _dense(c.mlp_width, c.dtype, "up")(h))
+        gate = constrain(nn.silu(_dense(c.mlp_width, c.dtype, "gate")(h)), "rows", None, "mlp")
+        up = constrain(_dense(c.mlp_width, c.dtype, "up")(h), "rows", None, "mlp")
+        x = constrain(x + _dense(c.width, c.dtype, "down")(gate * up), "rows", None, None)
         return x, ((k, v) if self.keep_cache else None)
 
 
@@ -223,14 +237,17 @@ class Transformer(nn.Module):
             self.shift = self.param("shift", nn.initializers.zeros, (c.token_shift, c.width))
         if c.num_features:
             self.features = _dense(c.width, c.dtype, "features")
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = Block
+        if c.remat:
+            policy = REMAT_POLICIES[c.remat_policy]
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
 
         def stack(keep_cache):
             return nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=c.num_layers,
             )(c, keep_cache, name="layers")
 
@@ -270,12 +287,15 @@ class Transformer(nn.Module):
             else cache.recent
         )
         window = jnp.concatenate([recent, tokens], axis=1)
-        embedded = self.embedder(window) * (window != c.pad_id)[..., None].astype(jnp.float32)
+        # Looked up in a table that is whole in its width: cheaper than to move what it gives.
+        table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
+        embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
+        embedded = embedded * (window != c.pad_id)[..., None].astype(embedded.dtype)
         x = embedded[:, c.token_shift :]
         for back in range(1, c.token_shift + 1):
             first = c.token_shift - back
-            x = x + self.shift[back - 1][None, None] * embedded[:, first : first + length]
-        x = x.astype(c.dtype)
+            gain = self.shift[back - 1][None, None].astype(c.dtype)
+            x = x + gain * embedded[:, first : first + length]
         if c.num_features:
             if features is None:
                 raise ValueError(
@@ -284,15 +304,17 @@ class Transformer(nn.Module):
             x = x + self.features(features.astype(c.dtype))
 
         slots = index + jnp.arange(length, dtype=jnp.int32)
-        key_slots = jnp.arange(length if cache is None else cache.slots, dtype=jnp.int32)
         positions = jnp.maximum(slots[None, :] - start[:, None], 0)
-        mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
-            key_slots[None, None, :] >= start[:, None, None]
-        )
+        mask = None
+        if cache is not None:
+            key_slots = jnp.arange(cache.slots, dtype=jnp.int32)
+            mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
+                key_slots[None, None, :] >= start[:, None, None]
+            )
         keep = keep_cache or cache is not None
         stacked = None if cache is None else cache.replace(recent=None)
         offset = index if cache is None else index - cache.keys.shape[3]
-        x, written = self._layers(keep, x, stacked, positions, mask, offset)
+        x, written = self._layers(keep, x, stacked, start, positions, mask, offset)
         new_cache = None
         if keep:
             tail = window[:, window.shape[1] - c.token_shift :]
@@ -305,10 +327,18 @@ class Transformer(nn.Module):
                 )
         return self.final_norm(x), new_cache
 
-    def logits(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch V"]:
-        """float32 logits."""
+    def readout(self, dtype) -> Float[Array, "width V"]:
+        """The matrix that `logits` reads hidden states of `dtype` out with."""
         head = self.embedder.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return _gather(head.astype(dtype), ("embed", "vocab"))
+
+    def logits(
+        self, hidden: Float[Array, "*batch width"], readout: Float[Array, "width V"] | None = None
+    ) -> Float[Array, "*batch V"]:
+        """float32 logits. Who reads out in pieces passes the same `readout` with each."""
+        readout = self.readout(hidden.dtype) if readout is None else readout
+        out = jnp.matmul(hidden, readout, preferred_element_type=jnp.float32)
+        return constrain(out, "rows", *(None,) * (out.ndim - 2), "vocab")
 
     def value(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
         """Expected return, float32; the gradient reaches the trunk."""
@@ -324,7 +354,8 @@ class Transformer(nn.Module):
 
 def init_params(model: Transformer, key: Array):
     """Fresh float32 parameters."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
+    tokens = jnp.zeros((1, 2), jnp.int32)  # too short for the kernel
+    model = Transformer(dataclasses.replace(model.config, attention="plain"))
     return model.init(key, tokens, method="init_all")["params"]
 
 

@@ -29,9 +29,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An Optax chain: clip by global norm, then AdamW or Muon under a schedule."""
+    """An Optax chain: clip by global norm, then one of three methods under a schedule."""
 
-    name: str = "adamw"  # or "muon": matrices by Muon, the rest by AdamW
+    # "muon" is for matrices, with AdamW for the rest; "adafactor" keeps sums of rows and columns
+    # where AdamW keeps squares, and no first moment.
+    name: str = "adamw"
     learning_rate: float = 1e-3
     adam_learning_rate: float = 0.0  # of Muon's AdamW part; 0 takes learning_rate
     schedule: str = "constant"  # or "cosine", to 0 at the last step
@@ -40,11 +42,18 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" halves it
 
     def validate(self, prefix: str = "optimizer") -> None:
         """Raises ValueError, naming field, value and allowed values."""
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"{prefix}.name={self.name!r}: allowed are 'adamw' and 'muon'")
+        for name, allowed in (
+            ("name", ("adamw", "muon", "adafactor")),
+            ("moment_dtype", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{prefix}.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(
                 f"{prefix}.schedule={self.schedule!r}: allowed are 'constant' and 'cosine'"
@@ -92,8 +101,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             adam_learning_rate=schedule(config.adam_learning_rate or config.learning_rate),
             muon_weight_dimension_numbers=_matrices,
         )
+    elif config.name == "adafactor":
+        inner = optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=False,
+            clipping_threshold=None,
+            weight_decay_rate=config.weight_decay or None,
+        )
     else:
-        inner = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+        inner = optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=None if config.moment_dtype == "float32" else config.moment_dtype,
+        )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), inner)
 
 
@@ -109,6 +131,7 @@ def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> Tra
     )
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:

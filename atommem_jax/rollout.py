@@ -174,7 +174,8 @@ def begin_turn(
     setting: Setting, env: Environment, episode: Episode
 ) -> tuple[Environment, View, Float[Array, " K"]]:
     """Retrieval with the standing query, then the prompt; also the cosines of what is shown."""
-    table, scores = memory.retrieve(env.memory, setting.embed)
+    with jax.named_scope("retrieve"):
+        table, scores = memory.retrieve(env.memory, setting.embed)
     shown, shown_lengths = memory.observe(table, setting.pad_id)
     reading = env.phase == Phase.READING
     answering = (env.phase == Phase.ANSWERING) | (env.phase == Phase.FINAL)
@@ -194,9 +195,10 @@ def begin_turn(
         shown=shown,
         shown_lengths=shown_lengths,
     )
-    prompt, length = prompting.assemble(
-        setting.template, observation, prompt_width=setting.config.prompt_width
-    )
+    with jax.named_scope("assemble"):
+        prompt, length = prompting.assemble(
+            setting.template, observation, prompt_width=setting.config.prompt_width
+        )
     view = View(
         observation=observation,
         prompt=prompt,
@@ -213,15 +215,17 @@ def end_turn(
 ) -> tuple[Environment, Actions, Report]:
     """Parses the response, applies its actions and moves on by the advance rule."""
     c = setting.config
-    actions = setting.grammar.parse(response.tokens, response.lengths)
-    table, report = memory.transition(
-        env.memory,
-        actions,
-        permitted=jnp.asarray(PERMITTED)[env.phase],
-        eviction=c.eviction,
-        embed=setting.embed,
-        pad_id=setting.pad_id,
-    )
+    with jax.named_scope("parse"):
+        actions = setting.grammar.parse(response.tokens, response.lengths)
+    with jax.named_scope("transition"):
+        table, report = memory.transition(
+            env.memory,
+            actions,
+            permitted=jnp.asarray(PERMITTED)[env.phase],
+            eviction=c.eviction,
+            embed=setting.embed,
+            pad_id=setting.pad_id,
+        )
     env = env.replace(memory=table)
     has_read = report.applied[ActionKind.READ] > 0
 
@@ -341,7 +345,9 @@ def run(
         )
         return turn + 1, env, records
 
-    _, env, records = jax.lax.while_loop(keep_going, body, (jnp.zeros((), jnp.int32), env, records))
+    first = (jnp.zeros((), jnp.int32), env, records)
+    with jax.named_scope("turns"):
+        _, env, records = jax.lax.while_loop(keep_going, body, first)
     return Trajectory(
         id=ids,
         turns=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from atommem_jax import loss
+from atommem_jax import loss, sharding
 from atommem_jax import prompt as prompting
 from atommem_jax.grammar import Grammar
 from atommem_jax.model import Transformer
@@ -30,6 +30,7 @@ class SamplerConfig:
     response_length: int  # R
     constrained: bool = True  # only tokens that the grammar allows
     top_p: float = 1.0
+    score_chunk: int = 0  # response tokens whose logits exist at a time while scoring; 0 for all
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -39,6 +40,10 @@ class SamplerConfig:
             raise ValueError(
                 f"sampler.response_length={self.response_length}: must be at least 2 "
                 "(one token and the end of sequence)"
+            )
+        if self.score_chunk < 0:
+            raise ValueError(
+                f"sampler.score_chunk={self.score_chunk}: allowed are 0 (all at once) and more"
             )
 
 
@@ -126,13 +131,14 @@ def generate(
             return jnp.broadcast_to(any_token, (batch, any_token.shape[0]))
         return jax.vmap(grammar.allowed, in_axes=(0, None))(state, limit - position)
 
-    hidden, cache = model.apply(
-        {"params": params},
-        prompt,
-        start,
-        features=_features(agent, prompt, prompt),
-        keep_cache=True,
-    )
+    with jax.named_scope("prefill"):
+        hidden, cache = model.apply(
+            {"params": params},
+            prompt,
+            start,
+            features=_features(agent, prompt, prompt),
+            keep_cache=True,
+        )
     last = hidden[:, -1]
     values = model.apply({"params": params}, last, method="value")
     empty = jnp.full((batch, limit), pad, jnp.int32)
@@ -176,7 +182,8 @@ def generate(
         empty,
         jnp.zeros((batch, limit), jnp.float32),
     )
-    _, _, _, _, _, tokens, log_probs = jax.lax.while_loop(keep_going, decode, carry)
+    with jax.named_scope("decode"):
+        _, _, _, _, _, tokens, log_probs = jax.lax.while_loop(keep_going, decode, carry)
     lengths = jnp.sum(tokens != pad, axis=1).astype(jnp.int32)
     return Response(
         tokens=tokens,
@@ -227,16 +234,58 @@ def score(
     at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], width - 1)
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
     values = model.apply({"params": params}, hidden[:, 0], method="value")
-    logits = model.apply({"params": params}, hidden, method="logits")
     if config.constrained:
-        mask = jax.vmap(grammar.masks)(phase, response)
+        # Whole tables: no device should ask another what each token does to a state.
+        states = jax.vmap(sharding.whole(grammar).states)(phase, response)
     else:
-        mask = jnp.broadcast_to(jnp.arange(model.config.vocab_size) != grammar.pad_id, logits.shape)
-    logp = masked_log_softmax(logits, mask, _effective(temperature))
+        states = jnp.zeros_like(response)
+    remaining = jnp.broadcast_to(limit - jnp.arange(limit, dtype=jnp.int32), response.shape)
+
+    readout = model.apply({"params": params}, hidden.dtype, method="readout")
+
+    def read(hidden, response, states, remaining):
+        """Log-probs and entropies of some columns of the response."""
+        logits = model.apply({"params": params}, hidden, readout, method="logits")
+        if config.constrained:
+            mask = jax.vmap(jax.vmap(grammar.allowed))(states, remaining)
+        else:
+            any_token = jnp.arange(model.config.vocab_size) != grammar.pad_id
+            mask = jnp.broadcast_to(any_token, logits.shape)
+        mask = sharding.constrain(mask, "rows", None, "vocab")
+        logp = masked_log_softmax(logits, mask, _effective(temperature))
+        chosen = jnp.take_along_axis(logp, response[..., None], axis=2)[..., 0]
+        return chosen, loss.entropy(logp, mask)
+
+    columns = (hidden, response, states, remaining)
+    log_probs, entropy = _in_chunks(read, columns, config.score_chunk)
     real = jnp.arange(limit)[None, :] < response_lengths[:, None]
-    chosen = jnp.take_along_axis(logp, response[..., None], axis=2)[..., 0]
     return Scores(
-        log_probs=jnp.where(real, chosen, 0.0),
-        entropy=jnp.where(real, loss.entropy(logp, mask), 0.0),
+        log_probs=jnp.where(real, log_probs, 0.0),
+        entropy=jnp.where(real, entropy, 0.0),
         values=values,
+    )
+
+
+def _in_chunks(function, columns, chunk: int):
+    """`function` of arrays [M, R, ...], `chunk` of the R columns at a time; 0 for all at once.
+
+    What it computes is recomputed in the backward pass: no more than one chunk ever exists.
+    """
+    limit = columns[0].shape[1]
+    if chunk == 0 or chunk >= limit:
+        return function(*columns)
+    count = -(-limit // chunk)
+
+    def split(x):
+        pad = [(0, 0), (0, count * chunk - limit)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, pad).reshape(x.shape[0], count, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    with jax.named_scope("score_chunks"):
+        chunks = jax.lax.map(
+            lambda parts: jax.checkpoint(function, prevent_cse=False)(*parts),
+            tuple(split(x) for x in columns),
+        )
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * chunk)[:, :limit], chunks
     )

@@ -1,59 +1,162 @@
-"""The device mesh, and data parallelism over it.
+"""The device mesh, where parameters lie on it, and programs that run over it.
 
-Trajectories are sharded over the mesh axis `data`; parameters are replicated. The functions
-that `data_parallel` wraps run once per device on its own trajectories (`jax.shard_map`), so a
-device's rollout ends when *its* episodes end, and its packed micro-batches are its own: there
-is no collective inside a decode or accumulation loop, only `total` and `largest` of the few
-results that concern all devices.
+The mesh has three axes. `data` holds replicas of the parameters: whole slices of a pod, or all
+devices of a laptop. `fsdp` splits the parameters and the batch alike: a layer is gathered when it
+is needed. `tensor` splits heads, the MLP and the vocabulary. A batch lies over `data` and `fsdp`.
+
+Two wrappers make a program of a function of a batch.
+
+* `data_parallel`, for rollouts: the function runs once for each share of the batch
+  (`jax.shard_map`), so that its loops end when *their* episodes end. Parameters lie by the rules
+  `ROLLOUT`, over `tensor` alone, which is left to the compiler: nothing is gathered in a decode
+  loop.
+* `replicated`, for updates. Where parameters are whole on every device it does the same: each
+  device packs and accumulates its own micro-batches, and `total` sums once. Where they are split,
+  by the rules `TRAINING`, the function sees the whole batch, and the compiler partitions it.
+
+Rules are two tables. `PARAMETERS` gives the logical axes of each parameter by its path, and a
+rule set maps logical axes to mesh axes. Optimiser moments have the paths of their parameters.
 
 A host without an accelerator can be split into several devices (`--config.mesh.cpu_devices`):
 small models then use all cores, and the laptop runs the code path of the pod.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA = "data"
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = (DATA, FSDP)
+"""The mesh axes that a batch of trajectories lies over."""
+
+_AXES = (DATA, FSDP, TENSOR)
+
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embedder/embedding", ("vocab", "embed")),
+    (r"head", ("embed", "vocab")),
+    (r"layers/query/kernel", (None, "embed", "heads")),
+    (r"layers/(key|value)/kernel", (None, "embed", "kv_heads")),
+    (r"layers/out/kernel", (None, "heads", "embed")),
+    (r"layers/(gate|up)/kernel", (None, "embed", "mlp")),
+    (r"layers/down/kernel", (None, "mlp", "embed")),
+    (r"layers/\w+_norm/scale", (None, None)),
+    (r"final_norm/scale", (None,)),
+    (r"features/kernel", (None, "embed")),
+    (r"shift", (None, "embed")),
+    (r"value_head/kernel", ("embed", None)),
+    (r"value_head/bias", (None,)),
+    (r"ns_coeffs", (None,)),  # not of the model: Muon's constants
+)
+"""Path of a parameter -> logical axes of its dimensions. The first rule that matches counts."""
+
+TRAINING: Mapping[str, str | tuple[str, ...]] = {
+    "rows": BATCH,
+    "embed": FSDP,
+    "vocab": TENSOR,
+    "heads": TENSOR,
+    "kv_heads": TENSOR,
+    "mlp": TENSOR,
+}
+"""Logical axis -> mesh axis, for updates; axes that are not named are whole everywhere."""
+
+ROLLOUT: Mapping[str, Any] = {name: axis for name, axis in TRAINING.items() if axis == TENSOR}
+"""The same for rollouts."""
+
+_FIELDS = {
+    "embed": "model.width",
+    "vocab": "the vocabulary",
+    "heads": "model.num_heads",
+    "kv_heads": "model.num_kv_heads",
+    "mlp": "model.mlp_width",
+}
 
 
-def make_mesh(data: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data` devices (0: all of them) on the axis `data`.
+def make_mesh(
+    data: int = 0,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    slices: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of data x fsdp x tensor devices.
 
-    Raises ValueError where there are fewer devices.
+    Args:
+      data: replicas; 0 takes as many as there are devices for.
+      fsdp: devices that share the parameters of a replica.
+      tensor: devices that share every matrix product. Neighbours in the network.
+      slices: TPU slices joined by the data-centre network, which only `data` crosses.
+      devices: by default all of them, of all processes.
+
+    Raises ValueError, naming the field, where the devices do not suffice or do not divide.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data = data or len(devices)
-    if not 1 <= data <= len(devices):
+    for name, value in (("fsdp", fsdp), ("tensor", tensor), ("slices", slices)):
+        if value < 1:
+            raise ValueError(f"mesh.{name}={value}: must be at least 1")
+    inner = fsdp * tensor
+    data = data or max(len(devices) // inner, 1)
+    if not 1 <= data * inner <= len(devices):
         raise ValueError(
-            f"mesh.data={data}: there are {len(devices)} devices; set it to 0 for all of them, or "
-            "raise mesh.cpu_devices on a host without an accelerator"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} needs {data * inner} "
+            f"devices and there are {len(devices)} devices; set mesh.data to 0 for all of them, "
+            "or raise mesh.cpu_devices on a host without an accelerator"
         )
-    return Mesh(np.array(devices[:data]), (DATA,), axis_types=(AxisType.Auto,))
+    if data % slices:
+        raise ValueError(
+            f"mesh.data={data} does not divide over mesh.slices={slices}: every slice holds whole "
+            "replicas; choose a multiple"
+        )
+    shape = (data, fsdp, tensor)
+    devices = devices[: data * inner]
+    if devices[0].platform != "tpu":
+        grid = np.array(devices).reshape(shape)
+    elif slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp, tensor),
+            (slices, 1, 1),
+            devices=devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    return Mesh(grid, _AXES, axis_types=(AxisType.Auto,) * len(_AXES))
 
 
 @functools.cache
 def single() -> Mesh:
     """A mesh of the first device alone."""
-    return make_mesh(1)
+    return make_mesh(1, devices=jax.devices()[:1])
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many shares a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+
+
+# ------------------------------------------------------------------ placement
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
-    """Places a host batch: the leading axis of every leaf over the mesh axis `data`.
+    """Places a host batch: the leading axis of every leaf over the mesh axes `BATCH`.
 
     Raises ValueError where the leading axis does not divide.
     """
     for leaf in jax.tree.leaves(tree):
-        if leaf.shape[0] % mesh.shape[DATA]:
+        if leaf.shape[0] % batch_shards(mesh):
             raise ValueError(
-                f"a batch of {leaf.shape[0]} does not divide over mesh.data={mesh.shape[DATA]}; "
-                "choose a multiple of it, or fewer devices"
+                f"a batch of {leaf.shape[0]} does not divide over mesh.data={mesh.shape[DATA]} x "
+                f"mesh.fsdp={mesh.shape[FSDP]}; choose a multiple of it, or fewer devices"
             )
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(DATA)))
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -61,40 +164,239 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the parameters of one model lie, and all that follows their paths.
+
+    `num_heads` and `num_kv_heads` are the units that must not be cut: a head lies on one device.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+
+    def specs(self, tree: Any, mesh: Mesh, rules: Mapping[str, Any] = TRAINING) -> Any:
+        """A PartitionSpec for every leaf: parameters, or a training state that holds them.
+
+        Counters, factored moments and other leaves without the shape of their parameter are whole
+        everywhere. Raises ValueError, naming the field, for a parameter that no rule matches and
+        for an axis that does not divide.
+        """
+
+        def spec(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return self._spec(name, leaf.shape, mesh, rules)
+
+        return jax.tree_util.tree_map_with_path(spec, tree)
+
+    def shardings(self, tree: Any, mesh: Mesh, rules: Mapping[str, Any] = TRAINING) -> Any:
+        """`specs` as NamedShardings: for `jax.jit`, `jax.device_put` and restores."""
+        specs = self.specs(tree, mesh, rules)
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            specs,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+
+    def _spec(
+        self, name: str, shape: tuple[int, ...], mesh: Any, rules: Mapping[str, Any]
+    ) -> PartitionSpec:
+        if not shape:
+            return PartitionSpec()
+        axes = next((a for rule, a in PARAMETERS if re.search(rf"(^|/){rule}$", name)), None)
+        if axes is None:
+            raise ValueError(
+                f"parameter {name} {list(shape)}: no rule of sharding.PARAMETERS matches it; add "
+                "one that names its logical axes"
+            )
+        if len(axes) != len(shape) or 1 in shape[-2:]:
+            return PartitionSpec()  # a factored moment, or a dimension of one
+        entries = []
+        for logical, size in zip(axes, shape, strict=True):
+            axis = rules.get(logical) if logical else None
+            entries.append(
+                axis if axis and self._divides(logical, size, mesh, axis, name) else None
+            )
+        return PartitionSpec(*entries)
+
+    def _divides(self, logical, size, mesh, axis, name) -> bool:
+        """Whether to split. False for key/value heads that every device needs; or raises."""
+        count = mesh.shape[axis]
+        if count == 1:
+            return False
+        units = {"heads": self.num_heads, "kv_heads": self.num_kv_heads}.get(logical, size)
+        if units % count == 0:
+            return True
+        if logical == "kv_heads" and count % units == 0:
+            return False  # fewer heads than devices: each device computes the one it needs
+        raise ValueError(
+            f"{name}: {_FIELDS[logical]}={units} does not divide over mesh.{axis}={count}; choose "
+            f"a divisor of {units} for mesh.{axis}"
+        )
+
+    def constrain(self, tree: Any) -> Any:
+        """Inside a program: keeps parameters, gradients or moments where `TRAINING` puts them."""
+        mesh = _partitioned()
+        if mesh is None:
+            return tree
+        axes = _partitioned_axes(mesh)
+        rules = {name: _present(axis, axes) for name, axis in TRAINING.items()}
+
+        def place(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            spec = self._spec(name, leaf.shape, mesh, rules)
+            return jax.lax.with_sharding_constraint(leaf, spec)
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+
+# ------------------------------------------------------------------ inside a program
+
+
+def _automatic_axes(mesh: Any) -> list[str]:
+    """Axes that are the compiler's here, rather than ours by hand."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Auto]
+
+
+def _partitioned_axes(mesh: Any) -> list[str]:
+    """Those of them that have more than one device."""
+    return [name for name in _automatic_axes(mesh) if mesh.shape[name] > 1]
+
+
+def _partitioned() -> Any | None:
+    """The mesh of the program being traced; None where the compiler has nothing to partition."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if not mesh.empty and _partitioned_axes(mesh) else None
+
+
+def _present(
+    axis: str | tuple[str, ...] | None, axes: Sequence[str]
+) -> str | tuple[str, ...] | None:
+    """What of a mesh axis, or of several, is among `axes`."""
+    if isinstance(axis, tuple):
+        return tuple(name for name in axis if name in axes) or None
+    return axis if axis in axes else None
+
+
+def _logical_spec(logical: Sequence[str | None], axes: Sequence[str]) -> PartitionSpec:
+    return PartitionSpec(*(_present(TRAINING[name], axes) if name else None for name in logical))
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Says which mesh axis each dimension of an activation lies over, by logical name.
+
+    Without effect where there is no mesh, or no axis of it left to the compiler.
+    """
+    mesh = _partitioned()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, _logical_spec(logical, _partitioned_axes(mesh)))
+
+
+def whole(tree: Any) -> Any:
+    """Says that every device holds all of each leaf."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def partition_size(logical: str) -> int:
+    """Into how many parts the compiler splits a logical axis in the program being traced."""
+    mesh = _partitioned()
+    if mesh is None:
+        return 1
+    axes = _present(TRAINING[logical], _partitioned_axes(mesh)) or ()
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+
+
+def by_hand(function: Callable[..., Any], *, specs: Sequence[Any], out: Any) -> Callable[..., Any]:
+    """`function` on each device's part, over the axes that the compiler would partition.
+
+    For kernels that it cannot partition. specs, out: a tuple of logical names for each argument
+    and for the result. Just `function` where there is nothing to partition.
+    """
+    mesh = _partitioned()
+    if mesh is None:
+        return function
+    # Axes of one device are named too: what is not named is summed over in the backward pass.
+    axes = _automatic_axes(mesh)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=set(axes),
+        in_specs=tuple(_logical_spec(logical, axes) for logical in specs),
+        out_specs=_logical_spec(out, axes),
+        check_vma=False,
+    )
+
+
 def data_parallel(
     function: Callable[..., Any], mesh: Mesh, *, sharded: Sequence[bool], sharded_out: Any
 ) -> Callable[..., Any]:
-    """`function` on each device's share of the arguments that are `sharded`.
+    """`function` on each share of the batch: what is `sharded`, cut over the axes `BATCH`.
 
-    sharded: one flag a positional argument; the others are whole on every device.
+    sharded: one flag a positional argument; the others are whole for every share.
     sharded_out: a flag, or a tuple of flags, for the results. A result that is not sharded must
-      be the same on every device, as it is after `total` or `largest`.
+      be the same for every share, as it is after `total` or `largest`.
     """
 
     def spec(flag: Any) -> Any:
         if isinstance(flag, tuple):
             return tuple(spec(f) for f in flag)
-        return PartitionSpec(DATA) if flag else PartitionSpec()
+        return PartitionSpec(BATCH) if flag else PartitionSpec()
 
+    # There is nothing for the compiler to do on an axis of one device.
+    alone = [name for name in _AXES if mesh.shape[name] == 1]
     return jax.shard_map(
         function,
         mesh=mesh,
+        axis_names={*BATCH, *alone},
         in_specs=tuple(spec(flag) for flag in sharded),
         out_specs=spec(sharded_out),
         check_vma=False,
     )
 
 
+def splits_parameters(mesh: Mesh) -> bool:
+    """Whether no device holds all parameters while they are trained."""
+    return mesh.shape[FSDP] * mesh.shape[TENSOR] > 1
+
+
+def replicated(
+    function: Callable[..., Any], mesh: Mesh, *, sharded: Sequence[bool], sharded_out: Any
+) -> Callable[..., Any]:
+    """`data_parallel` where parameters are whole on every device; else `function` of all rows.
+
+    `total`, `largest` and `first_row` make the two compute the same.
+    """
+    if not splits_parameters(mesh):
+        return data_parallel(function, mesh, sharded=sharded, sharded_out=sharded_out)
+
+    def on_all(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return on_all
+
+
+def _by_share() -> bool:
+    """Whether the program being traced sees one share of the batch."""
+    return DATA in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def total(tree: Any) -> Any:
-    """Sums over the devices; inside `data_parallel` only."""
-    return jax.lax.psum(tree, DATA)
+    """Sums over the shares; inside `data_parallel` and `replicated`."""
+    return jax.lax.psum(tree, BATCH) if _by_share() else tree
 
 
 def largest(tree: Any) -> Any:
-    """The maximum over the devices; inside `data_parallel` only."""
-    return jax.lax.pmax(tree, DATA)
+    """The maximum over the shares; inside `data_parallel` and `replicated`."""
+    return jax.lax.pmax(tree, BATCH) if _by_share() else tree
 
 
-def first_row(rows: int) -> jax.Array:
-    """Index, in the whole batch, of the first of this device's `rows` rows."""
-    return jax.lax.axis_index(DATA) * rows
+def first_row(rows: int) -> jax.Array | int:
+    """Index, in the whole batch, of the first of this share's `rows` rows."""
+    return jax.lax.axis_index(BATCH) * rows if _by_share() else 0
+
+
+def count_rows(rows: int) -> int:
+    """Rows that the program being traced sees when each share has `rows`."""
+    return rows if _by_share() else rows * partition_size("rows")

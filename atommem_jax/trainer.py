@@ -25,7 +25,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from atommem_jax import advantage, loss, sampling, sharding
+from atommem_jax import advantage, attention, loss, sampling, sharding
 from atommem_jax.optimizer import TrainState, apply_gradients
 from atommem_jax.sampling import Agent
 from atommem_jax.types import EMPTY, Batch, Trajectory
@@ -104,19 +104,23 @@ def accumulate_gradients(
     batch: Batch,
     active: Bool[Array, " M"],
     rows: int,
+    *,
+    layout: sharding.Layout | None = None,
+    multiple: int = 1,
 ) -> tuple[PyTree, Metrics, Metrics]:
-    """Sums gradients over micro-batches of `rows` rows, active rows first, idle ones not at all.
+    """Sums gradients over micro-batches of `rows` rows a device: active first, idle ones never.
 
+    `layout` says where gradients lie on the mesh; `multiple` divides the widths of micro-batches.
     `loss_fn` returns (loss, (metrics to add up, metrics to take the maximum of)); its loss is a
     sum over rows with a denominator fixed beforehand, so that micro-batches add up. Its last
     argument is static: no row of the part has more `sampling.row_lengths` than that.
     """
     size = active.shape[0]
-    rows = min(rows, size)
+    rows = min(sharding.count_rows(rows), size)
     lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
     lengths = jnp.where(active, lengths, -1)
     order = jnp.argsort(-lengths, stable=True)
-    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1)
+    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple)
     # The last slice may reach past the end: repeat row order, with weights of zero.
     padded = -(-size // rows) * rows
     order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
@@ -126,7 +130,7 @@ def accumulate_gradients(
     def slice_of(i):
         picked = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
         counts = jax.lax.dynamic_slice_in_dim(real, i * rows, rows)
-        part = jax.tree.map(lambda x: x[picked], batch)
+        part = _over_devices(jax.tree.map(lambda x: x[picked], batch))
         return part.replace(
             weights=jnp.where(counts[:, None], part.weights, 0.0),
             response_lengths=jnp.where(counts, part.response_lengths, 0),
@@ -143,6 +147,8 @@ def accumulate_gradients(
     )
     del loss_shape
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shape, aux_shape))
+    place = layout.constrain if layout is not None else lambda grads: grads
+    zeros = (place(zeros[0]), zeros[1])
 
     def body(i, carry):
         grads, (sums, maxima) = carry
@@ -152,18 +158,27 @@ def accumulate_gradients(
             [differentiate(width) for width in widths],
             slice_of(i),
         )
-        return jax.tree.map(jnp.add, grads, new_grads), (
+        return place(jax.tree.map(jnp.add, grads, new_grads)), (
             jax.tree.map(jnp.add, sums, new_sums),
             jax.tree.map(jnp.maximum, maxima, new_maxima),
         )
 
-    grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
+    with jax.named_scope("microbatches"):
+        grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
     return grads, sums, maxima
 
 
-def list_widths(full: int) -> list[int]:
-    """The widths that rows are scored at: some eighths of `full`, each compiled once."""
-    return sorted({-(-full * eighths // 8) for eighths in _EIGHTHS})
+def list_widths(full: int, multiple: int = 1) -> list[int]:
+    """The widths that rows are scored at: some eighths of `full`, each compiled once.
+
+    They divide by `multiple`; the greatest is at least `full`.
+    """
+    return sorted({-(-full * eighths // (8 * multiple)) * multiple for eighths in _EIGHTHS})
+
+
+def _over_devices(tree: PyTree) -> PyTree:
+    """Rows, the leading axis of every leaf, over the devices of a replica."""
+    return jax.tree.map(lambda x: sharding.constrain(x, "rows", *(None,) * (x.ndim - 1)), tree)
 
 
 def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
@@ -202,6 +217,16 @@ def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch
     )
 
 
+def _keep_in_place(agent: Agent, state: TrainState, mesh: Mesh) -> TrainState:
+    """A donated state comes back where it lay."""
+    return jax.lax.with_sharding_constraint(state, agent.model.config.layout.shardings(state, mesh))
+
+
+def _width_multiple(agent: Agent, batch: Batch) -> int:
+    full = batch.prompt.shape[1] + batch.response.shape[1] - 1
+    return attention.row_multiple(agent.model.config.attention, full)
+
+
 def _score(
     agent: Agent, params, batch: Batch, temperature, width: int | None = None
 ) -> sampling.Scores:
@@ -237,6 +262,8 @@ def sft_step(
     replicated. `rows` is the size of a micro-batch on each device.
     """
 
+    mesh = mesh or sharding.single()
+
     def step(agent, params, trajectories, keep):
         batch = make_batch(trajectories)
         kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
@@ -251,19 +278,28 @@ def sft_step(
             return value, (metrics, {})
 
         active = batch.weights.sum(axis=1) > 0
-        grads, metrics, _ = accumulate_gradients(loss_fn, params, batch, active, rows)
+        grads, metrics, _ = accumulate_gradients(
+            loss_fn,
+            params,
+            batch,
+            active,
+            rows,
+            layout=agent.model.config.layout,
+            multiple=_width_multiple(agent, batch),
+        )
         kept_count = sharding.total(keep.astype(jnp.float32).sum())
         grads, metrics = sharding.total((grads, metrics))
         return grads, {**metrics, "tokens": tokens, "kept": kept_count}
 
-    gradients = sharding.data_parallel(
+    gradients = sharding.replicated(
         step,
-        mesh or sharding.single(),
+        mesh,
         sharded=(False, False, True, True),
         sharded_out=(False, False),
     )
     grads, metrics = gradients(agent, state.params, trajectories, keep)
     state, extra = apply_gradients(state, grads, optimizer)
+    state = _keep_in_place(agent, state, mesh)
     return state, {
         "loss": metrics["nll"],
         "entropy": metrics["entropy"],
@@ -358,12 +394,17 @@ def _ppo_loss(
 def reference_log_probs(
     agent: Agent, params, batch: Batch, temperature, rows: int
 ) -> Float[Array, "M R"]:
-    """Scores every row under frozen parameters, `rows` at a time."""
+    """Scores every row under frozen parameters, `rows` at a time on each device."""
+    rows = sharding.count_rows(rows)
     size = batch.response_lengths.shape[0]
     padded = -(-size // rows) * rows
     index = jnp.minimum(jnp.arange(padded), size - 1).reshape(-1, rows)
     scored = jax.lax.map(
-        lambda i: _score(agent, params, jax.tree.map(lambda x: x[i], batch), temperature).log_probs,
+        lambda i: (
+            _score(
+                agent, params, _over_devices(jax.tree.map(lambda x: x[i], batch)), temperature
+            ).log_probs
+        ),
         index,
     )
     return scored.reshape(padded, -1)[:size]
@@ -405,7 +446,8 @@ def update_step(
         groups.
     """
     mesh = mesh or sharding.single()
-    share = trajectories.id.shape[0] // mesh.shape[sharding.DATA]
+    shares = 1 if sharding.splits_parameters(mesh) else mesh.shape[sharding.DATA]
+    share = trajectories.id.shape[0] // shares
     if share % config.minibatches or share % config.group_size:
         raise ValueError(
             f"{share} trajectories a device do not divide by ppo.minibatches={config.minibatches} "
@@ -441,7 +483,7 @@ def update_step(
         }
         return state, metrics, shape
 
-    run = sharding.data_parallel(
+    run = sharding.replicated(
         update,
         mesh,
         sharded=(False, False, False, True, True, True, False, False),
@@ -450,6 +492,7 @@ def update_step(
     state, metrics, shape = run(
         agent, state, reference, trajectories, rewards, num_questions, key, temperature
     )
+    state = _keep_in_place(agent, state, mesh)
     gap = metrics.pop("log_prob_gap")[0, 0]
     scored = metrics.pop("scored")
     result = {
@@ -477,7 +520,8 @@ def _deal(
 
 def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen):
     """One optimiser step on the rows `chosen` of every device."""
-    part = jax.tree.map(lambda x: x[chosen], batch)
+    # A single mini-batch is the batch: rows are ordered later.
+    part = batch if config.minibatches == 1 else jax.tree.map(lambda x: x[chosen], batch)
     mask = _response_mask(part)
     weights, tokens = loss.token_weights(
         mask, part.trajectory, batch.response.shape[0], config.weighting
@@ -490,11 +534,18 @@ def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
     denominators = (tokens, jnp.maximum(turns, 1.0))
     loss_fn = functools.partial(_ppo_loss, config, agent, temperature, denominators)
     grads, sums, maxima = accumulate_gradients(
-        loss_fn, state.params, part, active, config.microbatch_rows
+        loss_fn,
+        state.params,
+        part,
+        active,
+        config.microbatch_rows,
+        layout=agent.model.config.layout,
+        multiple=_width_multiple(agent, batch),
     )
     sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = sharding.total((grads, sums))
     state, extra = apply_gradients(state, grads, optimizer)
+    state = agent.model.config.layout.constrain(state)
     return state, {**sums, **sharding.largest(maxima), **extra}
 
 
@@ -509,7 +560,7 @@ def explained_variance(
 ) -> Float[Array, ""]:
     """1 - Var[returns - values] / Var[returns] over the live turns of all devices.
 
-    0 where returns do not vary. Inside `sharding.data_parallel` only.
+    0 where returns do not vary. Inside `sharding.replicated` only.
     """
     weights = live.astype(jnp.float32)
     count = jnp.maximum(sharding.total(weights.sum()), 1.0)

@@ -58,16 +58,27 @@ class _Stage:
     def abstract_state(self) -> State:
         """Shapes, dtypes and placement of the state, for a restore; nothing is allocated."""
         shapes = jax.eval_shape(lambda: self._create(self._init_params()))
-        whole = jax.NamedSharding(self.mesh, jax.P())
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            self._shardings(shapes),
         )
 
+    def _shardings(self, tree: Any) -> Any:
+        return self.parts.agent.model.config.layout.shardings(tree, self.mesh)
+
     def start(self, params: Any | None) -> State:
-        """A fresh state; from new parameters where `params` is None."""
+        """A fresh state; from new parameters where `params` is None.
+
+        Nothing is ever whole on a host: every device makes its own part.
+        """
         if params is None:
-            params = jax.jit(self._init_params)()
-        return sharding.replicate(jax.jit(self._create)(params), self.mesh)
+            shapes = jax.eval_shape(self._init_params)
+            params = jax.jit(self._init_params, out_shardings=self._shardings(shapes))()
+        else:
+            params = jax.device_put(params, self._shardings(params))
+        shapes = jax.eval_shape(self._create, params)
+        return jax.jit(self._create, out_shardings=self._shardings(shapes))(params)
 
     def _init_params(self) -> Any:
         key = jax.random.fold_in(jax.random.key(self.parts.config.seed), _INIT)

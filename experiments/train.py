@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
     # ------------------------------------------------------------------ config, devices
     validation.validate(config)
     mesh = wiring.make_mesh(config)
-    validation.validate_devices(config, mesh.shape[sharding.DATA])
+    validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
 
     # ------------------------------------------------------------------ data
     dataset = wiring.load_dataset(config, data_root)
@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
     validate = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
     last = sum(stage.steps for stage in plan)
     print(
-        f"{mesh.shape[sharding.DATA]} {jax.devices()[0].platform} devices; "
+        f"{mesh.size} {jax.devices()[0].platform} devices; "
         f"{len(examples)} training samples; vocabulary {tokenizer.vocab_size}; {shape}",
         flush=True,
     )

@@ -24,9 +24,8 @@ def validate(config: ConfigDict) -> None:
         wiring.subconfig(OptimizerConfig, config.sft.optimizer).validate("sft.optimizer")
         wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
         wiring.subconfig(PPOConfig, config.rl.ppo).validate("rl.ppo")
-        SamplerConfig(
-            config.rollout.response_length, config.rollout.constrained, config.rollout.top_p
-        ).validate()
+        r = config.rollout
+        SamplerConfig(r.response_length, r.constrained, r.top_p, r.score_chunk).validate()
         model = config.model.to_dict()
         model.pop("match_features")
         ModelConfig(vocab_size=1, **model).validate()
@@ -34,6 +33,12 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(str(error)) from error
     _validate_memory(config)
     _validate_sizes(config)
+    check(
+        config.rollout.param_dtype in ("float32", config.model.dtype),
+        f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32' and "
+        f"model.dtype={config.model.dtype!r}; anything else would sample from another model than "
+        "the one that learns",
+    )
     check(
         workflow.program is None or config.rl.ppo.estimator == "group",
         f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
@@ -76,6 +81,9 @@ def _validate_sizes(config: ConfigDict) -> None:
         "eval.episodes",
         "eval.batch_size",
         "mesh.cpu_devices",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "mesh.slices",
         "rl.max_skipped_in_a_row",
     ):
         check(_get(config, path) >= 1, _message(path, config, "at least 1"))
@@ -97,24 +105,32 @@ def _validate_sizes(config: ConfigDict) -> None:
     )
 
 
-def validate_devices(config: ConfigDict, devices: int) -> None:
-    """Batches must divide over the mesh. Raises ConfigError naming the fields."""
-    for path, size in (
-        ("sft.episodes", config.sft.episodes),
-        ("rl.episodes", config.rl.episodes),
-        ("eval.batch_size", config.eval.batch_size),
+def validate_devices(config: ConfigDict, data: int, fsdp: int = 1) -> None:
+    """Batches must divide over `data` replicas of `fsdp` devices each.
+
+    Raises ConfigError naming the fields.
+    """
+    shares = data * fsdp
+    devices = f"mesh.data={data} x mesh.fsdp={fsdp}" if fsdp > 1 else f"mesh.data={data}"
+    trajectories = config.rl.episodes * config.rl.ppo.group_size
+    rollout = f"rl.episodes={config.rl.episodes} x rl.ppo.group_size={config.rl.ppo.group_size}"
+    for field, size, parts in (
+        (f"sft.episodes={config.sft.episodes}", config.sft.episodes, shares),
+        (f"eval.batch_size={config.eval.batch_size}", config.eval.batch_size, shares),
+        (rollout, trajectories, shares),
+        # Without fsdp a device computes the advantages of whole groups.
+        (f"rl.episodes={config.rl.episodes}", config.rl.episodes, data if fsdp == 1 else 1),
     ):
         check(
-            size % devices == 0,
-            f"{path}={size} does not divide over mesh.data={devices} devices; choose a multiple, "
-            "or set mesh.data",
+            size % parts == 0,
+            f"{field} does not divide over {devices}; choose a multiple, or set mesh.data"
+            f"{' or mesh.fsdp' if fsdp > 1 else ''}",
         )
-    share = config.rl.episodes * config.rl.ppo.group_size // devices
-    group = config.rollout.group
+    share, group = trajectories // shares, config.rollout.group
     check(
         group in (0,) or group >= share or share % group == 0,
         f"rollout.group={group} does not divide the {share} trajectories of a device "
-        "(rl.episodes * rl.ppo.group_size / mesh.data); choose a divisor, or 0 for all at once",
+        f"({rollout} over {devices}); choose a divisor, or 0 for all at once",
     )
 
 

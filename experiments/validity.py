@@ -72,7 +72,7 @@ def measure(
     Raises ConfigError for budgets that the data does not fit.
     """
     mesh = wiring.make_mesh(config)
-    validation.validate_devices(config, mesh.shape[sharding.DATA])
+    validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
     parts = wiring.build(config, wiring.load_tokenizer(config, dataset))
     seed = sharding.replicate(jax.random.key(config.seed), mesh)
     splits = [name for name in dataset.splits if name.startswith("test")]

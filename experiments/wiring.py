@@ -19,10 +19,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from atommem_jax import attention, rollout, sharding, workflows
 from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
-from atommem_jax import rollout, sharding, workflows
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.grammar import compile_grammar
@@ -50,17 +50,19 @@ class Parts:
     def setting(self, shape: episodes_lib.EpisodeShape) -> rollout.Setting:
         """The rollout's sizes for episodes of this shape."""
         c = self.config
+        longest = prompting.width(
+            self.agent.template,
+            questions=shape.questions,
+            question_length=shape.question_length,
+            scratchpad_length=c.memory.scratchpad_length,
+            query_length=c.memory.query_length,
+            entry_length=c.memory.entry_length,
+            chunk_length=shape.chunk_length,
+        )
+        multiple = attention.row_multiple(self.agent.model.config.attention, longest)
         sizes = rollout.RolloutConfig(
             max_turns=1,
-            prompt_width=prompting.width(
-                self.agent.template,
-                questions=shape.questions,
-                question_length=shape.question_length,
-                scratchpad_length=c.memory.scratchpad_length,
-                query_length=c.memory.query_length,
-                entry_length=c.memory.entry_length,
-                chunk_length=shape.chunk_length,
-            ),
+            prompt_width=-(-longest // multiple) * multiple,
             slots=c.memory.slots,
             entry_length=c.memory.entry_length,
             scratchpad_length=c.memory.scratchpad_length,
@@ -110,8 +112,9 @@ def prepare_devices(cpu_devices: int) -> None:
 def make_mesh(config: ConfigDict) -> Mesh:
     """The mesh of a training run. Call it before anything else touches JAX's devices."""
     prepare_devices(config.mesh.cpu_devices)
+    c = config.mesh
     try:
-        return sharding.make_mesh(config.mesh.data)
+        return sharding.make_mesh(c.data, c.fsdp, c.tensor, slices=c.slices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -173,7 +176,10 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         **sizes,
     )
     sampler = SamplerConfig(
-        response_length=r.response_length, constrained=r.constrained, top_p=r.top_p
+        response_length=r.response_length,
+        constrained=r.constrained,
+        top_p=r.top_p,
+        score_chunk=r.get("score_chunk", 0),  # older runs have none
     )
     return Parts(
         config=config,
@@ -223,9 +229,18 @@ def in_groups(
 def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
     """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model.
 
-    Episodes and ids are sharded over `mesh`, and so are the trajectories.
+    Episodes and ids are sharded over `mesh`, and so are the trajectories. Parameters may lie
+    anywhere: they are moved, and cast to `rollout.param_dtype`, once a rollout.
     """
-    setting, group = parts.setting(shape), parts.config.rollout.group
+    play = make_program(parts, mesh)
+    return functools.partial(play, *sharding.replicate((parts.agent, parts.setting(shape)), mesh))
+
+
+def make_program(parts: Parts, mesh: Mesh):
+    """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories."""
+    group = parts.config.rollout.group
+    layout = parts.agent.model.config.layout
+    dtype = parts.config.rollout.get("param_dtype", "float32")
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature)
@@ -233,15 +248,35 @@ def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
         play = in_groups(lambda e, i: rollout.run(setting, policy, e, i, seed), group)
         return play(episodes, ids)
 
-    play = jax.jit(
-        sharding.data_parallel(
-            play_local,
-            mesh,
-            sharded=(False, False, False, True, True, False, False),
-            sharded_out=True,
-        )
+    play_shares = sharding.data_parallel(
+        play_local,
+        mesh,
+        sharded=(False, False, False, True, True, False, False),
+        sharded_out=True,
     )
-    return functools.partial(play, *sharding.replicate((parts.agent, setting), mesh))
+
+    @jax.jit
+    def play(agent, setting, params, *rest):
+        params = cast_matrices(params, dtype)
+        where = layout.shardings(params, mesh, sharding.ROLLOUT)
+        params = jax.lax.with_sharding_constraint(params, where)
+        return play_shares(agent, setting, params, *rest)
+
+    return play
+
+
+def cast_matrices(params, dtype: str):
+    """Matrices and embeddings in another dtype; norms and the value head stay in float32.
+
+    With "bfloat16" it changes nothing of what a model with `dtype="bfloat16"` computes, which
+    casts them anyway, but halves what decoding reads.
+    """
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf if "norm" in name or "value_head" in name else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def make_scripted_player(

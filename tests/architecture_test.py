@@ -21,6 +21,7 @@ FLOORS = (
         "token_tables",
         "grammar",
         "prompt",
+        "attention",
         "model",
         "loss",
         "advantage",

@@ -521,7 +521,7 @@ def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (OptimizerConfig(name="sgd"), r"optimizer\.name='sgd': allowed are 'adamw' and 'muon'"),
+        (OptimizerConfig(name="sgd"), r"optimizer\.name='sgd': allowed are adamw, muon, adafactor"),
         (OptimizerConfig(schedule="linear"), r"optimizer\.schedule='linear'"),
         (OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate=0\.0"),
         (PPOConfig(estimator="grpo"), r"ppo\.estimator='grpo': allowed are"),

@@ -15,7 +15,10 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # a checkpoint whose parameters start RL; needs sft.steps=0
 
     config.mesh = ConfigDict()
-    config.mesh.data = 0  # devices; 0 for all
+    config.mesh.data = 0  # replicas of the parameters; 0 for as many as there are devices for
+    config.mesh.fsdp = 1  # devices that share the parameters of a replica
+    config.mesh.tensor = 1  # devices that share every matrix product
+    config.mesh.slices = 1  # TPU slices, which only `data` crosses
     config.mesh.cpu_devices = 2  # into which a host without an accelerator is split
 
     config.task = ConfigDict()
@@ -51,6 +54,8 @@ def get_config() -> ConfigDict:
     config.rollout.constrained = True
     config.rollout.top_p = 1.0
     config.rollout.group = 64
+    config.rollout.param_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"
+    config.rollout.score_chunk = 0  # response tokens scored at a time; 0 for all
 
     config.model = ConfigDict()
     config.model.width = 64
@@ -66,6 +71,8 @@ def get_config() -> ConfigDict:
     config.model.token_shift = 2
     config.model.match_features = True
     config.model.remat = True  # recomputing beats the memory traffic, on a CPU too
+    config.model.remat_policy = "full"
+    config.model.attention = "auto"  # a blocked kernel on TPU, for long prompts
     config.model.dtype = "float32"
 
     config.teacher = ConfigDict()
@@ -96,6 +103,7 @@ def get_config() -> ConfigDict:
     config.sft.optimizer.b1 = 0.9
     config.sft.optimizer.b2 = 0.99
     config.sft.optimizer.clip_norm = 1.0
+    config.sft.optimizer.moment_dtype = "float32"
 
     config.rl = ConfigDict()
     config.rl.steps = 36
@@ -115,6 +123,7 @@ def get_config() -> ConfigDict:
     config.rl.optimizer.b1 = 0.9
     config.rl.optimizer.b2 = 0.99
     config.rl.optimizer.clip_norm = 1.0
+    config.rl.optimizer.moment_dtype = "float32"
     config.rl.ppo = ConfigDict()
     config.rl.ppo.estimator = "group"
     config.rl.ppo.group_size = 8
