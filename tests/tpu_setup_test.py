@@ -737,9 +737,23 @@ def place(folder, trials, driver, vms=("va", "vb"), recreate=False, retry=False)
     if retry:
         board.retry_failed()
     lines: list[str] = []
-    placement.Launcher(
+    launcher = placement.Launcher(
         "s", board, driver, vms, poll_seconds=0.002, recreate=recreate, report=lines.append
-    ).run()
+    )
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            launcher.run()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)  # a trial that nobody looks after would be waited for without end
+    assert not thread.is_alive(), lines
+    if errors:
+        raise errors[0]
     return board, lines
 
 
