@@ -132,10 +132,18 @@ class Cache:
 
 
 def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result."""
+    """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result.
+
+    Over a tensor axis the result has the operands' type, so that half the bytes are summed there.
+    """
     del preferred_element_type
+    over_devices = sharding.partition_size("heads") > 1
     out = jax.lax.dot_general(
-        lhs, rhs, dimension_numbers, precision, preferred_element_type=jnp.float32
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision,
+        preferred_element_type=lhs.dtype if over_devices else jnp.float32,
     )
     return out.astype(lhs.dtype)
 

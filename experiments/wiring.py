@@ -258,8 +258,9 @@ def make_program(parts: Parts, mesh: Mesh):
     @jax.jit
     def play(agent, setting, params, *rest):
         params = cast_matrices(params, dtype)
-        where = layout.shardings(params, mesh, sharding.ROLLOUT)
-        params = jax.lax.with_sharding_constraint(params, where)
+        for rules in (sharding.TRAINING, sharding.ROLLOUT):  # cast where they lie, then moved
+            where = layout.shardings(params, mesh, rules)
+            params = jax.lax.with_sharding_constraint(params, where)
         return play_shares(agent, setting, params, *rest)
 
     return play

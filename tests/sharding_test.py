@@ -1,6 +1,8 @@
 """The mesh and its rules, and whole programs over eight devices against the same on one."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from atommem_jax import sharding, trainer
 from atommem_jax.model import ModelConfig, Transformer, init_params
 from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.trainer import PPOConfig
-from experiments import wiring
+from experiments import lowering, wiring
 from tests import tiny
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
@@ -167,6 +169,25 @@ def test_parameters_come_back_where_they_lay():
     for (path, leaf), spec in leaves:
         expected = jax.NamedSharding(sharding.make_mesh(2, 2, 2), spec)
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), jax.tree_util.keystr(path)
+
+
+def test_no_weight_is_gathered_while_decoding():
+    mesh = sharding.make_mesh(1, 4, 2)
+    parts = make_parts()
+    shape = tiny.make_shape()
+    config = parts.config.copy_and_resolve_references()
+    config.rl.episodes, config.rl.ppo.group_size = ROWS, 1
+    program = lowering.programs(config, parts, shape, mesh, ["rollout"])["rollout"]
+    text = program.lower().compile().as_text()
+    gathers = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    in_decode = [line for line in gathers if "/decode/while/" in line]
+    least = min(leaf.size for leaf in jax.tree.leaves(make_params()) if leaf.ndim == 3)
+    for line in in_decode:
+        sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", line)]
+        assert max(sizes) < least, line
+    # They are gathered, once: before the first turn.
+    before = [line for line in gathers if "/turns/" not in line]
+    assert len(before) >= len([leaf for leaf in jax.tree.leaves(make_params()) if leaf.ndim == 3])
 
 
 # ---------------------------------------------------------------------------------------------
