@@ -229,7 +229,7 @@ condition=%layers_cond, body=%layers_body
 }
 
 ENTRY %main (w1: bf16[4,256,1024], n1: s32[]) -> s32[] {
-  %w1 = bf16[4,256,1024]{2,1,0} parameter(0), metadata={op_name="params['w']"}
+  %w1 = bf16[4,256,1024]{2,1,0} parameter(0), metadata={op_name="params[\\'w\\']"}
   %n1 = s32[]{:T(128)} parameter(1), metadata={op_name="n"}
   %start = s32[]{:T(128)} constant(0)
   %tuple.34 = (s32[]{:T(128)}, s32[]{:T(128)}, bf16[4,256,1024]{2,1,0}) tuple(%start, %n1, %w1)
@@ -296,7 +296,8 @@ fusion(%w), kind=kCustom, calls=%start
 collective-permute-start(%slice.2), channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{8,10}}
   %collective-permute-done = bf16[24,4096]{1,0} collective-permute-done(%collective-permute-start)
   ROOT %fusion.75 = bf16[4096,512]{1,0} fusion(%flat), kind=kCustom, \
-calls=%all-reduce-scatter.1.clone.1
+calls=%all-reduce-scatter.1.clone.1, \
+metadata={op_name="jit(f)/transpose(jvp(microbatches))/dot_general"}
 }
 """
 
@@ -311,6 +312,9 @@ def test_tpu_overlapped_collectives_count_once_and_fused_reductions_are_scatters
         ("collective-permute", ("fsdp",), 24 * 4096 * 2),
         ("reduce-scatter", ("fsdp",), whole * 3 / 4),
     ]
+    assert [each.overlapped for each in traffic.collectives] == [True, True, False]
+    assert traffic.collectives[2].is_in("microbatches")  # by its fusion's name
+    assert not traffic.collectives[0].is_in("microbatches")
     assert traffic.collectives[0].weight == "w[1]"
     assert traffic.collectives[2].result == whole // 4
 

@@ -255,10 +255,8 @@ MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 
 def test_a_part_takes_as_long_as_its_slowest_resource_and_what_is_exposed():
     compute = Part("score", Flops(4 * 197e12, 2 * 4 * 197e12), hbm_bytes=819e9)
-    memory = Part("decode", hbm_bytes=3 * 819e9, traffic={("all-gather", "fsdp"): 50e9})
-    network = Part(
-        "reduce", traffic={("all-reduce", "tensor"): 100e9, ("all-gather", "fsdp"): 50e9}
-    )
+    memory = Part("decode", hbm_bytes=3 * 819e9, traffic={("fsdp", True): 50e9})
+    network = Part("reduce", traffic={("tensor", False): 100e9, ("fsdp", True): 50e9})
     found = roofline.estimate([compute, memory, network], V5E, MESH, PERFECT)
     assert [part.seconds for part in found.parts] == pytest.approx([2, 3, 2 + 1])
     assert [part.bottleneck for part in found.parts] == ["compute", "memory", "network"]
@@ -276,14 +274,14 @@ def test_assumptions_slow_it_down_and_are_stated():
         "not a measurement",
         "197 TFLOP/s",
         "50% of compute",
-        "all-gather",
+        "the others wait",
         "nothing rec",
     ):
         assert words in text
     with pytest.raises(ValueError, match=r"assumptions.memory=0: allowed is above 0 up to 1"):
         roofline.estimate([part], V5E, MESH, Assumptions(memory=0))
     with pytest.raises(ValueError, match=r"axis 'expert': the mesh has data, fsdp, tensor"):
-        roofline.estimate([Part("x", traffic={("all-gather", "expert"): 1})], V5E, MESH)
+        roofline.estimate([Part("x", traffic={("expert", True): 1})], V5E, MESH)
 
 
 def test_bandwidth_of_axes():
@@ -340,19 +338,23 @@ def make_traffic():
         2.0**20,
         (loop,),
         1,
+        overlapped=True,
     )
     reduce = dataclasses.replace(
-        gather, kind="all-reduce", op_name="jit(f)/optimizer/r", axes=("data", "fsdp"), loops=()
+        gather,
+        kind="all-reduce",
+        op_name="jit(f)/optimizer/r",
+        overlapped=False,
+        axes=("data", "fsdp"),
+        loops=(),
     )
     return hlo.Traffic((gather, reduce), (loop,))
 
 
 def test_traffic_of_a_part_is_chosen_by_scope():
     traffic = make_traffic()
-    assert roofline.traffic_of(traffic, inside=["decode"]) == {("all-gather", "fsdp"): 2.0**20}
-    assert roofline.traffic_of(traffic, outside=["decode"]) == {
-        ("all-reduce", "data+fsdp"): 2.0**20
-    }
+    assert roofline.traffic_of(traffic, inside=["decode"]) == {("fsdp", True): 2.0**20}
+    assert roofline.traffic_of(traffic, outside=["decode"]) == {("data+fsdp", False): 2.0**20}
     assert len(roofline.traffic_of(traffic)) == 2
 
 

@@ -101,6 +101,7 @@ _COPIES = {
     "slice-done",
     "slice-start",
 }
+_FUSED_WITH_WORK = "async_collective_fusion_config"
 _JOIN = 'custom_call_target="ConcatBitcast"'
 _AUXILIARY = {"parameter", "constant", "tuple", "get-tuple-element", "iota", "broadcast"}
 
@@ -127,7 +128,7 @@ class Instruction:
     def op_name(self) -> str:
         """Where in the traced program it comes from, `jit(f)/decode/while/...`; may be empty."""
         found = _OP_NAME.search(self.attributes)
-        return found[1] if found else ""
+        return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute such as `body` names."""
@@ -291,12 +292,14 @@ def scope_names(op_name: str) -> list[str]:
     """
     own = re.split(r"(?:^|/)while/body(?:/|$)", op_name)[-1]
     own = re.sub(r"(^|/)while(/cond.*)?$", "", own)
-    names = []
-    for part in own.split("/"):
-        inner = re.sub(r"^(?:\w+\()*|\)*$", "", part)
-        if inner and not part.startswith(("jit(", "pjit(")) and inner not in _PLUMBING:
-            names.append(inner)
-    return names
+    return [name for name in list_scopes(own) if name not in _PLUMBING]
+
+
+def list_scopes(op_name: str) -> list[str]:
+    """All scopes of an op_name: `jit(f)/transpose(jvp(layers))/add` -> ["layers", "add"]."""
+    parts = [part for part in op_name.split("/") if not part.startswith(("jit(", "pjit("))]
+    inner = [re.sub(r"^(?:\w*\()*|\)*$", "", part) for part in parts]
+    return [name for name in inner if name]
 
 
 _PLUMBING = {"closed_call", "checkpoint", "rematted_computation", "shard_map", "body", "cond"}
@@ -430,7 +433,7 @@ class Collective:
     Attributes:
       kind: one of KINDS.
       name: of the instruction.
-      op_name: where it was traced.
+      op_name: where it was traced; that of its fusion where the compiler made it.
       payload: bytes of its operand on one device.
       result: bytes of its result on one device.
       group_size: devices that take part in one group.
@@ -441,6 +444,7 @@ class Collective:
       taken: False in the branches of a conditional that do not count.
       weight: name of the program's argument whose values it moves unchanged; '' for activations
         and gradients.
+      overlapped: whether the schedule starts it ahead of its use, beside computation.
     """
 
     kind: str
@@ -455,11 +459,17 @@ class Collective:
     times: int
     taken: bool = True
     weight: str = ""
+    overlapped: bool = False
 
     @property
     def total(self) -> float:
         """Bytes a device sends in all executions."""
         return self.moved * self.times if self.taken else 0.0
+
+    def is_in(self, scope: str) -> bool:
+        """Whether it, or a loop that it stands in, was traced within `jax.named_scope(scope)`."""
+        paths = [self.op_name, *(loop.path for loop in self.loops)]
+        return any(scope in list_scopes(path) for path in paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -620,11 +630,19 @@ class _Reader:
         if opcode in ("fusion", "call", "async-start"):
             name = instruction.called("to_apply" if opcode == "call" else "calls")
             inner = self.module.computations.get(name or "")
-            return [] if inner is None else self.visit(inner, loops, started)
+            found = [] if inner is None else self.visit(inner, loops, started)
+            return [
+                dataclasses.replace(
+                    each,
+                    op_name=each.op_name or instruction.op_name,
+                    overlapped=each.overlapped or opcode == "async-start",
+                )
+                for each in found
+            ]
         kind = _kind(instruction)
         if kind is None:
             return []
-        if "async_collective_fusion_config" in instruction.attributes:
+        if _FUSED_WITH_WORK in instruction.attributes:
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             key = (kind, channel[1] if channel else instruction.name)
             if key in started:
@@ -697,7 +715,16 @@ class _Reader:
             loops=loops,
             times=math.prod(loop.trips or (0 if loop.trips == 0 else 1) for loop in loops),
             weight=weight,
+            overlapped=_is_overlapped(instruction),
         )
+
+
+def _is_overlapped(instruction: Instruction) -> bool:
+    return (
+        instruction.opcode.endswith("-start")
+        or instruction.opcode == "send"
+        or _FUSED_WITH_WORK in instruction.attributes
+    )
 
 
 def _kind(instruction: Instruction) -> str | None:

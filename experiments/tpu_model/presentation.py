@@ -253,6 +253,10 @@ def _collectives_to_json(traffic: Traffic | None) -> dict[str, Any]:
     }
     for (kind, axes), total in traffic.by_kind_and_axes().items():
         result[kind]["axes"][axes] = {"count": total.count, "bytes": total.bytes}
+    for kind, entry in result.items():
+        entry["overlapped_bytes"] = sum(
+            each.total for each in traffic.collectives if each.kind == kind and each.overlapped
+        )
     return result
 
 

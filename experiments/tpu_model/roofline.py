@@ -6,10 +6,10 @@ optimiser). A part takes
     max(compute, memory, hidden collectives) + exposed collectives
 
 where compute is hardware FLOPs over peak, memory is bytes moved between HBM and the chip over its
-bandwidth, and collectives are bytes over the bandwidth of the axis that they span, each divided by
-the share of the peak that is assumed to be reached. What of a collective is hidden behind
-computation depends on its kind. MFU is model FLOPs over what all devices could do in the time of
-the phase.
+bandwidth, and collectives are bytes over the bandwidth of the axes that they span, each divided by
+the share of the peak that is assumed to be reached. A collective is hidden where the compiled
+program starts it ahead of its use, and exposed where it waits for the result. MFU is model FLOPs
+over what all devices could do in the time of the phase.
 
 It is a model: nothing here was measured on a TPU. XLA's own `optimal_seconds` is not used; it
 counts a loop's body once.
@@ -25,17 +25,6 @@ from experiments.tpu_model import flops as flops_lib
 from experiments.tpu_model.hardware import Topology
 from experiments.tpu_model.hlo import DCN_AXIS, Traffic
 
-EXPOSED: Mapping[str, float] = {
-    "all-gather": 0.0,
-    "collective-permute": 0.0,
-    "all-reduce": 1.0,
-    "reduce-scatter": 1.0,
-    "all-to-all": 1.0,
-    "collective-broadcast": 1.0,
-}
-"""Share of a collective's time that computation does not hide. XLA:TPU schedules gathers of weights
-and permutations beside matrix products; reductions in the programs compiled here wait."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
@@ -45,13 +34,13 @@ class Assumptions:
       compute: of the peak FLOP/s, in matrix products.
       memory: of the HBM bandwidth.
       network: of the bandwidth of links.
-      exposed: by kind of collective; see EXPOSED.
+      exposed: share of the overlapped collectives' time that computation does not hide.
     """
 
     compute: float = 0.75
     memory: float = 0.85
     network: float = 0.85
-    exposed: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(EXPOSED))
+    exposed: float = 0.0
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -60,9 +49,8 @@ class Assumptions:
                 raise ValueError(
                     f"assumptions.{name}={getattr(self, name)}: allowed is above 0 up to 1"
                 )
-        for kind, share in self.exposed.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"assumptions.exposed[{kind!r}]={share}: allowed is 0 to 1")
+        if not 0 <= self.exposed <= 1:
+            raise ValueError(f"assumptions.exposed={self.exposed}: allowed is 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +61,13 @@ class Part:
       name: e.g. 'decode'.
       flops: of all devices together.
       hbm_bytes: read and written by one device.
-      traffic: (kind, axes joined by '+') -> bytes that one device sends.
+      traffic: (mesh axes joined by '+', overlapped) -> bytes that one device sends.
     """
 
     name: str
     flops: flops_lib.Flops = dataclasses.field(default_factory=flops_lib.Flops)
     hbm_bytes: float = 0.0
-    traffic: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    traffic: Mapping[tuple[str, bool], float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +141,9 @@ def estimate(
         compute = part.flops.hardware / topology.devices / (peak * assumptions.compute)
         memory = part.hbm_bytes / (topology.generation.hbm_bandwidth * assumptions.memory)
         hidden = exposed = 0.0
-        for (kind, axes), sent in part.traffic.items():
+        for (axes, overlapped), sent in part.traffic.items():
             bandwidth = axis_bandwidth(axes, topology, mesh) * assumptions.network
-            share = assumptions.exposed.get(kind, 1.0)
+            share = assumptions.exposed if overlapped else 1.0
             exposed += share * sent / bandwidth
             hidden += (1 - share) * sent / bandwidth
         seconds = max(compute, memory, hidden) + exposed
@@ -189,9 +177,6 @@ def axis_bandwidth(axes: str, topology: Topology, mesh: Mapping[str, int]) -> fl
 def describe(topology: Topology, assumptions: Assumptions) -> list[str]:
     """The assumptions, as sentences."""
     g = topology.generation
-    hidden = [kind for kind, share in assumptions.exposed.items() if share == 0]
-    waited = [kind for kind, share in assumptions.exposed.items() if share == 1]
-    other = [f"{k} {s:.0%}" for k, s in assumptions.exposed.items() if 0 < s < 1]
     return [
         "A model, not a measurement: each part takes max(compute, HBM, hidden collectives) + "
         "exposed collectives.",
@@ -201,8 +186,8 @@ def describe(topology: Topology, assumptions: Assumptions) -> list[str]:
         f"Reached of them: {assumptions.compute:.0%} of compute, {assumptions.memory:.0%} of HBM, "
         f"{assumptions.network:.0%} of the network. Matrices narrower than the matrix unit (128, "
         "on v6e and TPU7x 256) reach less.",
-        f"Hidden behind computation: {', '.join(hidden) or 'nothing'}; exposed: "
-        f"{', '.join([*waited, *other]) or 'nothing'}.",
+        "Hidden are collectives that the compiled program starts ahead of their use, "
+        f"{assumptions.exposed:.0%} of them exposed all the same; the others wait.",
         "A collective sends by the ring algorithm along its mesh axes, over two links where the "
         f"axes fill a ring of the torus (of {g.name}: dimensions that are a multiple of {g.wrap}), "
         "else over one.",
@@ -214,22 +199,21 @@ def describe(topology: Topology, assumptions: Assumptions) -> list[str]:
 
 def traffic_of(
     traffic: Traffic, *, inside: Sequence[str] = (), outside: Sequence[str] = ()
-) -> dict[tuple[str, str], float]:
-    """Bytes that a device sends, by (kind, axes), for `Part.traffic`.
+) -> dict[tuple[str, bool], float]:
+    """Bytes that a device sends, by (axes, overlapped), for `Part.traffic`.
 
     Args:
       traffic: of a compiled program.
       inside: scopes; only collectives traced within one of them. None given: all.
       outside: scopes to leave out.
     """
-    sums: dict[tuple[str, str], float] = {}
+    sums: dict[tuple[str, bool], float] = {}
     for each in traffic.collectives:
-        path = each.op_name.split("/")
-        if inside and not any(scope in path for scope in inside):
+        if inside and not any(map(each.is_in, inside)):
             continue
-        if any(scope in path for scope in outside):
+        if any(map(each.is_in, outside)):
             continue
-        key = (each.kind, "+".join(each.axes))
+        key = ("+".join(each.axes), each.overlapped)
         sums[key] = sums.get(key, 0.0) + each.total
     return sums
 
@@ -259,8 +243,8 @@ class Placement:
 def memory_of_weights(config: ModelConfig, placement: Placement, passes: float) -> float:
     """Bytes read when all weights are, `passes` times, in the dtype of activations.
 
-    A pass reads a device's share of the tensor axis: with fsdp a gathered layer is written and
-    read again, so that a pass moves twice that, and what is sent is a read more.
+    A pass reads a device's share of the tensor axis; with fsdp a layer is gathered first, so that
+    its share is written once more than that.
     """
     whole = flops_lib.count_params(config) * _bytes_of(config.dtype) / placement.tensor
     return passes * whole * (2 if placement.fsdp > 1 else 1)
