@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.tpu_model import hlo
+from experiments.tpu_model import hlo, hlo_text, loops
+from experiments.tpu_model.device_groups import UNKNOWN_AXIS
 from experiments.tpu_model.hlo import Total
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -84,7 +85,7 @@ def test_weights_gathered_while_decoding_are_found(decode_text):
     assert found.weight == "w"
     assert traffic.inside("decode", more_than=64 * 64 * 4) == []
     assert traffic.inside("decode", "all-to-all") == []
-    with pytest.raises(hlo.HloError, match=r"no loop stands in the scope 'turns'.*decode"):
+    with pytest.raises(hlo_text.HloError, match=r"no loop stands in the scope 'turns'.*decode"):
         traffic.inside("turns")
 
 
@@ -155,6 +156,26 @@ def test_of_branches_the_costliest_counts(mesh):
     sizes = {each.payload: each.taken for each in traffic.collectives}
     assert sizes == {512: False, 2048: True}
     assert traffic.totals() == {"all-reduce": Total(1, 2048)}
+
+
+def test_weights_are_followed_into_branches(mesh):
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def run(params, x):
+        def once(x):
+            matrix = jax.lax.with_sharding_constraint(params["w"], whole)
+            return jnp.tanh(x @ matrix)
+
+        return jax.lax.cond(x.sum() > 0, once, lambda x: once(once(x)), x)
+
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    rows = NamedSharding(mesh, PartitionSpec(("data",)))
+    params = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)}
+    x = jax.ShapeDtypeStruct((256, 64), jnp.float32, sharding=rows)
+    traffic = hlo.read(jax.jit(run).lower(params, x).compile().as_text(), MESH)
+    gathered = [each for each in traffic.collectives if each.kind == "all-gather"]
+    assert {each.weight for each in gathered} == {"params['w']"}
+    assert {each.taken for each in gathered} == {True, False}
 
 
 # ------------------------------------------------------------------ what XLA:TPU writes
@@ -362,7 +383,7 @@ def one_collective(line, mesh):
         ("mesh['a'=8] {'a':(2)2}", ("fsdp",), 2),
         ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ("data", "tensor"), 4),
         ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data", "fsdp"), 4),
-        ("surprise", (hlo.UNKNOWN_AXIS,), 1),
+        ("surprise", (UNKNOWN_AXIS,), 1),
     ],
 )
 def test_groups_in_each_notation(groups, axes, size):
@@ -385,7 +406,7 @@ ENTRY %m (p: f32[64]) -> f32[128] {
 
 def test_more_devices_than_the_mesh_has():
     line = "ROOT %r = f32[64]{0} all-reduce(%p), replica_groups={{0,9}}, to_apply=%sum"
-    with pytest.raises(hlo.HloError, match=r"device 9 .* has 8 devices"):
+    with pytest.raises(hlo_text.HloError, match=r"device 9 .* has 8 devices"):
         one_collective(line, MESH)
 
 
@@ -401,7 +422,7 @@ def test_more_devices_than_the_mesh_has():
     ],
 )
 def test_bytes_of_shapes(shape, size):
-    assert hlo.count_bytes(shape) == size
+    assert hlo_text.count_bytes(shape) == size
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
@@ -418,7 +439,7 @@ def test_bytes_moved_on_a_ring(n):
     scattered = hlo.bytes_moved("reduce-scatter", payload, n)
     gathered = hlo.bytes_moved("all-gather", payload / n, n)
     np.testing.assert_allclose(hlo.bytes_moved("all-reduce", payload, n), scattered + gathered)
-    with pytest.raises(hlo.HloError, match=r"collective 'gossip' is not known"):
+    with pytest.raises(hlo_text.HloError, match=r"collective 'gossip' is not known"):
         hlo.bytes_moved("gossip", 1.0, n)
 
 
@@ -434,9 +455,9 @@ def test_bytes_moved_on_a_ring(n):
     ],
 )
 def test_scopes_of_a_loop(op_name, scopes):
-    assert hlo.scope_names(op_name) == scopes
+    assert loops.scope_names(op_name) == scopes
 
 
 def test_text_that_is_no_program():
-    with pytest.raises(hlo.HloError, match="no ENTRY computation"):
+    with pytest.raises(hlo_text.HloError, match="no ENTRY computation"):
         hlo.read("module @jit_f {", MESH)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from atommem_jax import sampling
 from atommem_jax.config import ConfigError
 from atommem_jax.model import ModelConfig, Transformer, init_params
-from experiments.tpu_model import flops, hardware, hlo, presentation, roofline
+from experiments.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from experiments.tpu_model.flops import Flops, Rows
 from experiments.tpu_model.roofline import Assumptions, Part, Placement
 from tests import tiny
@@ -326,7 +326,7 @@ def test_traffic_of_memory_grows_with_what_is_done():
 
 
 def make_traffic():
-    loop = hlo.Loop("decode", "jit(f)/decode/while", None, "unknown")
+    loop = loops.Loop("decode", "jit(f)/decode/while", None, "unknown")
     gather = hlo.Collective(
         "all-gather",
         "g",

@@ -11,7 +11,8 @@ import jax
 
 from experiments.tpu_model.flops import Flops
 from experiments.tpu_model.hardware import Topology
-from experiments.tpu_model.hlo import Loop, Traffic
+from experiments.tpu_model.hlo import Traffic
+from experiments.tpu_model.loops import Loop
 from experiments.tpu_model.roofline import Estimate
 
 GIB = 1024**3

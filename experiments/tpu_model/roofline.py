@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 
 from atommem_jax.model import ModelConfig
 from experiments.tpu_model import flops as flops_lib
+from experiments.tpu_model.device_groups import UNKNOWN_AXIS
 from experiments.tpu_model.hardware import Topology
 from experiments.tpu_model.hlo import DCN_AXIS, Traffic
 
@@ -166,7 +167,7 @@ def axis_bandwidth(axes: str, topology: Topology, mesh: Mapping[str, int]) -> fl
         return topology.generation.dcn_bandwidth
     size = 1
     for axis in filter(None, axes.split("+")):
-        if axis == "?":
+        if axis == UNKNOWN_AXIS:
             return topology.generation.link_bandwidth
         if axis not in mesh:
             raise ValueError(f"traffic along the axis {axis!r}: the mesh has {', '.join(mesh)}")
