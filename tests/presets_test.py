@@ -1,0 +1,47 @@
+"""Published models have exactly the parameters that they were published with."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from atommem_jax.config import ConfigError
+from atommem_jax.model import ModelConfig, Transformer, count_params, init_params
+from experiments.configs import presets
+from experiments.tpu_model import flops
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_parameter_count_is_the_published_one(name):
+    preset = presets.get_preset(name)
+    config = ModelConfig(**preset.sizes())
+    config.validate()
+    params = jax.eval_shape(lambda key: init_params(Transformer(config), key), jax.random.key(0))
+    value_head = count_params(params.pop("value_head"))
+    assert count_params(params) == preset.parameters
+    assert flops.count_params(config, value_head=False) == preset.parameters
+    assert flops.count_params(config) == preset.parameters + value_head
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_parameter_count_by_hand(name):
+    """The same sum written out, so that a mistake in the model's code cannot hide."""
+    p = presets.PRESETS[name]
+    attention = p.width * p.head_width * (2 * p.num_heads + 2 * p.num_kv_heads)
+    norms = 2 * p.width + (2 * p.head_width if p.qk_norm else 0)
+    layer = attention + 3 * p.width * p.mlp_width + norms
+    heads = (1 if p.tie_embeddings else 2) * p.vocab_size * p.width
+    assert heads + p.num_layers * layer + p.width == p.parameters
+
+
+def test_config_of_a_preset():
+    config = presets.get_config("smollm2_135m")
+    assert (config.model.width, config.model.num_kv_heads, config.model.rope_theta) == (576, 3, 1e5)
+    assert "vocab_size" not in config.model
+    sizes = {f.name for f in dataclasses.fields(ModelConfig)}
+    assert set(config.model) - {"match_features"} <= sizes
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(ConfigError, match=r"no preset 'gpt5': there are qwen3_0.6b, .*smollm2"):
+        presets.get_config("gpt5")
