@@ -7,6 +7,7 @@ import pytest
 
 from atommem_jax.config import ConfigError
 from atommem_jax.model import ModelConfig, Transformer, count_params, init_params
+from experiments import flags, validation
 from experiments.configs import presets
 from experiments.tpu_model import flops
 
@@ -45,3 +46,11 @@ def test_config_of_a_preset():
 def test_unknown_preset_lists_those_there_are():
     with pytest.raises(ConfigError, match=r"no preset 'gpt5': there are qwen3_0.6b, .*smollm2"):
         presets.get_config("gpt5")
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_has_a_config_file(name):
+    config = flags.load_config(f"experiments/configs/{name.replace('.', '_')}.py")
+    assert config.model.width == presets.PRESETS[name].width
+    assert config.tokenizer.vocab_size == presets.PRESETS[name].vocab_size
+    validation.validate(config)

@@ -1,6 +1,6 @@
 """Sizes of published decoders that `atommem_jax/model.py` can express, and a config with one.
 
-    python experiments/train.py --config=experiments/configs/presets.py:qwen3_8b ...
+    python experiments/compile_report.py --config=experiments/configs/qwen3_8b.py --topology=v5e:8x8
 
 Sizes are those of the `config.json` that each model was published with. What a size does not say:
 the tokenizer. A published vocabulary is wider than its tokenizer knows tokens (padded for the
@@ -206,8 +206,57 @@ def set_model(config: ConfigDict, name: str) -> None:
     config.model.dtype = "bfloat16"
 
 
-def get_config(name: str = "qwen3_0.6b") -> ConfigDict:
-    """The experiment of `make demo` with a published model, untrained."""
+def get_config(name: str = "qwen3_8b") -> ConfigDict:
+    """A published model at the setting of the paper (sections 4 and 5): sizes, no data.
+
+    16 tasks of 16 trajectories; documents of about 28,000 tokens in chunks of 4,096; up to ten
+    questions; six entries shown. Prompts have up to 13,056 tokens and responses 2,048, so that a
+    row has at most 16k columns. `shape` stands in for a data set: with it a config can be compiled
+    for any topology, and not yet be trained.
+    """
     config = synthetic.get_config()
     set_model(config, name)
+    config.tokenizer.vocab_size = get_preset(name).vocab_size
+
+    config.shape = ConfigDict()
+    config.shape.chunks = 8
+    config.shape.chunk_length = 4096
+    config.shape.facts = 1
+    config.shape.questions = 10
+    config.shape.question_length = 64
+    config.shape.needs = 1
+    config.shape.answer_length = 64
+    config.shape.query_length = 64
+    config.shape.note_length = 0
+
+    config.memory.slots = 256
+    config.memory.shown = 6
+    config.memory.entry_length = 1024
+    config.memory.scratchpad_length = 2048
+    config.memory.query_length = 64
+    config.memory.key_dim = 1024
+
+    config.rollout.max_actions = 8
+    config.rollout.response_length = 2048
+    config.rollout.answer_length = 64
+    config.rollout.read_budget = 3
+    config.rollout.answer_read_budget = 1
+    config.rollout.group = 4
+    config.rollout.param_dtype = "bfloat16"
+    config.rollout.score_chunk = 1024
+
+    config.sft.episodes = 64
+    config.sft.microbatch_rows = 1
+    config.sft.optimizer.name = "adamw"
+    config.sft.optimizer.learning_rate = 1e-5
+    config.rl.episodes = 16
+    config.rl.ppo.group_size = 16
+    config.rl.ppo.divide_by_std = False
+    config.rl.ppo.credit = "trajectory"
+    config.rl.ppo.minibatches = 1
+    config.rl.ppo.microbatch_rows = 1
+    config.rl.optimizer.learning_rate = 1e-6
+    config.rl.optimizer.schedule = "constant"
+    config.rl.optimizer.warmup_steps = 20
+    config.eval.batch_size = 256
     return config

@@ -1,0 +1,10 @@
+"""SmolLM2-360M at the setting of the paper; see `presets`."""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import presets
+
+
+def get_config() -> ConfigDict:
+    """Sizes for `compile_report.py`."""
+    return presets.get_config("smollm2_360m")
