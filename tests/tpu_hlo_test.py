@@ -461,3 +461,27 @@ def test_scopes_of_a_loop(op_name, scopes):
 def test_text_that_is_no_program():
     with pytest.raises(hlo_text.HloError, match="no ENTRY computation"):
         hlo.read("module @jit_f {", MESH)
+
+
+def test_an_instruction_over_several_lines_is_one():
+    """Kernels carry metadata with line breaks, and a line of it may start with a brace."""
+    text = """HloModule jit_f
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"a":{
+"block_q": 256
+}}, metadata={op_name="jit(f)/while/body/kernel"}
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %t = (s32[], f32[8]) tuple(%i, %kernel)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} parameter(0)
+}
+"""
+    module = hlo_text.parse(text)
+    body = module.computations["body"]
+    assert body.root == "t"
+    assert body.instructions["kernel"].op_name == "jit(f)/while/body/kernel"

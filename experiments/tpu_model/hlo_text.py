@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 _BITS = {
     "pred": 8,
@@ -132,7 +133,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = None
     current: Computation | None = None
-    for line in text.splitlines():
+    for line in _join_lines(text):
         if current is None:
             header = _HEADER.match(line)
             if header and "->" in line:
@@ -140,7 +141,7 @@ def parse(text: str) -> Module:
                 computations[current.name] = current
                 entry = current if header[1] else entry
             continue
-        if line.startswith("}"):
+        if line.rstrip() == "}":
             current = None
             continue
         instruction = _parse_instruction(line)
@@ -154,6 +155,19 @@ def parse(text: str) -> Module:
             f".as_text(); what was passed starts with {text[:60]!r}"
         )
     return Module(computations, entry)
+
+
+def _join_lines(text: str) -> Iterator[str]:
+    """Lines; an instruction whose attributes hold line breaks (kernels do) becomes one."""
+    pending = ""
+    for line in text.splitlines():
+        starts = not line or line[0] in " %" or line.startswith(("ENTRY", "HloModule"))
+        if pending and (starts or line.rstrip() == "}"):
+            yield pending
+            pending = line
+        else:
+            pending = f"{pending} {line}" if pending else line
+    yield pending
 
 
 def _parse_instruction(line: str) -> Instruction | None:
