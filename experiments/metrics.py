@@ -20,7 +20,8 @@ class MetricWriter:
     A line is one object: {"step": 10, "stage": "rl", "em": 0.5}. Every line reaches the operating
     system before `write` returns, so that a kill loses at most the line being written. JSON has no
     NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
-    `read_metrics` turns back. Use it as a context manager, on one process only.
+    `read_metrics` turns back. Use it as a context manager. Only one process may write; the others
+    take a `SilentWriter`.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
@@ -96,6 +97,23 @@ class MetricWriter:
                 str(self._workdir / "tensorboard"), purge_step=self._purge_step
             )
         return self._events
+
+
+class SilentWriter:
+    """Has the methods of a `MetricWriter`, for processes that write nothing."""
+
+    def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
+        """Forgets the scalars."""
+
+    def resume(self, step: int) -> int:
+        """Drops no line."""
+        return 0
+
+    def __enter__(self) -> "SilentWriter":
+        return self
+
+    def __exit__(self, *unused_error: object) -> None:
+        pass
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
