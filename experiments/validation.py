@@ -181,8 +181,11 @@ def _plain(value: Any) -> Any:
 
 
 def check_same_config(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
-    """Raises ConfigError naming what changed since the checkpoint was written."""
-    changed = differences(config, saved)
+    """Raises ConfigError naming what changed since the checkpoint was written.
+
+    On which devices a run goes on is free.
+    """
+    changed = [path for path in differences(config, saved) if not path.startswith("mesh.")]
     check(
         not changed,
         f"{workdir} was started with another config: {'; '.join(changed)}. Pass the same "
