@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 FILE_NAME = "metrics.jsonl"
 
@@ -30,7 +29,7 @@ class MetricWriter:
         self.path = self._workdir / FILE_NAME
         _drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events: tensorboardX.SummaryWriter | None = None
+        self._events: Any = None  # a SummaryWriter, made at the first write
         self._purge_step: int | None = None
 
     def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
@@ -91,8 +90,11 @@ class MetricWriter:
     def __exit__(self, *unused_error: object) -> None:
         self.close()
 
-    def _open_events(self) -> tensorboardX.SummaryWriter:
+    def _open_events(self) -> Any:
         if self._events is None:
+            # Imported here: it imports PyTorch where that is installed, which takes seconds.
+            import tensorboardX
+
             self._events = tensorboardX.SummaryWriter(
                 str(self._workdir / "tensorboard"), purge_step=self._purge_step
             )

@@ -273,7 +273,7 @@ def remove_item(folder: pathlib.Path) -> None:
 
 
 def garble_json(folder: pathlib.Path) -> None:
-    (path,) = [path for path in (folder / "config").iterdir() if path.is_file()]
+    path = find_largest(folder / "config")
     path.write_text(path.read_text()[:-5])
 
 

@@ -1,7 +1,9 @@
 """A training run from the outside: killed and resumed, refused, logged; and odd settings of RL."""
 
+import os
 import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -247,6 +249,40 @@ def test_a_finished_run_says_so_and_stays_as_it_is(reference, run_here, capsys):
     run_here(runs.make_config(), reference)
     assert f"is finished: it holds step {END} of {END}" in capsys.readouterr().out
     assert snapshot(reference) == before
+
+
+def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
+    tmp_path, reference, data_root, run_here
+):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints / str(END))  # the run is not finished
+    *_, sound, broken = sorted(int(path.name) for path in checkpoints.iterdir())
+    files = [path for path in (checkpoints / str(broken) / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    before = snapshot(checkpoints)
+    with pytest.raises(ConfigError) as caught:
+        run_here(runs.make_config(), tmp_path)
+    message = str(caught.value)
+    assert f"step {broken} of {checkpoints} is corrupt: state cannot be read" in message
+    assert (
+        f"--fall_back, which renames it to {broken}.corrupt, to go on from step {sound}" in message
+    )
+    assert snapshot(checkpoints) == before
+
+    output = runs.run(
+        "train.py",
+        f"--workdir={tmp_path}",
+        f"--data_root={data_root}",
+        "--fall_back",
+        *runs.make_flags(),
+    )
+    assert f"it is now called {broken}.corrupt" in output
+    assert f"resuming {tmp_path} at step {sound} of {END}" in output
+    assert_same(runs.read_state(tmp_path, END), runs.read_state(reference, END))
+    assert {path.name for path in checkpoints.iterdir()} >= {f"{broken}.corrupt", str(broken)}
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
