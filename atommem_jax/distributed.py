@@ -86,7 +86,7 @@ def initialise(
     Raises ConfigError where some of the three are given or they disagree, DistributedError where
     the others do not arrive in time.
     """
-    limits = {
+    limits: dict[str, Any] = {
         "heartbeat_timeout_seconds": heartbeat_timeout_seconds,
         "initialization_timeout": initialization_timeout_seconds,
     }
@@ -122,7 +122,7 @@ def initialise(
     _join(given, limits)
 
 
-def _join(given: Mapping[str, Any], limits: Mapping[str, int]) -> None:
+def _join(given: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
     try:
         jax.distributed.initialize(**given, **limits)
     except jax.errors.JaxRuntimeError as error:
@@ -137,7 +137,8 @@ def _join(given: Mapping[str, Any], limits: Mapping[str, int]) -> None:
 
 def _count_tpu_hosts() -> int:
     """Hosts of the TPU slices that this host is part of; 1 without a TPU."""
-    if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu":
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if (platforms or "tpu").split(",")[0] != "tpu":
         return 1
     from jax._src.clusters import cloud_tpu_cluster as clusters
 

@@ -113,7 +113,8 @@ def shard(tree: Any, mesh: Mesh) -> Any:
         size = sizes[leaf.shape[0]]
         rows = process_rows(mesh, size)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(size)
             first = int(np.searchsorted(rows, start))
             return leaf[first : first + stop - start]
