@@ -88,27 +88,38 @@ def is_saving(after: int):
     return reached
 
 
-def start_and_kill(workdir: pathlib.Path, reached, delay: float, arguments: list[str]) -> None:
+def start_and_end(
+    workdir: pathlib.Path, reached, delay: float, number: signal.Signals, arguments: list[str]
+) -> str:
+    """Sends a signal at a moment; returns what the run printed."""
     process = runs.start("train.py", *arguments)
     while process.poll() is None and not reached(workdir):
         time.sleep(0.002)
     time.sleep(delay)
-    process.kill()
+    process.send_signal(number)
     output = b"".join(process.communicate()).decode()
-    assert process.returncode == -signal.SIGKILL, f"ended by itself:\n{output[-3000:]}"
+    status = 0 if number == signal.SIGTERM else -number
+    assert process.returncode == status, f"ended by itself:\n{output[-3000:]}"
+    return output
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, data_root, reference):
+def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path, data_root, reference
+):
     rng = random.Random(0)
     arguments = [f"--workdir={tmp_path}", f"--data_root={data_root}", *runs.make_flags()]
+    # SIGTERM saves the step under way, whether or not it is one to save at.
+    output = start_and_end(tmp_path, has_logged(1, "sft"), 0.0, signal.SIGTERM, arguments)
+    stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"SIGTERM: saved step {stopped} of {END}; the same command goes on" in output
+    assert stopped < SFT_END
     moments = [
-        (has_logged(rng.randint(1, 4), "sft"), rng.uniform(0, 0.3)),
         (has_logged(SFT_END, "eval"), 0.0),  # SFT is over; its last save is not, or barely
         (is_saving(after=SFT_END), 0.0),
         (has_logged(SFT_END + rng.randint(3, 4), "rl"), rng.uniform(0, 0.05)),
     ]
     for reached, delay in moments:
-        start_and_kill(tmp_path, reached, delay, arguments)
+        start_and_end(tmp_path, reached, delay, signal.SIGKILL, arguments)
     output = runs.run("train.py", *arguments)
     assert "resuming" in output
 
