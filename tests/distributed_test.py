@@ -252,6 +252,74 @@ def test_two_then_four_then_one_process_continue_the_same_curve(start, pair, tmp
 
 
 # ---------------------------------------------------------------------------------------------
+# Rows, notes and errors
+
+
+# Two processes with two devices each. On the mesh `across` the batch axis runs within a process, so
+# both hold all rows; on `along` it runs over all devices, in an order that mixes the processes.
+_ROWS = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from atommem_jax import distributed, sharding
+
+index, address = int(sys.argv[1]), sys.argv[2]
+distributed.initialise(address, 2, index, heartbeat_timeout_seconds=3)
+jax.config.update("jax_num_cpu_devices", 2)
+a, b, c, d = jax.devices()
+auto = (AxisType.Auto,)
+across = Mesh(np.array([[a, c], [b, d]]), ("data", "tensor"), axis_types=auto * 2)
+along = Mesh(np.array([a, c, d, b]), ("data",), axis_types=auto)
+whole = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+mixed = [[0, 1, 6, 7], [2, 3, 4, 5]][index]
+for mesh, rows in ((across, list(range(8))), (along, mixed)):
+    key = sharding.replicate(jax.random.key(3), mesh)
+    np.testing.assert_array_equal(sharding.process_rows(mesh, 8), rows)
+    assert sharding.whole_size(mesh, len(rows)) == 8
+    with jax.transfer_guard("disallow"):
+        placed = sharding.shard({"x": whole[rows]}, mesh)
+        heat = sharding.replicate(np.float32(2.0), mesh)
+        doubled = jax.jit(lambda tree, heat: tree["x"] * heat)(placed, heat)
+    assert placed["x"].shape == (8, 3)
+    np.testing.assert_array_equal(sharding.fetch(doubled), 2 * whole[rows])
+    np.testing.assert_array_equal(sharding.collect(whole[rows], mesh), whole)
+    assert sharding.first_rows(placed, 8) is placed
+    np.testing.assert_array_equal(sharding.fetch(sharding.first_rows(placed, 5))["x"], whole[:5])
+    drawn = jax.device_get(jax.random.normal(key, ()))
+    assert drawn == jax.random.normal(jax.random.key(3), ())
+try:
+    sharding.process_rows(Mesh(np.array([a, b]), ("data",)), 8)
+    assert index == 0
+except ValueError as error:
+    assert index == 1 and "process 1 has none of the 2 devices" in str(error)
+
+assert distributed.gather({"index": index, "text": "\u00e9"}) == [
+    {"index": 0, "text": "\u00e9"}, {"index": 1, "text": "\u00e9"}]
+assert distributed.main_first(lambda: index) == index
+print("all checked", flush=True)
+try:
+    if index == 1:
+        raise RuntimeError("process 1 has a problem of its own")
+    distributed.gather("the other will not come")
+except BaseException as error:
+    distributed.leave(error)
+"""
+
+
+def test_rows_follow_the_mesh_and_an_error_of_one_ends_both(folder):
+    address = f"localhost:{processes.find_port()}"
+    commands = [["-c", _ROWS, str(index), address] for index in range(2)]
+    with processes.Group(commands, folder, "rows") as group, processes.timed() as seconds:
+        first, second = group.wait()
+        assert group.printed().count("all checked") == 2, group.output()
+        assert second == 1
+        assert first != 0, "its peer fell silent"
+        assert "process 1 has a problem of its own" in group.logs[1].read_text()
+        assert seconds() < 60
+
+
+# ---------------------------------------------------------------------------------------------
 # What is refused
 
 
