@@ -273,7 +273,7 @@ def remove_item(folder: pathlib.Path) -> None:
 
 
 def garble_json(folder: pathlib.Path) -> None:
-    path = find_largest(folder / "config")
+    path = folder / "config" / "metadata"
     path.write_text(path.read_text()[:-5])
 
 
