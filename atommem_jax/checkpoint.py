@@ -7,20 +7,24 @@ last steps and the best ones are kept.
 """
 
 import base64
+import collections
 import dataclasses
-import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
+
+from atommem_jax import distributed
 
 PyTree = Any
 
@@ -35,10 +39,28 @@ _STATE, _CONFIG, _TOKENIZER, _DATA, _PROGRESS, _METRICS, _TREE = (
 )
 _TUPLE, _BYTES = "__tuple__", "__bytes__"  # how JSON holds what it has no type for
 _LEAVES_SHOWN = 5
+_CLOSE_SECONDS = 30  # that a save may still take when another process may be gone
 
 
 class CheckpointError(ValueError):
     """A checkpoint is absent, unknown, or does not fit. The message names the next step."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A step that is listed as complete cannot be read, or is not what was saved.
+
+    Attributes:
+      step: which.
+      earlier: complete steps before it, ascending; they have not been read.
+    """
+
+    def __init__(self, directory: str, step: int, why: str, earlier: Sequence[int]):
+        self.step, self.earlier = step, tuple(earlier)
+        before = ", ".join(map(str, self.earlier))
+        super().__init__(
+            f"step {step} of {directory} is corrupt: {why}. "
+            + (f"Complete steps before it: {before}" if before else "No step before it is complete")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +201,15 @@ class Checkpointer:
                 f"resume from step {latest} or choose an empty directory."
             )
         scores = {name: float(value) for name, value in (metrics or {}).items()}
-        data_states = _gather(json.dumps(encode(data_state, "data_state")))
+        data_states = distributed.gather(encode(data_state, "data_state"))
         items = {
             _STATE: ocp.args.PyTreeSave(state),
             _CONFIG: ocp.args.JsonSave(encode(config, "config")),
             _TOKENIZER: ocp.args.JsonSave(encode({"file": tokenizer}, "tokenizer")),
-            _DATA: ocp.args.JsonSave({"processes": [json.loads(s) for s in data_states]}),
+            _DATA: ocp.args.JsonSave({"processes": data_states}),
             _PROGRESS: ocp.args.JsonSave(encode(progress, "progress")),
             _METRICS: ocp.args.JsonSave(scores),
-            _TREE: ocp.args.JsonSave(describe(state)),
+            _TREE: ocp.args.JsonSave(_describe_with_fingerprints(state)),
         }
         # The training loop forbids implicit transfers; this one is meant.
         with jax.transfer_guard("allow"):
@@ -207,23 +229,27 @@ class Checkpointer:
             `{"params": abstract_params}` for evaluation.
 
         Raises CheckpointError where there is no such step, or where the tree, a shape or a dtype
-        differs from what was saved.
+        differs from what was saved, and CorruptCheckpointError where it is damaged; on all
+        processes, whichever of them noticed.
         """
         step = self._resolve(step)
         abstract_state = jax.tree.map(_place, abstract_state)
         items = self._restore_items(step, _TREE, _CONFIG, _TOKENIZER, _DATA, _PROGRESS, _METRICS)
-        _check_trees(describe(abstract_state), items[_TREE], step, self.directory, partial)
+        saved = {path: leaf[:2] for path, leaf in items[_TREE].items()}
+        _check_trees(describe(abstract_state), saved, step, self.directory, partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         tree_args = ocp.args.PyTreeRestore(
             abstract_state, restore_args=restore_args, partial_restore=partial
         )
         with jax.transfer_guard("allow"):
-            restored = self._get_manager().restore(
-                step, args=ocp.args.Composite(**{_STATE: tree_args})
-            )
+            state = self._read(step, {_STATE: tree_args})[_STATE]
+            changed = _find_changed(items[_TREE], state)
+        if changed:
+            shown = ", ".join(changed[:_LEAVES_SHOWN])
+            raise self._corrupt(step, f"other bits than were saved in {len(changed)}: {shown}")
         return Restored(
             step=step,
-            state=restored[_STATE],
+            state=state,
             config=ConfigDict(decode(items[_CONFIG])).lock(),
             tokenizer=decode(items[_TOKENIZER])["file"],
             data_states=tuple(decode(s) for s in items[_DATA]["processes"]),
@@ -269,6 +295,28 @@ class Checkpointer:
             self._manager.reload()  # the run that writes here may have added or removed steps
         return sorted(self._manager.all_steps())
 
+    def set_aside(self, step: int) -> str:
+        """Renames a step, so that it counts no longer; returns its new name.
+
+        Raises CheckpointError where there is no such step, or the directory is read-only.
+        """
+        step = self._resolve(step)
+        if self._read_only:
+            raise CheckpointError(
+                f"cannot set step {step} aside: {self.directory} was opened with read_only=True; "
+                "open it without."
+            )
+        folder = epath.Path(self.directory)
+        name, number = f"{step}.corrupt", 1
+        while (folder / name).exists():
+            name, number = f"{step}.corrupt.{number}", number + 1
+        distributed.gather(name)  # all have looked
+        if distributed.is_main():
+            (folder / str(step)).rename(folder / name)
+        distributed.gather(name)  # it is done
+        self._get_manager().reload()
+        return name
+
     def wait(self) -> None:
         """Blocks until the save under way is on disk; raises its error if it failed."""
         if self._manager is not None:
@@ -282,8 +330,14 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *unused_error: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *unused: object) -> None:
+        if error is None or distributed.process_count() == 1:
+            self.close()
+            return
+        # A save under way can end only with the others, and they may be what this error is about.
+        closing = threading.Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
 
     def _get_manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -309,8 +363,28 @@ class Checkpointer:
         return step
 
     def _restore_items(self, step: int, *names: str) -> dict[str, Any]:
-        args = ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names})
-        return dict(self._get_manager().restore(step, args=args).items())
+        return self._read(step, {name: ocp.args.JsonRestore() for name in names})
+
+    def _read(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Some items of a complete step; what cannot be read is corrupt, for all processes."""
+        found: dict[str, Any] = {}
+        why, cause = "", None
+        try:
+            restored = self._get_manager().restore(step, args=ocp.args.Composite(**items))
+            found = dict(restored.items())
+            absent = [name for name in items if found.get(name) is None]
+            why = f"it has no {', '.join(absent)}" if absent else ""
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+            cause = error
+            why = f"{', '.join(items)} cannot be read ({type(error).__name__}: {_shorten(error)})"
+        reasons = [reason for reason in distributed.gather(why) if reason]
+        if reasons:
+            raise self._corrupt(step, reasons[0]) from cause
+        return found
+
+    def _corrupt(self, step: int, why: str) -> CorruptCheckpointError:
+        earlier = [other for other in self.all_steps() if other < step]
+        return CorruptCheckpointError(self.directory, step, why, earlier)
 
 
 def describe(tree: PyTree) -> dict[str, list[Any]]:
@@ -333,6 +407,70 @@ def describe(tree: PyTree) -> dict[str, list[Any]]:
             )
         leaves[path] = [list(leaf.shape), str(leaf.dtype)]
     return leaves
+
+
+def fingerprints(leaves: Sequence[Any]) -> list[int]:
+    """A number for each array that a change of any one value, or of their order, changes.
+
+    It depends on bits and places alone, not on how an array is sharded: a sum of integers.
+    """
+    together = collections.defaultdict(list)  # one program for all that lie on the same devices
+    for number, leaf in enumerate(leaves):
+        devices = frozenset(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else None
+        together[devices].append(number)
+    result = [0] * len(leaves)
+    for numbers in together.values():
+        sums = jax.device_get(_fingerprint_all([leaves[number] for number in numbers]))
+        for number, found in zip(numbers, sums, strict=True):
+            result[number] = int(found)
+    return result
+
+
+@jax.jit
+def _fingerprint_all(leaves: list[Array]) -> list[UInt32[Array, ""]]:
+    return [_fingerprint(leaf) for leaf in leaves]
+
+
+def _fingerprint(leaf: Array) -> UInt32[Array, ""]:
+    """Sums the value and place of every entry, mixed; sums of integers have no order."""
+    width = 8 * leaf.dtype.itemsize
+    if leaf.dtype == jnp.bool_:
+        bits = leaf.astype(jnp.uint32)
+    else:  # 8 bytes become two words
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{min(width, 32)}"))
+        bits = bits.astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        # An index for each axis, and no reshape: that would move what is sharded.
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place * jnp.uint32(size) + along
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
+        mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
+
+
+def _describe_with_fingerprints(state: PyTree) -> dict[str, list[Any]]:
+    leaves = describe(state)
+    with jax.transfer_guard("allow"):
+        numbers = fingerprints(jax.tree.leaves(state))
+    return {path: [*leaf, n] for (path, leaf), n in zip(leaves.items(), numbers, strict=True)}
+
+
+def _find_changed(saved: Mapping[str, list[Any]], state: PyTree) -> list[str]:
+    """Paths whose fingerprint is not the one saved; checkpoints from before there were any pass."""
+    paths = describe(state)
+    numbers = fingerprints(jax.tree.leaves(state))
+    return [
+        path
+        for path, number in zip(paths, numbers, strict=True)
+        if saved[path][2:] not in ([], [number])
+    ]
+
+
+def _shorten(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def encode(value: Any, path: str) -> Any:
@@ -420,15 +558,3 @@ def _describe_folder(directory: str) -> str:
     if not names:
         return "is empty"
     return f"contains {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
-
-
-def _gather(text: str) -> list[str]:
-    """Returns the text of every process, in the order of their index."""
-    if jax.process_count() == 1:
-        return [text]
-    payload = np.frombuffer(text.encode("utf-8"), np.uint8)
-    lengths = np.asarray(multihost_utils.process_allgather(np.int32(payload.size)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: payload.size] = payload
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [bytes(row[:n]).decode("utf-8") for row, n in zip(rows, lengths, strict=True)]

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from atommem_jax import reward, sharding
+from atommem_jax import distributed, reward, sharding
 from atommem_jax.tasks.episodes import EpisodeBatch
 from atommem_jax.types import ActionKind, Episode, Phase, Trajectory
 
@@ -96,7 +96,7 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
 
 def _handling(trajectories: Trajectory, episodes: Episode) -> Iterator[list[tuple[int, str]]]:
     """Per episode: (category, what its turn did) of every fact that was read."""
-    turns = jax.device_get(trajectories.turns)
+    turns = sharding.fetch(trajectories.turns)
     category = np.asarray(episodes.annotations.category)
     names = {ActionKind.CREATE: "create", ActionKind.UPDATE: "update"}
     for b in range(category.shape[0]):
@@ -118,35 +118,36 @@ def evaluate(
     first_id: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[list[Record], dict[str, float]]:
-    """Plays every sample once.
+    """Plays every sample once; with several processes each decodes and scores its own rows.
 
     Args:
       play: (episodes [B], trajectory ids [B]) -> trajectories; jitted.
-      batches: from `tasks.episodes.iterate_split`: the last batch is filled up, and only its
-        first `real` rows count.
+      batches: from `tasks.episodes.iterate_split`, with the rows of this process: the last batch
+        is filled up, and only the first `real` rows of the whole batch count.
       decode: token ids -> text.
       first_id: trajectory id of the split's first sample; the others follow in order.
       mesh: what the batches are sharded over; None is the first device alone.
 
     Returns:
-      One record a question, and statistics weighted by episodes.
+      One record a question, and statistics weighted by episodes; those of all processes, on each.
     """
+    mesh = mesh or sharding.single()
     records: list[Record] = []
     totals: dict[str, float] = {}
     seen = 0
     for batch, real in batches:
-        rows = len(batch.aliases)
-        ids = first_id + seen + np.arange(rows, dtype=np.int32)
-        trajectories = play(*sharding.shard((batch.episodes, ids), mesh or sharding.single()))
-        answers, lengths, log_probs = jax.device_get(
+        rows = sharding.process_rows(mesh, sharding.whole_size(mesh, len(batch.aliases)))
+        ids = (first_id + seen + rows).astype(np.int32)
+        trajectories = play(*sharding.shard((batch.episodes, ids), mesh))
+        answers, lengths, log_probs = sharding.fetch(
             (trajectories.answers, trajectories.answer_lengths, trajectories.answer_log_prob)
         )
-        turn_counts = np.asarray(jax.device_get(trajectories.turns.live)).sum(axis=1)
+        turn_counts = np.asarray(sharding.fetch(trajectories.turns.live)).sum(axis=1)
         texts = decode_answers(answers, lengths, decode)
         em = score_answers(texts, batch.aliases)
         f1 = score_answers(texts, batch.aliases, reward.f1)
         handled = list(_handling(trajectories, batch.episodes))
-        for b in range(real):
+        for b in np.flatnonzero(rows < real):
             for q, accepted in enumerate(batch.aliases[b]):
                 question = batch.episodes.questions[b, q]
                 length = int(batch.episodes.question_lengths[b, q])
@@ -165,13 +166,20 @@ def evaluate(
                         "handled": handled[b] if q == 0 else [],
                     }
                 )
-        if not real:  # this process has nothing left of the split
-            continue
-        kept = jax.tree.map(lambda x, n=real: x[:n], trajectories)
+        kept = sharding.first_rows(trajectories, real)
         for name, value in jax.device_get(statistics(kept)).items():
             totals[name] = totals.get(name, 0.0) + float(value) * real
         seen += real
-    return records, {name: value / max(seen, 1) for name, value in totals.items()}
+    means = {name: value / max(seen, 1) for name, value in totals.items()}
+    return _merge(distributed.gather(records)), means
+
+
+def _merge(parts: Sequence[list[Record]]) -> list[Record]:
+    """The records of all processes in the order of one; rows that several hold count once."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = {(r["trajectory"], r["question"]): r for part in parts for r in part}
+    return [rows[place] for place in sorted(rows)]
 
 
 def summarise(

@@ -17,6 +17,10 @@ Two wrappers make a program of a function of a batch.
 Rules are two tables. `PARAMETERS` gives the logical axes of each parameter by its path, and a
 rule set maps logical axes to mesh axes. Optimiser moments have the paths of their parameters.
 
+With several processes each holds some rows of a batch. Which ones follows from the devices of the
+mesh (`process_rows`), so that processes whose devices share a row read the same data. `shard` makes
+one array of what all of them hold, `fetch` and `collect` are the ways back to the host.
+
 A host without an accelerator can be split into several devices (`--config.mesh.cpu_devices`):
 small models then use all cores, and the laptop runs the code path of the pod.
 """
@@ -32,6 +36,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)
@@ -139,29 +144,160 @@ def single() -> Mesh:
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many shares a batch is split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-# ------------------------------------------------------------------ placement
+def _batch_axes(mesh: Mesh) -> str:
+    return " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in BATCH)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches: from the host to the devices, and back
+
+
+@functools.lru_cache(maxsize=256)
+def process_rows(mesh: Mesh, size: int) -> Int[np.ndarray, " rows"]:
+    """The rows, of a batch of `size`, that lie on devices of this process; ascending, read-only.
+
+    Processes between which no batch axis runs hold the same rows.
+
+    Raises ValueError where the batch does not divide over the mesh, or none of its devices is
+    this process's.
+    """
+    shards = batch_shards(mesh)
+    if size % shards:
+        raise ValueError(
+            f"a batch of {size} does not divide over {_batch_axes(mesh)}; choose a multiple of "
+            "it, or fewer devices"
+        )
+    held = _batch_layout(mesh).addressable_devices_indices_map((size,)).values()
+    if not held:
+        raise ValueError(
+            f"process {jax.process_index()} has none of the {mesh.size} devices of the mesh; set "
+            "mesh.data to 0, so that all devices of all processes are used"
+        )
+    spans = sorted({index[0].indices(size)[:2] for index in held if index is not None})
+    rows = np.concatenate([np.arange(*span) for span in spans])
+    rows.setflags(write=False)
+    return rows
+
+
+def whole_size(mesh: Mesh, rows: int) -> int:
+    """Rows of the batch of which this process holds `rows`.
+
+    Raises ValueError where they do not divide over this process's devices.
+    """
+    shards = batch_shards(mesh)
+    here = len(process_rows(mesh, shards))
+    if rows % here:
+        where = "" if here == shards else f" (of which this process has {here})"
+        raise ValueError(
+            f"a batch of {rows} does not divide over {_batch_axes(mesh)}{where}; choose a multiple "
+            "of it, or fewer devices"
+        )
+    return rows // here * shards
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
-    """Places a host batch: the leading axis of every leaf over the mesh axes `BATCH`.
+    """Places a host batch: the leading axis of every leaf over the batch axes of the mesh.
+
+    With several processes `tree` holds the rows of `process_rows`, in their order.
 
     Raises ValueError where the leading axis does not divide.
     """
-    for leaf in jax.tree.leaves(tree):
-        if leaf.shape[0] % batch_shards(mesh):
-            raise ValueError(
-                f"a batch of {leaf.shape[0]} does not divide over mesh.data={mesh.shape[DATA]} x "
-                f"mesh.fsdp={mesh.shape[FSDP]}; choose a multiple of it, or fewer devices"
-            )
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(BATCH)))
+    sizes = {leaf.shape[0]: whole_size(mesh, leaf.shape[0]) for leaf in jax.tree.leaves(tree)}
+    layout = _batch_layout(mesh)
+    if layout.is_fully_addressable:
+        return jax.device_put(tree, layout)
+
+    def place(leaf: Any) -> jax.Array:
+        size = sizes[leaf.shape[0]]
+        rows = process_rows(mesh, size)
+
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return leaf[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *leaf.shape[1:]), layout, read)
+
+    with jax.transfer_guard_host_to_device("allow"):  # as explicit as device_put
+        return jax.tree.map(place, jax.device_get(tree))
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy copies of a batch: the rows that this process holds, in the order of `shard`."""
+    if _is_here(tree):
+        return jax.device_get(tree)
+
+    def held(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_replicated:
+            return jax.device_get(leaf)
+        shards = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate(jax.device_get([shards[start] for start in sorted(shards)]))
+
+    return jax.tree.map(held, tree)
+
+
+def collect(tree: Any, mesh: Mesh) -> Any:
+    """The rows of all processes, in order and on the host of each, from those of `process_rows`.
+
+    A collective; for what is small, such as rewards.
+    """
+    if _batch_layout(mesh).is_fully_addressable:
+        return tree
+    return jax.device_get(_replicating(mesh)(shard(tree, mesh)))
+
+
+def first_rows(tree: Any, count: int) -> Any:
+    """The first `count` rows of a sharded batch; a collective with several processes."""
+    if not _is_here(tree):
+        first = jax.tree.leaves(tree)[0]
+        if count == first.shape[0]:
+            return tree
+        # Whole on every process: what is left need not divide over the devices.
+        tree = _replicating(first.sharding.mesh)(tree)
+    return jax.tree.map(lambda x: x[:count], tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Places the whole of every leaf on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Places the whole of every leaf on every device; every process passes the same values."""
+    layout = NamedSharding(mesh, PartitionSpec())
+    if layout.is_fully_addressable:
+        return jax.device_put(tree, layout)
+    # Not device_put: it would compare the values between processes, leaf by leaf.
+    with jax.transfer_guard("allow"):
+        return jax.tree.map(functools.partial(_replicate_leaf, layout), tree)
+
+
+def _replicate_leaf(layout: NamedSharding, leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        if not leaf.is_fully_addressable:
+            return jax.device_put(leaf, layout)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = _replicate_leaf(layout, jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, layout, lambda index: host[index])
+
+
+def _is_here(tree: Any) -> bool:
+    """Whether this process holds all of every leaf."""
+    return all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree))
+
+
+@functools.cache
+def _replicating(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _batch_layout(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +385,8 @@ class Layout:
         return jax.tree_util.tree_map_with_path(place, tree)
 
 
-# ------------------------------------------------------------------ inside a program
+# ---------------------------------------------------------------------------------------------
+# Inside a program
 
 
 def _automatic_axes(mesh: Any) -> list[str]:

@@ -14,8 +14,8 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from atommem_jax import distributed, sharding
 from atommem_jax import evaluate as evaluation
-from atommem_jax import sharding
 from atommem_jax.checkpoint import Checkpointer, CheckpointError
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import init_params
@@ -101,7 +101,12 @@ def _find_split(dataset: episodes_lib.Dataset, split: str) -> Sequence[Any]:
 
 
 def _count_devices(batch_size: int) -> int:
-    """The most devices that share a batch evenly, however many the run was trained on."""
+    """The most devices that share a batch evenly, however many the run was trained on.
+
+    With several processes all devices, so that each holds the parameters.
+    """
+    if distributed.process_count() > 1:
+        return jax.device_count()
     return max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
 
 

@@ -32,6 +32,9 @@ DATA_ROOT = absl_flags.DEFINE_string(
     "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
 )
 
+# Names of the flags defined here that a script has: --help shows them.
+_SHARED = ["data_root"]
+
 # Default file of each config flag: `run` applies it, because a default given to ml_collections is
 # parsed where the flag is defined, and its errors could not be caught.
 _DEFAULTS: dict[str, str] = {}
@@ -46,6 +49,7 @@ def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
       name: of the flag.
     """
     _DEFAULTS[name] = default
+    _SHARED.append(name)
     return config_flags.DEFINE_config_file(
         name,
         None,
@@ -54,22 +58,62 @@ def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
     )
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> None:
+def define_processes() -> Callable[[], dict[str, Any]]:
+    """Defines the flags of a run of several processes.
+
+    Returns what reads them: the arguments of `atommem_jax.distributed.initialise`.
+    """
+    define = absl_flags.DEFINE_integer
+    holders = {
+        "coordinator_address": absl_flags.DEFINE_string(
+            "coordinator_address",
+            None,
+            "host:port of process 0, where several processes meet; not needed on a TPU slice.",
+        ),
+        "num_processes": define("num_processes", None, "How many there are; not on a TPU slice."),
+        "process_id": define("process_id", None, "Number of this one, from 0; not on a TPU slice."),
+        "heartbeat_timeout_seconds": define(
+            "heartbeat_timeout_seconds",
+            100,
+            "After which silence a process counts as lost, and the others end.",
+            lower_bound=1,
+        ),
+        "initialization_timeout_seconds": define(
+            "initialization_timeout_seconds",
+            300,
+            "How long processes wait for all to arrive.",
+            lower_bound=1,
+        ),
+    }
+    _SHARED.extend(holders)
+    return lambda: {name: holder.value for name, holder in holders.items()}
+
+
+def run(
+    main: Callable[[Sequence[str]], Any],
+    *,
+    leave: Callable[[BaseException], None] = lambda error: None,
+) -> None:
     """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
 
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
-    while it checks its config. Other exceptions keep their traceback.
+    while it checks its config. Other exceptions keep their traceback. `leave` is called with what
+    ended `main` early; it may end the process in its own way.
     """
 
-    # --help shows the flags of the script's own module: add those that all scripts share.
-    for name in ("data_root", *_DEFAULTS):
+    # --help shows the flags of the script's own module: add those that scripts share.
+    for name in _SHARED:
         absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], absl_flags.FLAGS[name])
 
     def quiet_main(argv: Sequence[str]) -> Any:
         # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
         if not absl_flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)
-        return _exit_on_mistake(main, argv)
+        try:
+            return _exit_on_mistake(main, argv)
+        except BaseException as error:
+            leave(error)
+            raise
 
     app.run(quiet_main, flags_parser=_parse)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 FILE_NAME = "metrics.jsonl"
 
@@ -20,7 +19,8 @@ class MetricWriter:
     A line is one object: {"step": 10, "stage": "rl", "em": 0.5}. Every line reaches the operating
     system before `write` returns, so that a kill loses at most the line being written. JSON has no
     NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
-    `read_metrics` turns back. Use it as a context manager, on one process only.
+    `read_metrics` turns back. Use it as a context manager. Only one process may write; the others
+    take a `SilentWriter`.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
@@ -29,7 +29,7 @@ class MetricWriter:
         self.path = self._workdir / FILE_NAME
         _drop_torn_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events: tensorboardX.SummaryWriter | None = None
+        self._events: Any = None  # a SummaryWriter, made at the first write
         self._purge_step: int | None = None
 
     def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
@@ -90,12 +90,32 @@ class MetricWriter:
     def __exit__(self, *unused_error: object) -> None:
         self.close()
 
-    def _open_events(self) -> tensorboardX.SummaryWriter:
+    def _open_events(self) -> Any:
         if self._events is None:
+            # Imported here: it imports PyTorch where that is installed, which takes seconds.
+            import tensorboardX
+
             self._events = tensorboardX.SummaryWriter(
                 str(self._workdir / "tensorboard"), purge_step=self._purge_step
             )
         return self._events
+
+
+class SilentWriter:
+    """Has the methods of a `MetricWriter`, for processes that write nothing."""
+
+    def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
+        """Forgets the scalars."""
+
+    def resume(self, step: int) -> int:
+        """Drops no line."""
+        return 0
+
+    def __enter__(self) -> "SilentWriter":
+        return self
+
+    def __exit__(self, *unused_error: object) -> None:
+        pass
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -3,6 +3,9 @@
 A stage owns its data stream, its optimiser and its jitted programs. `train.py` loops over the
 steps; a step shows rollout, reward and update in this order. All randomness is derived from the
 config's seed and the step, so that a resumed run repeats what a killed one would have done.
+
+With several processes each reads, decodes and scores the rows that its devices hold. Batches and
+trajectory ids are numbered over all of them, so that their number changes no trajectory.
 """
 
 import time
@@ -53,7 +56,12 @@ class _Stage:
             self.shape,
             batch_size=self.config.episodes,
             seed=2 * self.parts.config.seed + offset,
+            rows=self.rows(),
         )
+
+    def rows(self) -> np.ndarray:
+        """The episodes of a batch that this process reads, ascending."""
+        return sharding.process_rows(self.mesh, self.config.episodes)
 
     def abstract_state(self) -> State:
         """Shapes, dtypes and placement of the state, for a restore; nothing is allocated."""
@@ -88,14 +96,15 @@ class _Stage:
         return {"train": optimizer_lib.create_state(params, self.optimizer)}
 
     def score(self, trajectories, aliases) -> np.ndarray:
-        """Exact match of each question, on the host: Float[B Q]."""
-        answers = jax.device_get((trajectories.answers, trajectories.answer_lengths))
+        """Exact match of each question in the rows of this process, on the host: Float[B Q]."""
+        answers = sharding.fetch((trajectories.answers, trajectories.answer_lengths))
         texts = evaluation.decode_answers(*answers, self.parts.tokenizer.decode)
         return evaluation.score_answers(texts, aliases)
 
     def ids(self, step: int, count: int) -> jax.Array:
-        """Trajectory ids of a step, never used by another."""
-        return sharding.shard(np.arange(count, dtype=np.int32) + step * count, self.mesh)
+        """Trajectory ids of a step with `count` trajectories in all, never used by another."""
+        rows = sharding.process_rows(self.mesh, count).astype(np.int32)
+        return sharding.shard(rows + step * count, self.mesh)
 
 
 class Sft(_Stage):
@@ -113,7 +122,7 @@ class Sft(_Stage):
     def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
         """Teacher rollout, reward, one optimiser step."""
         episodes = sharding.shard(batch.episodes, self.mesh)
-        trajectories = self.play(episodes, self.ids(step, len(batch.aliases)), self.seed)
+        trajectories = self.play(episodes, self.ids(step, self.config.episodes), self.seed)
         rewards = self.score(trajectories, batch.aliases)
         counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
         keep = rewards.sum(axis=1) / counts >= self.config.min_reward
@@ -126,6 +135,7 @@ class Sft(_Stage):
             rows=self.config.microbatch_rows,
             mesh=self.mesh,
         )
+        rewards, counts = sharding.collect((rewards, counts), self.mesh)
         em = rewards.sum() / counts.sum()
         return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
 
@@ -151,17 +161,27 @@ class Rl(_Stage):
             state["reference"] = jax.tree.map(jnp.copy, params)
         return state
 
+    def rows(self) -> np.ndarray:
+        """The episodes of a batch of which this process holds trajectories, ascending."""
+        return np.unique(self._trajectories() // self.ppo.group_size)
+
+    def _trajectories(self) -> np.ndarray:
+        """The trajectories of a step that this process holds."""
+        return sharding.process_rows(self.mesh, self.config.episodes * self.ppo.group_size)
+
     def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
         """Rollout, reward, update."""
-        size = self.ppo.group_size
+        total = self.config.episodes * self.ppo.group_size
         started = time.perf_counter()
-        tasks = jax.tree.map(lambda x: np.repeat(x, size, axis=0), batch.episodes)
-        aliases = [accepted for accepted in batch.aliases for _ in range(size)]
+        # Siblings are neighbours; a group may lie over several processes.
+        chosen = np.searchsorted(self.rows(), self._trajectories() // self.ppo.group_size)
+        tasks = jax.tree.map(lambda x: x[chosen], batch.episodes)
+        aliases = [batch.aliases[i] for i in chosen]
         counts = np.array([len(accepted) for accepted in aliases], np.int32)
         episodes = sharding.shard(tasks, self.mesh)
         params = state["train"].params
         trajectories = self.play(
-            params, episodes, self.ids(step, len(aliases)), self.seed, self.temperature
+            params, episodes, self.ids(step, total), self.seed, self.temperature
         )
         rewards = self.score(trajectories, aliases)
         statistics = jax.device_get(evaluation.statistics(trajectories))
@@ -180,6 +200,7 @@ class Rl(_Stage):
             mesh=self.mesh,
         )
         metrics = jax.device_get(metrics)
+        rewards, counts = sharding.collect((rewards, counts), self.mesh)
         done = time.perf_counter()
         return {**state, "train": train}, {
             "em": rewards.sum() / counts.sum(),
@@ -189,7 +210,7 @@ class Rl(_Stage):
             "rollout_seconds": played - started,
             "update_seconds": done - played,
             "tokens_per_second": statistics["tokens"] / (done - started),
-            "trajectories_per_second": len(aliases) / (done - started),
+            "trajectories_per_second": total / (done - started),
         }
 
 
@@ -212,7 +233,11 @@ class Validator:
         records, statistics = evaluation.evaluate(
             lambda episodes, ids: self.play(params, episodes, ids, self.seed, self.greedy),
             episodes_lib.iterate_split(
-                self.examples, self.parts.tokenizer, self.shape, batch_size=self.batch_size
+                self.examples,
+                self.parts.tokenizer,
+                self.shape,
+                batch_size=self.batch_size,
+                rows=sharding.process_rows(self.mesh, self.batch_size),
             ),
             self.parts.tokenizer.decode,
             mesh=self.mesh,

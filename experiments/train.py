@@ -3,11 +3,22 @@
     python experiments/train.py --config=experiments/configs/synthetic.py --workdir=runs/mine
 
 Killed at any moment, the same command resumes from the last checkpoint and ends with the same
-parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/tensorboard.
+parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/tensorboard. SIGTERM,
+as of a machine that is taken away, saves first and ends with status 0.
+
+On several hosts run the same command on each, with a workdir that all of them see. On a TPU slice
+the hosts find each other; elsewhere say where process 0 is:
+
+    python experiments/train.py --workdir=/shared/mine \\
+        --coordinator_address=10.0.0.1:8476 --num_processes=4 --process_id=0   # 1, 2, 3
+
+A run may go on with another number of processes or devices. `supervise.py` restarts what died.
 """
 
+import contextlib
 import math
 import os
+import sys
 import time
 from typing import Any
 
@@ -16,17 +27,24 @@ import tqdm
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from atommem_jax import sharding
-from atommem_jax.checkpoint import Checkpointer
-from atommem_jax.config import check
+from atommem_jax import distributed, sharding
+from atommem_jax.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError, Restored
+from atommem_jax.config import ConfigError, check
 from atommem_jax.model import count_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import Tokenizer
-from experiments import agents, flags, stages, validation, wiring
-from experiments.metrics import MetricWriter
+from experiments import agents, agreement, flags, stages, validation, wiring
+from experiments.metrics import MetricWriter, SilentWriter
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
+FALL_BACK = absl_flags.DEFINE_bool(
+    "fall_back",
+    False,
+    "Where the last checkpoint is corrupt, rename it to <step>.corrupt and resume from the one "
+    "before; without this flag the run stops and says so.",
+)
+PROCESSES = flags.define_processes()
 
 
 class TrainingError(RuntimeError):
@@ -37,21 +55,34 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass a directory for checkpoints and metrics")
-    train(CONFIG.value, WORKDIR.value, flags.DATA_ROOT.value)
+    distributed.initialise(**PROCESSES())
+    distributed.catch_preemption()
+    train(CONFIG.value, WORKDIR.value, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
 
 
-def train(config: ConfigDict, workdir: str, data_root: str) -> None:
-    """Runs or resumes both stages. Raises ConfigError before anything is computed."""
+def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool = False) -> None:
+    """Runs or resumes both stages; every process of a run calls it.
+
+    With `fall_back` a corrupt checkpoint is set aside and the one before it is used.
+
+    Raises ConfigError before anything is computed.
+    """
     # ------------------------------------------------------------------ config, devices
+    agreement.check_same_run(config)
     validation.validate(config)
     mesh = wiring.make_mesh(config)
+    agreement.check_every_process(mesh)
     validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
 
     # ------------------------------------------------------------------ data
-    dataset = wiring.load_dataset(config, data_root)
-    tokenizer = wiring.load_tokenizer(config, dataset)
+    def load_data() -> tuple[episodes_lib.Dataset, Tokenizer]:
+        dataset = wiring.load_dataset(config, data_root)
+        return dataset, wiring.load_tokenizer(config, dataset)
+
+    dataset, tokenizer = distributed.main_first(load_data)
     examples = dataset.split("train")
     shape = episodes_lib.fit_shape(examples, tokenizer)
+    agreement.check_same_data(tokenizer, examples, shape)
 
     # ------------------------------------------------------------------ agent, stages
     parts = wiring.build(config, tokenizer)
@@ -59,10 +90,9 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
     plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
     validate = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
     last = sum(stage.steps for stage in plan)
-    print(
+    say(
         f"{mesh.size} {jax.devices()[0].platform} devices; "
-        f"{len(examples)} training samples; vocabulary {tokenizer.vocab_size}; {shape}",
-        flush=True,
+        f"{len(examples)} training samples; vocabulary {tokenizer.vocab_size}; {shape}"
     )
 
     # ------------------------------------------------------------------ resume
@@ -74,19 +104,15 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
             keep_steps=stage_ends(config),
             best_metric="em",
         ) as checkpointer,
-        MetricWriter(workdir) as writer,
+        MetricWriter(workdir) if distributed.is_main() else SilentWriter() as writer,
     ):
-        step = checkpointer.latest_step() or 0
-        state, saved = None, None
-        if step:
-            validation.check_same_config(config, checkpointer.restore_config(step), workdir)
-            if step == last:
-                print(f"{workdir} is finished: it holds step {step} of {last}", flush=True)
-                return
-            owner, _ = _locate(plan, step)
-            saved = checkpointer.restore(step, abstract_state=plan[owner].abstract_state())
-            state = saved.state
-            print(f"resuming {workdir} at step {step} of {last}", flush=True)
+        step, saved = resume(checkpointer, config, plan, tokenizer, workdir, fall_back)
+        if step and step == last:
+            say(f"{workdir} is finished: it holds step {step} of {last}")
+            return
+        state = saved.state if saved else None
+        if saved:
+            say(f"resuming {workdir} at step {step} of {last}")
         writer.resume(step)
 
         # -------------------------------------------------------------- loop
@@ -96,16 +122,24 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
             iterator = stage.batches()
             if state is None:
                 state = stage.start(params)
-                print(f"{stage.name}: {count_params(state['train'].params):,} parameters")
+                say(f"{stage.name}: {count_params(state['train'].params):,} parameters")
             elif saved is not None:  # always so: a state without `start` was restored
                 iterator.set_state(saved.data_state)
             remaining = range(local, stage.steps)
             clock = time.perf_counter()
             for local_step in tqdm.tqdm(
-                remaining, desc=stage.name, initial=local, total=stage.steps, mininterval=2.0
+                remaining,
+                desc=stage.name,
+                initial=local,
+                total=stage.steps,
+                mininterval=2.0,
+                disable=not distributed.is_main(),
             ):
                 batch = next(iterator)
-                with jax.transfer_guard("disallow"):
+                # The first step compiles.
+                folder = os.path.join(workdir, "profile", stage.name)
+                traced = config.profile and local_step == remaining.start + 1
+                with jax.transfer_guard("disallow"), profile(folder if traced else None):
                     state, metrics = stage.step(state, batch, local_step)
                 step += 1
                 done = local_step + 1
@@ -119,8 +153,9 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                 if is_last or done % stage.config.eval_every == 0:
                     results = validate(state["train"].params)
                     writer.write(step, "eval", results)
-                    tqdm.tqdm.write(f"{stage.name} step {done}: EM {results['em']:.3f}")
-                if results is not None or done % stage.config.save_every == 0:
+                    say(f"{stage.name} step {done}: EM {results['em']:.3f}")
+                stopping = distributed.preempted(step)
+                if results is not None or stopping or done % stage.config.save_every == 0:
                     checkpointer.save(
                         step,
                         state,
@@ -130,7 +165,78 @@ def train(config: ConfigDict, workdir: str, data_root: str) -> None:
                         progress={"stage": stage.name, "stage_step": done},
                         metrics=results,
                     )
+                if stopping:
+                    checkpointer.wait()
+                    say(f"SIGTERM: saved step {step} of {last}; the same command goes on from it")
+                    return
             params, state, local = state["train"].params, None, 0
+
+
+def profile(folder: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Traces what is done within it to `folder`, for xprof or TensorBoard; None traces nothing.
+
+    The phases are named scopes: retrieve, assemble, prefill, decode, parse, transition,
+    microbatches and optimizer.
+    """
+    return contextlib.nullcontext() if folder is None else jax.profiler.trace(folder)
+
+
+def say(text: str) -> None:
+    """Prints a line, on one process only, and not through a progress bar."""
+    if distributed.is_main():
+        tqdm.tqdm.write(text)
+        sys.stdout.flush()
+
+
+def resume(
+    checkpointer: Checkpointer,
+    config: ConfigDict,
+    plan: list,
+    tokenizer: Tokenizer,
+    workdir: str,
+    fall_back: bool,
+) -> tuple[int, Restored | None]:
+    """The step to go on from and what was saved there; (0, None) where nothing was.
+
+    Of the last step, with which a run is finished, nothing is read but its config.
+
+    Raises ConfigError where what was saved belongs to another run, or is corrupt.
+    """
+    last = sum(stage.steps for stage in plan)
+    while True:
+        step = checkpointer.latest_step() or 0
+        distributed.check_same(
+            {"last checkpoint": step},
+            f"Every process must see the same --workdir={workdir}: put it where all hosts can",
+        )
+        if not step:
+            return 0, None
+        try:
+            validation.check_same_config(config, checkpointer.restore_config(step), workdir)
+            if step == last:
+                return step, None
+            owner, _ = _locate(plan, step)
+            saved = checkpointer.restore(step, abstract_state=plan[owner].abstract_state())
+        except CorruptCheckpointError as error:
+            check(fall_back, f"{error}. {_advise(error)}")
+            say(f"{error}; it is now called {checkpointer.set_aside(step)}")
+            continue
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        check(
+            saved.tokenizer == tokenizer.to_bytes(),
+            f"{workdir} was trained with another tokenizer than that of this data; pass the "
+            "--data_root that it was started with, or another --workdir",
+        )
+        return step, saved
+
+
+def _advise(error: CorruptCheckpointError) -> str:
+    after = f"go on from step {error.earlier[-1]}" if error.earlier else "start afresh"
+    return (
+        f"Copy step {error.step} back from where it is sound; or pass --fall_back, which renames "
+        f"it to {error.step}.corrupt, to {after}"
+    )
 
 
 def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
@@ -185,4 +291,4 @@ def _check_progress(state, metrics, config: ConfigDict, stage: str, step: int) -
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, leave=distributed.leave)

@@ -197,8 +197,12 @@ def _plain(value: Any) -> Any:
 
 
 def check_same_config(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
-    """Raises ConfigError naming what changed since the checkpoint was written."""
-    changed = differences(config, saved)
+    """Raises ConfigError naming what changed since the checkpoint was written.
+
+    On which devices a run goes on is free, and whether it is profiled.
+    """
+    free = ("mesh.", "profile=")
+    changed = [path for path in differences(config, saved) if not path.startswith(free)]
     check(
         not changed,
         f"{workdir} was started with another config: {'; '.join(changed)}. Pass the same "

@@ -14,7 +14,7 @@ PACKAGE = "atommem_jax"
 
 # Ground first. A new module gets its place here, as low as it can stand.
 FLOORS = (
-    ("types", "config", "tokenizer", "embedding", "protocol", "sharding"),
+    ("types", "config", "tokenizer", "embedding", "protocol", "sharding", "distributed"),
     (
         "memory",
         "automaton",

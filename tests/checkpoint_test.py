@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +19,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from atommem_jax.checkpoint import Checkpointer, CheckpointError, decode, encode
+from atommem_jax import checkpoint
+from atommem_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpointError,
+    decode,
+    encode,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHILD_ENV = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -228,6 +237,137 @@ def test_what_cannot_be_saved_is_named(tmp_path):
         assert checkpointer.all_steps() == []
     with pytest.raises(ValueError, match="keep_last=0"):
         Checkpointer(tmp_path, keep_last=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """Directory with the steps 3 and 5."""
+    with Checkpointer(tmp_path / "run", best_metric="em") as checkpointer:
+        save(checkpointer, 3, em=0.5)
+        save(checkpointer, 5, em=0.2)
+    return tmp_path / "run"
+
+
+def find_largest(folder: pathlib.Path) -> pathlib.Path:
+    """The file that holds most of a step's arrays."""
+    return max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+
+
+def truncate(folder: pathlib.Path) -> None:
+    path = find_largest(folder / "state")
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove_arrays(folder: pathlib.Path) -> None:
+    for path in [path for path in (folder / "state").rglob("*") if path.is_file()]:
+        if path.parent.name == "d":
+            path.unlink()
+
+
+def remove_item(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder / "state")
+
+
+def garble_json(folder: pathlib.Path) -> None:
+    path = folder / "config" / "metadata"
+    path.write_text(path.read_text()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (truncate, "state cannot be read"),
+        (remove_arrays, "state cannot be read"),
+        (remove_item, "state cannot be read"),
+        (garble_json, "config.* cannot be read"),
+    ],
+)
+def test_a_damaged_step_is_refused_and_the_ones_before_are_named(two_steps, damage, why):
+    damage(two_steps / "5")
+    with Checkpointer(two_steps, best_metric="em") as checkpointer:
+        with pytest.raises(CorruptCheckpointError) as caught:
+            checkpointer.restore(abstract_state=abstract())
+        message = str(caught.value)
+        assert re.search(f"step 5 of {two_steps} is corrupt: .*{why}", message)
+        assert message.endswith("Complete steps before it: 3")
+        assert (caught.value.step, caught.value.earlier) == (5, (3,))
+        before = checkpointer.restore(3, abstract_state=abstract())
+    assert_same_bits(before.state, make_state(3))
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "scale", "key", "step"])
+def test_a_single_other_bit_is_noticed(tmp_path, monkeypatch, leaf):
+    def flip(state):
+        """What a disk might do that has no checksums."""
+
+        def change(path, x):
+            if leaf not in jax.tree_util.keystr(path) or "opt_state" in jax.tree_util.keystr(path):
+                return x
+            content = bytearray(np.asarray(x).tobytes())
+            content[-1] ^= 0x10
+            return jnp.asarray(np.frombuffer(bytes(content), x.dtype).reshape(x.shape))
+
+        return jax.tree_util.tree_map_with_path(change, state)
+
+    with Checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patch:
+            honest = checkpoint.fingerprints
+            patch.setattr(
+                checkpoint,
+                "fingerprints",
+                lambda leaves: honest(jax.tree.leaves(flip(jax.tree.unflatten(tree, leaves)))),
+            )
+            tree = jax.tree.structure(make_state(1))
+            save(checkpointer, 1)
+        with pytest.raises(
+            CorruptCheckpointError, match=rf"step 1 .* other bits .* in 1: .*{leaf}"
+        ):
+            checkpointer.restore(abstract_state=abstract())
+
+
+def test_fingerprints_do_not_depend_on_the_sharding_but_on_values_and_places():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, (8, 4), dtype=np.uint32)
+    for values in (words, words.view(np.float32), words > 2**31, words.view(np.uint16)):
+        spread = jax.device_put(values, NamedSharding(mesh, PartitionSpec("data", "model")))
+        (whole,) = checkpoint.fingerprints([values])
+        assert checkpoint.fingerprints([spread, jnp.asarray(values)]) == [whole, whole]
+        swapped = values.copy()
+        swapped[[0, 1]] = swapped[[1, 0]]
+        assert checkpoint.fingerprints([swapped]) != [whole]
+    zeros = [np.zeros(size, np.float32) for size in (3, 4)]
+    assert len(set(checkpoint.fingerprints(zeros))) == 2
+
+
+def test_a_checkpoint_from_before_there_were_fingerprints_is_read(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_describe_with_fingerprints", checkpoint.describe)
+            save(checkpointer, 1)
+        restored = checkpointer.restore(abstract_state=abstract())
+    assert_same_bits(restored.state, make_state(1))
+
+
+def test_a_step_set_aside_makes_room_for_another_of_its_number(two_steps):
+    with Checkpointer(two_steps, best_metric="em") as checkpointer:
+        assert checkpointer.set_aside(5) == "5.corrupt"
+        assert checkpointer.all_steps() == [3]
+        save(checkpointer, 5, em=0.9)
+        assert checkpointer.set_aside(5) == "5.corrupt.1"
+        assert checkpointer.latest_step() == 3
+        with pytest.raises(CheckpointError, match=r"step=5: .* holds steps 3"):
+            checkpointer.set_aside(5)
+    assert {path.name for path in two_steps.iterdir()} == {"3", "5.corrupt", "5.corrupt.1"}
+    with (
+        Checkpointer(two_steps, read_only=True) as reader,
+        pytest.raises(CheckpointError, match="read_only=True"),
+    ):
+        reader.set_aside(3)
 
 
 def test_json_keeps_tuples_bytes_and_numpy_scalars():

@@ -427,19 +427,15 @@ def test_restored_iterator_goes_on_where_the_saved_one_was(train):
 def test_processes_share_each_batch_equally_and_their_number_may_change(train):
     whole = _ids(episodes.batches(*train, batch_size=12, seed=1, num_epochs=3))
     shares = [
-        episodes.batches(
-            *train, batch_size=12, seed=1, num_epochs=3, process_index=p, process_count=3
-        )
-        for p in range(3)
+        episodes.batches(*train, batch_size=12, seed=1, num_epochs=3, rows=rows)
+        for rows in np.split(np.arange(12), 3)
     ]
     begun = [_ids(itertools.islice(share, 5)) for share in shares]
     states = [share.get_state() for share in shares]
     assert states[0] == states[1] == states[2]
     rest = []
-    for p in range(2):
-        share = episodes.batches(
-            *train, batch_size=12, seed=1, num_epochs=3, process_index=p, process_count=2
-        )
+    for rows in np.split(np.arange(12), 2):
+        share = episodes.batches(*train, batch_size=12, seed=1, num_epochs=3, rows=rows)
         share.set_state(states[0])
         rest.append(_ids(share))
     joined = [
@@ -455,8 +451,11 @@ def test_processes_share_each_batch_equally_and_their_number_may_change(train):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"batch_size": 9, "process_count": 2}, "batch_size is 9, process_count is 2"),
-        ({"batch_size": 8, "process_index": 2, "process_count": 2}, "process_index is 2"),
+        (
+            {"batch_size": 2, "rows": np.array([1, 2])},
+            r"rows are \[1, 2\] of a batch of 2;.*0 to 1",
+        ),
+        ({"batch_size": 2, "rows": np.array([], int)}, r"rows are \[\] of a batch of 2"),
         ({"batch_size": 101, "num_epochs": 2}, "batch_size is 101, but 2 epochs of 50"),
     ],
 )
@@ -471,23 +470,15 @@ def test_evaluation_scores_every_sample_once(dataset, batch_size, process_count)
     source = dataset.split("test_2x")
     shape = episodes.fit_shape(source, words)
     found, batches_seen = [], set()
-    for p in range(process_count):
-        seen = list(
-            episodes.iterate_split(
-                source,
-                words,
-                shape,
-                batch_size=batch_size,
-                process_index=p,
-                process_count=process_count,
-            )
-        )
+    for rows in np.split(np.arange(batch_size), process_count):
+        seen = list(episodes.iterate_split(source, words, shape, batch_size=batch_size, rows=rows))
         batches_seen.add(len(seen))
-        for batch, real in seen:
+        for number, (batch, real) in enumerate(seen):
             assert batch.ids.shape == (batch_size // process_count,)
             assert len(batch.aliases) == len(batch.ids)
-            assert not (batch.ids[real:] != 12).any(), "padding is the last sample"
-            found += batch.ids[:real].tolist()
+            assert not (batch.ids[rows >= real] != 12).any(), "padding is the last sample"
+            found += batch.ids[rows < real].tolist()
+            assert real == min(batch_size, 13 - number * batch_size)
     assert sorted(found) == list(range(13))
     assert batches_seen == {-(-13 // batch_size)}, "processes disagree on the number of batches"
 

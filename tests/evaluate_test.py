@@ -92,20 +92,12 @@ def test_open_questions_are_those_put_and_not_answered():
     assert float(found["unanswered"]) == pytest.approx(1 / sum(questions))
 
 
-def test_a_process_with_an_empty_last_batch_changes_nothing():
-    _, _, played = evaluation()
-    batches = list(
-        episodes_lib.iterate_split(
-            tiny.make_examples()[:BATCH], tiny.make_tokenizer(), tiny.make_shape(), batch_size=BATCH
-        )
-    )
-    decode = tiny.make_tokenizer().decode
-
-    def run(batches):
-        return evaluate.evaluate(lambda episodes, ids: played[0][1], batches, decode)
-
-    assert run([*batches, (batches[0][0], 0)]) == run(batches)
-    assert run(batches)[1]["turns"] > 0
+def test_records_of_several_processes_become_those_of_one():
+    records, _, _ = evaluation()
+    # Rows dealt to three processes, of which two hold some of the same.
+    parts = [[r for r in records if r["trajectory"] % 3 in kept] for kept in ((0,), (1, 2), (2, 0))]
+    assert evaluate._merge(parts) == records
+    assert evaluate._merge([records]) is records
 
 
 def test_statistics_of_one_batch_by_hand():

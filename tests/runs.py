@@ -61,13 +61,20 @@ def make_flags(**overrides) -> list[str]:
     return [f"--config.{path}={value}" for path, value in paths.items()]
 
 
+def make_environment() -> dict[str, str]:
+    """The environment of this process without its settings of JAX, and a compilation cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return environment | {
+        "ATOMMEM_CACHE": str(_CACHE),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
+    }
+
+
 def start(script: str, *arguments: str | os.PathLike[str]) -> subprocess.Popen:
     """Starts a script as a user does: none of the settings of the test process reach it."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"ATOMMEM_CACHE": str(_CACHE), "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30)}
     command = [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, env=make_environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 

@@ -1,7 +1,9 @@
 """A training run from the outside: killed and resumed, refused, logged; and odd settings of RL."""
 
+import os
 import pathlib
 import random
+import shutil
 import signal
 import time
 
@@ -86,27 +88,38 @@ def is_saving(after: int):
     return reached
 
 
-def start_and_kill(workdir: pathlib.Path, reached, delay: float, arguments: list[str]) -> None:
+def start_and_end(
+    workdir: pathlib.Path, reached, delay: float, number: signal.Signals, arguments: list[str]
+) -> str:
+    """Sends a signal at a moment; returns what the run printed."""
     process = runs.start("train.py", *arguments)
     while process.poll() is None and not reached(workdir):
         time.sleep(0.002)
     time.sleep(delay)
-    process.kill()
+    process.send_signal(number)
     output = b"".join(process.communicate()).decode()
-    assert process.returncode == -signal.SIGKILL, f"ended by itself:\n{output[-3000:]}"
+    status = 0 if number == signal.SIGTERM else -number
+    assert process.returncode == status, f"ended by itself:\n{output[-3000:]}"
+    return output
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(tmp_path, data_root, reference):
+def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path, data_root, reference
+):
     rng = random.Random(0)
     arguments = [f"--workdir={tmp_path}", f"--data_root={data_root}", *runs.make_flags()]
+    # SIGTERM saves the step under way, whether or not it is one to save at.
+    output = start_and_end(tmp_path, has_logged(1, "sft"), 0.0, signal.SIGTERM, arguments)
+    stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"SIGTERM: saved step {stopped} of {END}; the same command goes on" in output
+    assert stopped < SFT_END
     moments = [
-        (has_logged(rng.randint(1, 4), "sft"), rng.uniform(0, 0.3)),
         (has_logged(SFT_END, "eval"), 0.0),  # SFT is over; its last save is not, or barely
         (is_saving(after=SFT_END), 0.0),
         (has_logged(SFT_END + rng.randint(3, 4), "rl"), rng.uniform(0, 0.05)),
     ]
     for reached, delay in moments:
-        start_and_kill(tmp_path, reached, delay, arguments)
+        start_and_end(tmp_path, reached, delay, signal.SIGKILL, arguments)
     output = runs.run("train.py", *arguments)
     assert "resuming" in output
 
@@ -247,6 +260,40 @@ def test_a_finished_run_says_so_and_stays_as_it_is(reference, run_here, capsys):
     run_here(runs.make_config(), reference)
     assert f"is finished: it holds step {END} of {END}" in capsys.readouterr().out
     assert snapshot(reference) == before
+
+
+def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
+    tmp_path, reference, data_root, run_here
+):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints / str(END))  # the run is not finished
+    *_, sound, broken = sorted(int(path.name) for path in checkpoints.iterdir())
+    files = [path for path in (checkpoints / str(broken) / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    before = snapshot(checkpoints)
+    with pytest.raises(ConfigError) as caught:
+        run_here(runs.make_config(), tmp_path)
+    message = str(caught.value)
+    assert f"step {broken} of {checkpoints} is corrupt: state cannot be read" in message
+    assert (
+        f"--fall_back, which renames it to {broken}.corrupt, to go on from step {sound}" in message
+    )
+    assert snapshot(checkpoints) == before
+
+    output = runs.run(
+        "train.py",
+        f"--workdir={tmp_path}",
+        f"--data_root={data_root}",
+        "--fall_back",
+        *runs.make_flags(),
+    )
+    assert f"it is now called {broken}.corrupt" in output
+    assert f"resuming {tmp_path} at step {sound} of {END}" in output
+    assert_same(runs.read_state(tmp_path, END), runs.read_state(reference, END))
+    assert {path.name for path in checkpoints.iterdir()} >= {f"{broken}.corrupt", str(broken)}
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -462,19 +461,6 @@ class EncodedDataset(Sequence[tuple[Episode, list[list[str]]]]):
         return EpisodeBatch(episodes, [s[1] for s in samples], episodes.id)
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """This process's rows of a global batch."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size is {batch_size}, process_count is {process_count}; allowed: a positive "
-            "multiple of process_count. batch_size counts the rows of all processes together."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}; allowed: 0 to {process_count - 1}.")
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
 def batches(
     source: Sequence[Example],
     tokenizer: Tokenizer,
@@ -484,23 +470,22 @@ def batches(
     seed: int,
     shuffle: bool = True,
     num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Any:
     """A grain iterator (`grain.DatasetIterator`) over EpisodeBatch for training.
 
-    Batch k of all processes together is a function of (seed, batch_size, k) alone: each process
-    takes its equal share of its rows. So `get_state()` counts batches, is the same on every
-    process, and may be given to `set_state` of an iterator with another `process_count`. Every
-    epoch has a new order. Batches run over the end of an epoch; only what is left after
-    `num_epochs` (None: without end) and does not fill a batch is dropped.
+    Batch k is a function of (seed, batch_size, k) alone, and of it the iterator gives `rows`, by
+    default all: those that this process holds (`sharding.process_rows`). So `get_state()` counts
+    batches, is the same on every process, and may be given to `set_state` of an iterator with
+    other rows. Every epoch has a new order. Batches run over the end of an epoch; only what is
+    left after `num_epochs` (None: without end) and does not fill a batch is dropped.
 
-    Raises ValueError where `batch_size` is no multiple of `process_count` or larger than all
-    samples of all epochs.
+    Raises ValueError where `batch_size` is below 1 or larger than all samples of all epochs, or
+    `rows` are none of a batch.
     """
     import grain  # imported here: it takes over a second, and evaluation does without it
 
-    rows = _rows(batch_size, process_index, process_count)
+    rows = _check_rows(batch_size, rows)
     encoded = EncodedDataset(source, tokenizer, shape)
     if num_epochs is not None and len(source) * num_epochs < batch_size:
         raise ValueError(
@@ -522,19 +507,30 @@ def iterate_split(
     shape: EpisodeShape,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Iterator[tuple[EpisodeBatch, int]]:
     """Yields (batch, real) until every sample of a split was in exactly one batch, in order.
 
     The last batch is filled up with copies of the split's last sample; only the first `real` rows
-    count. Every process yields the same number of batches, so some may have `real` = 0.
-    `batch_size` counts the rows of all processes together and must be a multiple of
-    `process_count`, else ValueError.
+    count. `rows` are those of each batch to yield, by default all: those that this process holds.
+    `batch_size` and `real` count the rows of all processes, so that each yields as many batches.
+
+    Raises ValueError as `batches` does.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    rows = _check_rows(batch_size, rows)
     encoded = EncodedDataset(source, tokenizer, shape, cache_bytes=0)
-    for first in range(0, math.ceil(len(source) / batch_size) * batch_size, batch_size):
-        indices = range(first, first + batch_size)[rows]
-        real = sum(index < len(source) for index in indices)
-        yield encoded.stack(min(index, len(source) - 1) for index in indices), real
+    for first in range(0, len(source), batch_size):
+        indices = np.minimum(first + rows, len(source) - 1)
+        yield encoded.stack(indices.tolist()), min(batch_size, len(source) - first)
+
+
+def _check_rows(batch_size: int, rows: Int[np.ndarray, " rows"] | None) -> Int[np.ndarray, " rows"]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more.")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(
+            f"rows are {rows.tolist()} of a batch of {batch_size}; allowed: one or more of 0 to "
+            f"{batch_size - 1}. Take them from sharding.process_rows(mesh, batch_size)."
+        )
+    return rows

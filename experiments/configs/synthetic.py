@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     config.workflow = "learned"  # or one of atommem_jax.workflows: what it is compared with
     config.init_from = ""  # a checkpoint whose parameters start RL; needs sft.steps=0
 
+    config.profile = False  # trace the second step of each stage to <workdir>/profile
+
     config.mesh = ConfigDict()
     config.mesh.data = 0  # replicas of the parameters; 0 for as many as there are devices for
     config.mesh.fsdp = 1  # devices that share the parameters of a replica
