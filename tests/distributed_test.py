@@ -255,8 +255,8 @@ def test_two_then_four_then_one_process_continue_the_same_curve(start, pair, tmp
 # Rows, notes and errors
 
 
-# Two processes with two devices each. On the mesh `across` the batch axis runs within a process, so
-# both hold all rows; on `along` it runs over all devices, in an order that mixes the processes.
+# Two processes with two devices each. On the mesh `across` the batch axes run within a process, so
+# both hold all rows; on `along` they run over all devices, in an order that mixes the processes.
 _ROWS = """
 import sys
 import jax
@@ -268,9 +268,11 @@ index, address = int(sys.argv[1]), sys.argv[2]
 distributed.initialise(address, 2, index, heartbeat_timeout_seconds=3)
 jax.config.update("jax_num_cpu_devices", 2)
 a, b, c, d = jax.devices()
-auto = (AxisType.Auto,)
-across = Mesh(np.array([[a, c], [b, d]]), ("data", "tensor"), axis_types=auto * 2)
-along = Mesh(np.array([a, c, d, b]), ("data",), axis_types=auto)
+def make_mesh(devices, shape):
+    return Mesh(np.array(devices).reshape(shape), sharding._AXES, axis_types=(AxisType.Auto,) * 3)
+
+across = make_mesh([a, c, b, d], (2, 1, 2))
+along = make_mesh([a, c, d, b], (2, 2, 1))
 whole = np.arange(24.0, dtype=np.float32).reshape(8, 3)
 mixed = [[0, 1, 6, 7], [2, 3, 4, 5]][index]
 for mesh, rows in ((across, list(range(8))), (along, mixed)):
@@ -289,7 +291,7 @@ for mesh, rows in ((across, list(range(8))), (along, mixed)):
     drawn = jax.device_get(jax.random.normal(key, ()))
     assert drawn == jax.random.normal(jax.random.key(3), ())
 try:
-    sharding.process_rows(Mesh(np.array([a, b]), ("data",)), 8)
+    sharding.process_rows(make_mesh([a, b], (2, 1, 1)), 8)
     assert index == 0
 except ValueError as error:
     assert index == 1 and "process 1 has none of the 2 devices" in str(error)

@@ -13,8 +13,9 @@ from tests import tiny
 
 EPISODES, GROUP = 8, 2
 ROWS = EPISODES * GROUP  # each device holds one group
-# Sums over rows are added in another order; relative to the largest entry of a leaf.
-TOLERANCE = 1e-5
+# Sums over rows are added in another order. Relative to the largest entry of a leaf, or to one;
+# measured were 8e-6.
+TOLERANCE = 5e-5
 PPO = trainer.PPOConfig(group_size=GROUP, minibatches=2, microbatch_rows=8, entropy_coef=0.01)
 
 
@@ -140,5 +141,5 @@ def test_rows_of_a_batch_come_back_as_they_went():
     assert sharding.whole_size(mesh, 16) == 16
     first = sharding.first_rows(placed, 5)
     np.testing.assert_array_equal(first["a"], np.arange(5))
-    with pytest.raises(ValueError, match=r"a batch of 12 does not divide over mesh.data=8; choose"):
+    with pytest.raises(ValueError, match=r"a batch of 12 does not divide over mesh.data=8 x mesh"):
         sharding.shard(np.zeros(12), mesh)
