@@ -4,11 +4,13 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 FILE_NAME = "metrics.jsonl"
 
@@ -42,12 +44,8 @@ class MetricWriter:
 
         Raises ValueError for a reserved name, or a value that is no scalar.
         """
-        # Explicit, because the training loop forbids implicit transfers.
-        fetched = jax.device_get(dict(scalars))
-        values = {name: _to_float(name, value) for name, value in fetched.items()}
-        record = {"step": int(step), "stage": stage}
-        record |= {name: _to_json(value) for name, value in values.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        values = _fetch(scalars)
+        self._file.write(_to_line(step, stage, values) + "\n")
         self._file.flush()
         events = self._open_events()
         for name, value in values.items():
@@ -101,6 +99,48 @@ class MetricWriter:
         return self._events
 
 
+class BucketWriter:
+    """Keeps `metrics.jsonl` in an object store, where nothing can be appended to.
+
+    The lines are held in memory and the whole object is written anew, at most every
+    `interval` seconds and when the writer is closed: a kill loses what is younger. No TensorBoard
+    events; make them of the file. Methods as of a `MetricWriter`.
+    """
+
+    def __init__(self, workdir: str, interval: float = 30.0):
+        self.path = epath.Path(workdir) / FILE_NAME
+        self._lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self._interval, self._written = interval, -math.inf
+
+    def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
+        """Records the scalars of one global step; see `MetricWriter.write`."""
+        self._lines.append(_to_line(step, stage, _fetch(scalars)))
+        if time.monotonic() - self._written >= self._interval:
+            self._upload()
+
+    def resume(self, step: int) -> int:
+        """Forgets what a killed run wrote after `step`; returns the number of lines dropped."""
+        kept = [line for line in self._lines if json.loads(line)["step"] <= step]
+        dropped, self._lines = len(self._lines) - len(kept), kept
+        return dropped
+
+    def _upload(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in self._lines))
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "BucketWriter":
+        return self
+
+    def __exit__(self, *unused_error: object) -> None:
+        self._upload()
+
+
+def open_writer(workdir: str) -> "MetricWriter | BucketWriter":
+    """The writer for a folder, or for the URL of an object store (gs://bucket/run)."""
+    return BucketWriter(workdir) if "://" in workdir else MetricWriter(workdir)
+
+
 class SilentWriter:
     """Has the methods of a `MetricWriter`, for processes that write nothing."""
 
@@ -144,6 +184,18 @@ def _drop_torn_line(path: pathlib.Path) -> None:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
+
+
+def _fetch(scalars: Mapping[str, Any]) -> dict[str, float]:
+    # Explicit, because the training loop forbids implicit transfers.
+    fetched = jax.device_get(dict(scalars))
+    return {name: _to_float(name, value) for name, value in fetched.items()}
+
+
+def _to_line(step: int, stage: str, values: Mapping[str, float]) -> str:
+    record: dict[str, Any] = {"step": int(step), "stage": stage}
+    record |= {name: _to_json(value) for name, value in values.items()}
+    return json.dumps(record, allow_nan=False)
 
 
 def _to_float(name: str, value: Any) -> float:

@@ -179,7 +179,7 @@ def make_job(
         devices = run.config.mesh.cpu_devices
     if status is not None:
         _check_unchanged(run, folder, config, status.about["config"])
-        # Checkpoints hold the number, and train.py resumes with the same only.
+        # A trial goes on with as many devices as it began with, to the same bits.
         devices = status.about["cpu_devices"]
     data_root = pathlib.Path(flags.DATA_ROOT.value).resolve()
     return jobs.Job(

@@ -34,7 +34,7 @@ from atommem_jax.model import count_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import Tokenizer
 from experiments import agents, agreement, flags, stages, validation, wiring
-from experiments.metrics import MetricWriter, SilentWriter
+from experiments.metrics import SilentWriter, open_writer
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
             keep_steps=stage_ends(config),
             best_metric="em",
         ) as checkpointer,
-        MetricWriter(workdir) if distributed.is_main() else SilentWriter() as writer,
+        open_writer(workdir) if distributed.is_main() else SilentWriter() as writer,
     ):
         step, saved = resume(checkpointer, config, plan, tokenizer, workdir, fall_back)
         if step and step == last:

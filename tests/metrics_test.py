@@ -14,6 +14,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
+from experiments import metrics
 from experiments.metrics import MetricWriter, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -143,3 +144,20 @@ sys.stdin.read()
     with MetricWriter(tmp_path) as writer:
         writer.write(4, "rl", {"em": 0.75})
     assert [(r["step"], r["em"]) for r in read_metrics(tmp_path)][2:] == [(3, 0.5), (4, 0.75)]
+
+
+def test_an_object_store_gets_whole_files_and_forgets_what_came_after(tmp_path):
+    path = tmp_path / "run" / metrics.FILE_NAME
+    with metrics.BucketWriter(str(tmp_path / "run"), interval=3600.0) as writer:
+        writer.write(1, "sft", {"loss": np.float32(2.0)})
+        assert len(path.read_text().splitlines()) == 1
+        writer.write(2, "sft", {"loss": math.nan})
+        assert len(path.read_text().splitlines()) == 1  # too soon after the last
+    with metrics.BucketWriter(str(tmp_path / "run")) as writer:
+        assert writer.resume(1) == 1
+        writer.write(2, "sft", {"loss": 1.0})
+    assert [line["loss"] for line in metrics.read_metrics(tmp_path / "run")] == [2.0, 1.0]
+
+
+def test_the_kind_of_workdir_decides_the_writer(tmp_path):
+    assert isinstance(metrics.open_writer(str(tmp_path)), metrics.MetricWriter)
