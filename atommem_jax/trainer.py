@@ -33,9 +33,8 @@ from atommem_jax.types import EMPTY, Batch, Trajectory
 Metrics = dict[str, Float[Array, ""]]
 PyTree = Any
 
-# Of the full width, where micro-batches are scored. More would save little work, and each is a
-# program of its own to compile.
-_EIGHTHS = (5, 8)
+EIGHTHS = (5, 8)
+"""Of the full width, where micro-batches are scored: each is a program of its own to compile."""
 
 # Metrics of `loss.ppo_loss` that are means over the tokens scored.
 _PER_TOKEN = (
@@ -62,6 +61,7 @@ class PPOConfig:
     epochs: int = 1
     minibatches: int = 1
     microbatch_rows: int = 128
+    eighths: tuple[int, ...] = EIGHTHS  # of the full width, where micro-batches are scored
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 3.0  # 0 turns it off
@@ -86,6 +86,7 @@ class PPOConfig:
         for name in ("epochs", "minibatches", "microbatch_rows", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
+        check_eighths(self.eighths, f"{prefix}.eighths")
         if self.estimator == "group" and self.group_size < 2:
             raise ValueError(
                 f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
@@ -107,6 +108,7 @@ def accumulate_gradients(
     *,
     layout: sharding.Layout | None = None,
     multiple: int = 1,
+    eighths: tuple[int, ...] = EIGHTHS,
 ) -> tuple[PyTree, Metrics, Metrics]:
     """Sums gradients over micro-batches of `rows` rows a device: active first, idle ones never.
 
@@ -120,7 +122,7 @@ def accumulate_gradients(
     lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
     lengths = jnp.where(active, lengths, -1)
     order = jnp.argsort(-lengths, stable=True)
-    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple)
+    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple, eighths)
     # The last slice may reach past the end: repeat row order, with weights of zero.
     padded = -(-size // rows) * rows
     order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
@@ -168,12 +170,21 @@ def accumulate_gradients(
     return grads, sums, maxima
 
 
-def list_widths(full: int, multiple: int = 1) -> list[int]:
+def list_widths(full: int, multiple: int = 1, eighths: tuple[int, ...] = EIGHTHS) -> list[int]:
     """The widths that rows are scored at: some eighths of `full`, each compiled once.
 
     They divide by `multiple`; the greatest is at least `full`.
     """
-    return sorted({-(-full * eighths // (8 * multiple)) * multiple for eighths in _EIGHTHS})
+    return sorted({-(-full * part // (8 * multiple)) * multiple for part in eighths})
+
+
+def check_eighths(eighths: tuple[int, ...], field: str) -> None:
+    """Raises ValueError, naming the field, unless rows of every length have a width."""
+    if 8 not in eighths or not all(1 <= part <= 8 for part in eighths):
+        raise ValueError(
+            f"{field}={tuple(eighths)}: allowed are numbers from 1 to 8, 8 among them; rows are "
+            "scored at that many eighths of the full width"
+        )
 
 
 def _over_devices(tree: PyTree) -> PyTree:
@@ -244,7 +255,9 @@ def _score(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("optimizer", "rows", "mesh"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("optimizer", "rows", "eighths", "mesh"),
+    donate_argnames=("state",),
 )
 def sft_step(
     agent: Agent,
@@ -254,6 +267,7 @@ def sft_step(
     *,
     optimizer: optax.GradientTransformation,
     rows: int,
+    eighths: tuple[int, ...] = EIGHTHS,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
@@ -286,6 +300,7 @@ def sft_step(
             rows,
             layout=agent.model.config.layout,
             multiple=_width_multiple(agent, batch),
+            eighths=eighths,
         )
         kept_count = sharding.total(keep.astype(jnp.float32).sum())
         grads, metrics = sharding.total((grads, metrics))
@@ -541,6 +556,7 @@ def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
         config.microbatch_rows,
         layout=agent.model.config.layout,
         multiple=_width_multiple(agent, batch),
+        eighths=tuple(config.eighths),
     )
     sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = sharding.total((grads, sums))

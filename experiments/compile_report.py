@@ -28,7 +28,7 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import sharding, trainer
+from atommem_jax import attention, sharding, trainer
 from atommem_jax.config import ConfigError, check
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks.episodes import EpisodeShape
@@ -223,7 +223,9 @@ class Work:
     def _scored(self, name) -> list[Rows]:
         """Rows of an update: every turn of every trajectory, at the least width that holds it."""
         full = self.sizes.prompt_width + self.config.rollout.response_length - 1
-        widths = trainer.list_widths(full, 128 if self.blocked else 1)
+        section = self.config.sft if name == "sft" else self.config.rl.ppo
+        multiple = attention.row_multiple(self.model.attention, full)
+        widths = trainer.list_widths(full, multiple, tuple(section.eighths))
         fed = self.prompt + self.response - 1
         width = next(w for w in widths if w >= fed)
         return [

@@ -92,7 +92,12 @@ def _sft(config, parts, shape, mesh) -> Program:
     return Program(
         trainer.sft_step,
         (_whole(parts.agent, mesh), state, _trajectories(config, parts, shape, mesh, rows), keep),
-        {"optimizer": optimizer, "rows": config.sft.microbatch_rows, "mesh": mesh},
+        {
+            "optimizer": optimizer,
+            "rows": config.sft.microbatch_rows,
+            "eighths": tuple(config.sft.eighths),
+            "mesh": mesh,
+        },
         state,
         rows,
     )

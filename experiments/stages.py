@@ -133,6 +133,7 @@ class Sft(_Stage):
             sharding.shard(keep, self.mesh),
             optimizer=self.optimizer,
             rows=self.config.microbatch_rows,
+            eighths=tuple(self.config.eighths),
             mesh=self.mesh,
         )
         rewards, counts = sharding.collect((rewards, counts), self.mesh)

@@ -11,7 +11,7 @@ from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.sampling import SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
-from atommem_jax.trainer import PPOConfig
+from atommem_jax.trainer import PPOConfig, check_eighths
 from atommem_jax.types import Phase
 from experiments import wiring
 
@@ -24,6 +24,7 @@ def validate(config: ConfigDict) -> None:
         wiring.subconfig(OptimizerConfig, config.sft.optimizer).validate("sft.optimizer")
         wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
         wiring.subconfig(PPOConfig, config.rl.ppo).validate("rl.ppo")
+        check_eighths(config.sft.eighths, "sft.eighths")
         r = config.rollout
         SamplerConfig(r.response_length, r.constrained, r.top_p, r.score_chunk).validate()
         model = config.model.to_dict()

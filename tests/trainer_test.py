@@ -161,6 +161,19 @@ def test_packed_gradients_equal_those_of_all_rows(rows):
         np.testing.assert_allclose(maxima["largest"], all_maxima["largest"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("full", "multiple", "eighths", "expected"),
+    [
+        (85, 1, (5, 8), [54, 85]),
+        (85, 1, (8,), [85]),
+        (15_103, 128, (4, 5, 8), [7_552, 9_472, 15_104]),
+        (3, 1, (1, 2, 8), [1, 3]),
+    ],
+)
+def test_widths_are_eighths_rounded_up(full, multiple, eighths, expected):
+    assert trainer.list_widths(full, multiple, eighths) == expected
+
+
 def test_idle_rows_are_not_looked_at():
     batch = trainer.make_batch(sample())
     live = np.flatnonzero(batch.response_lengths)[:6]
@@ -528,6 +541,7 @@ def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
         (PPOConfig(kl_kind="k4"), r"ppo\.kl_kind='k4'"),
         (PPOConfig(minibatches=0), r"ppo\.minibatches=0: must be at least 1"),
         (PPOConfig(group_size=1), r"needs ppo\.group_size of at least 2"),
+        (PPOConfig(eighths=(2, 5)), r"ppo\.eighths=\(2, 5\): allowed .* 8 among them"),
     ],
 )
 def test_validate_names_the_field(config, message):

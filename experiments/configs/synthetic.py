@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
     config.sft.eval_every = 450
     config.sft.save_every = 150
     config.sft.microbatch_rows = 16
+    config.sft.eighths = (5, 8)  # of the full width, where rows are scored; each is compiled
     config.sft.optimizer = ConfigDict()
     config.sft.optimizer.name = "muon"
     config.sft.optimizer.learning_rate = 1e-2
@@ -137,6 +138,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.epochs = 1
     config.rl.ppo.minibatches = 4
     config.rl.ppo.microbatch_rows = 16  # on each device; fits the cache
+    config.rl.ppo.eighths = (5, 8)
     config.rl.ppo.clip_low = 0.2
     config.rl.ppo.clip_high = 0.28
     config.rl.ppo.dual_clip = 3.0
