@@ -13,6 +13,7 @@ from atommem_jax import rollout
 from atommem_jax.tasks import teacher
 from atommem_jax.tasks.teacher import SCRIPTED, TeacherConfig
 from atommem_jax.types import EMPTY, ActionKind, Phase
+from experiments import wiring
 from tests import tiny
 
 RATES = [f.name for f in dataclasses.fields(TeacherConfig) if f.name != "scratchpad_only"]
@@ -215,6 +216,38 @@ def test_the_scratchpad_teacher_stores_nothing():
         last = fact_tokens(b, np.flatnonzero(support[b])[-1])
         assert played.memory.scratchpad[b].tolist() == [last[-2]]  # before the full stop
     assert 0 < solved(played).mean() < 1
+
+
+def play_with_notes(tokens):
+    """The scratchpad teacher with room for so many tokens: (trajectories, expected notes)."""
+    config = tiny.make_config().copy_and_resolve_references()
+    config.memory.scratchpad_length = tokens
+    config.rollout.response_length = 24
+    parts = wiring.build(config, tiny.make_tokenizer())
+    policy = teacher.policy(TeacherConfig(scratchpad_only=True), parts.script)
+    run = jax.jit(functools.partial(rollout.run, parts.setting(tiny.make_shape()), policy))
+    ids = np.arange(len(EPISODES), dtype=np.int32)
+    played = jax.device_get(run(tiny_episodes(), ids, jax.random.key(0)))
+    support, _, _ = facts()
+    expected = []
+    for b in EPISODES:
+        notes = []
+        for chunk in np.flatnonzero(support[b]):
+            words = fact_tokens(b, chunk)
+            notes = [pair for pair in notes if pair[0] != words[0]]
+            notes = [*notes, (words[0], words[-2])][-(tokens // 2) :]
+        expected.append([token for pair in notes for token in pair])
+    return played, expected
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 12])
+def test_longer_notes_are_pairs_of_subject_and_object(tokens):
+    played, expected = play_with_notes(tokens)
+    for b in EPISODES:
+        length = played.memory.scratchpad_length[b]
+        assert played.memory.scratchpad[b, :length].tolist() == expected[b]
+    share = solved(played).mean()
+    assert share == 1.0 if tokens == 12 else share < 1.0  # room for all that is asked, or not
 
 
 def test_a_teacher_without_memory_guesses():

@@ -13,6 +13,7 @@ of a task compares: they bound what a fixed workflow can reach there.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
@@ -44,7 +45,7 @@ class TeacherConfig:
     read_missing: float = 1.0  # reads for a fact that is missing, where the budget allows
     read_badly: float = 0.0  # of those reads: asks for the end of the question instead
     answer_known: float = 1.0  # answers right when everything needed is shown
-    scratchpad_only: bool = False  # no store: the newest answer candidate goes to the scratchpad
+    scratchpad_only: bool = False  # no store: see `_Notes`
 
     def validate(self, prefix: str = "teacher") -> None:
         """Raises ValueError naming a rate outside [0, 1]."""
@@ -188,6 +189,75 @@ def _where_shown(script: Script, view: View, tokens, length) -> tuple[Array, Arr
     return jnp.any(same), jnp.argmax(same).astype(jnp.int32) + 1
 
 
+@flax.struct.dataclass
+class _Pair:
+    """What a fact says, in two tokens: the first of its subject, and the last of its object."""
+
+    subject: Int[Array, ""]
+    object: Int[Array, ""]
+
+    @classmethod
+    def of(cls, episode: Episode, text, length) -> "_Pair":
+        return cls(text[0], text[jnp.maximum(length - _full_stop(episode) - 1, 0)])
+
+
+@flax.struct.dataclass
+class _Notes:
+    """The scratchpad of a teacher that has no store, n facts long.
+
+    With room for two tokens and more a fact is a pair, subject and object. A new one replaces that
+    of the same subject, and where there is no room the oldest is dropped. With room for one token
+    it is the object of the newest fact.
+    """
+
+    subjects: Int[Array, " n"]
+    objects: Int[Array, " n"]
+    count: Int[Array, ""]
+    width: int = flax.struct.field(pytree_node=False)  # tokens of a fact, 1 or 2
+
+    @property
+    def holds_subjects(self) -> bool:
+        return self.width == 2
+
+    @classmethod
+    def read(cls, view: View) -> "_Notes":
+        pad, size = view.observation.scratchpad, view.observation.scratchpad_length
+        width = min(pad.shape[0], 2)
+        facts = pad[: pad.shape[0] // width * width].reshape(-1, width)
+        return cls(facts[:, 0], facts[:, -1], jnp.minimum(size // width, len(facts)), width)
+
+    def text(self) -> tuple[Int[Array, " w"], Int[Array, ""]]:
+        """Tokens and their number."""
+        facts = jnp.stack([self.subjects, self.objects], axis=1)[:, 2 - self.width :]
+        return facts.reshape(-1), self.count * self.width
+
+    def add(self, pair: _Pair) -> "_Notes":
+        room = self.subjects.shape[0]
+        places = jnp.arange(room)
+        keep = places < self.count
+        if self.holds_subjects:
+            keep &= self.subjects != pair.subject
+        kept = jnp.sum(keep)
+        order = jnp.argsort(~keep, stable=True)
+        start = jnp.maximum(kept + 1 - room, 0)
+
+        def append(values, new):
+            longer = jnp.append(values[order], new).at[kept].set(new)
+            return jnp.roll(longer, -start)[:room]
+
+        return self.replace(
+            subjects=append(self.subjects, pair.subject),
+            objects=append(self.objects, pair.object),
+            count=jnp.minimum(kept + 1, room).astype(jnp.int32),
+        )
+
+    def holds(self, pair: _Pair) -> Bool[Array, ""]:
+        same = self.objects == pair.object
+        if self.holds_subjects:
+            same &= self.subjects == pair.subject
+        return jnp.any(same & (jnp.arange(same.shape[0]) < self.count))
+
+
 def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, key):
     """Actions of a reading turn."""
     a: Annotations = episode.annotations
@@ -196,6 +266,7 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     ask = (view.chunk == 0) & query_is_empty & (chance < c.set_query)
     ask &= not c.scratchpad_only  # a read would retrieve nothing and keep the chunk
     actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
+    notes = _Notes.read(view)
     for place in range(a.start.shape[1]):
         index = jnp.maximum(view.chunk, 0) * a.start.shape[1] + place
         text, length = _entry(script, episode, index)
@@ -204,11 +275,9 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
         rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
         store = (length > 0) & (u[0] < rate)
         if c.scratchpad_only:
-            # The object of the newest relevant fact: its last word before the full stop.
-            cap = view.observation.scratchpad.shape[0]
-            end = length - _full_stop(episode)
-            last = jnp.roll(text, -jnp.maximum(end - cap, 0))[:cap]
-            actions.append(script.action(ActionKind.SCRATCHPAD, store, last, cap))
+            written = notes.add(_Pair.of(episode, text, length))
+            notes = jax.tree.map(lambda new, old, on=store: jnp.where(on, new, old), written, notes)
+            actions.append(script.action(ActionKind.SCRATCHPAD, store, *notes.text()))
             continue
         stale, number = _where_shown(
             script, view, *_entry(script, episode, a.supersedes[chunk, place])
@@ -255,9 +324,14 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
         missing = jnp.where(known & needed & ~found, index, missing)
         known &= found | ~needed
     if c.scratchpad_only:
-        notes, size = view.observation.scratchpad, view.observation.scratchpad_length
-        width = min(notes.shape[0], gold.shape[0])
-        known = (size == gold_length) & jnp.all(notes[:width] == gold[:width])
+        notes, known = _Notes.read(view), jnp.ones((), bool)
+        last = jnp.sum(a.needs[q] != EMPTY) - 1
+        for hop in range(a.needs.shape[1]):
+            index = a.needs[q, hop]
+            pair = _Pair.of(episode, *_entry(script, episode, index))
+            # Room for objects alone is room for what the last hop gives.
+            asked = (index != EMPTY) & (notes.holds_subjects | (hop == last))
+            known &= notes.holds(pair) | ~asked
     u = jax.random.uniform(jax.random.fold_in(key, 0), (3,))
     read = (view.phase == Phase.ANSWERING) & ~known & (u[0] < c.read_missing)
     read &= not c.scratchpad_only

@@ -42,9 +42,7 @@ def sweep(add) -> None:
         add(f"eviction_{eviction}", {"memory.eviction": eviction, **SHARED_SFT})
 
     for length in (2, 8):
-        scratchpad = {"memory.scratchpad_length": length}
-        add(f"scratchpad_{length}", {**scratchpad, **SHARED_SFT})
-        add(f"scratchpad_only_{length}", {"workflow": "scratchpad_only", **scratchpad})
+        add(f"scratchpad_{length}", {"memory.scratchpad_length": length, **SHARED_SFT})
 
     for facts in (2, 3, 4):
         add(f"facts_a_chunk_{facts}", _facts_a_chunk(facts))
