@@ -1,8 +1,6 @@
 """The mesh and its rules, and whole programs over eight devices against the same on one."""
 
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from atommem_jax.model import ModelConfig, Transformer, init_params
 from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.trainer import PPOConfig
 from experiments import lowering, wiring
+from experiments.tpu_model import hlo
 from tests import tiny
 
 MESHES = [(2, 2, 2)]  # data alone: parallel_test
@@ -179,15 +178,16 @@ def test_no_weight_is_gathered_while_decoding():
     config.rl.episodes, config.rl.ppo.group_size = ROWS, 1
     program = lowering.programs(config, parts, shape, mesh, ["rollout"])["rollout"]
     text = program.lower().compile().as_text()
-    gathers = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
-    in_decode = [line for line in gathers if "/decode/while/" in line]
-    least = min(leaf.size for leaf in jax.tree.leaves(make_params()) if leaf.ndim == 3)
-    for line in in_decode:
-        sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", line)]
-        assert max(sizes) < least, line
-    # They are gathered, once: before the first turn.
-    before = [line for line in gathers if "/turns/" not in line]
-    assert len(before) >= len([leaf for leaf in jax.tree.leaves(make_params()) if leaf.ndim == 3])
+    traffic = hlo.read(text, dict(mesh.shape), {"turns": 4, "decode": 8})
+    gathered = [each for each in traffic.collectives if each.kind == "all-gather" and each.weight]
+    # Every matrix once, over fsdp, before the first turn; then nothing but what sampling needs.
+    assert len({each.weight for each in gathered}) >= 7
+    for each in gathered:
+        assert (each.axes, each.times) == (("fsdp",), 1), each
+        assert not each.is_in("turns"), each
+    assert not traffic.inside("decode", "all-gather", weights_only=True)
+    for each in traffic.inside("decode"):
+        assert each.axes == ("tensor",), each
 
 
 # ---------------------------------------------------------------------------------------------
