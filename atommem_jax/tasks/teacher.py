@@ -245,7 +245,8 @@ class _Notes:
             longer = jnp.append(values[order], new).at[kept].set(new)
             return jnp.roll(longer, -start)[:room]
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             subjects=append(self.subjects, pair.subject),
             objects=append(self.objects, pair.object),
             count=jnp.minimum(kept + 1, room).astype(jnp.int32),
