@@ -354,6 +354,13 @@ class HuggingFaceTokenizer:
         return cls(tokenizers.Tokenizer.from_str(fields.pop("tokenizer")), **fields)
 
 
+def from_bytes(data: bytes) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """The tokenizer that `to_bytes` of either class wrote."""
+    # A SentencePiece model is a protocol buffer, which cannot begin so.
+    kind = HuggingFaceTokenizer if data[:1] == b"{" else SentencePieceTokenizer
+    return kind.from_bytes(data)
+
+
 def _byte_alphabet() -> dict[str, int]:
     """character -> byte of the GPT-2 alphabet: printable bytes stand for themselves, the others
     follow from U+0100 on."""
