@@ -269,6 +269,8 @@ def open_weights(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
     weights: Weights = Directory(path)
     if "embed_tokens.weight" in weights.shapes:
         weights = _Renamed(weights)
+        # The larger Qwen3-Embedding say that their head is their own, and have none.
+        config = dataclasses.replace(config, tie_embeddings=True)
     return config, weights
 
 
@@ -340,7 +342,7 @@ def check(weights: Weights, config: ModelConfig) -> None:
         )
     unknown = [n for n in weights.shapes if n not in expected and not _UNUSED.search(n)]
     if config.tie_embeddings:  # some were published with a copy of the embeddings as head
-        unknown = [name for name in unknown if name.removeprefix("model.") != "lm_head.weight"]
+        unknown = [name for name in unknown if not name.endswith("lm_head.weight")]
     if unknown:
         raise PublishedError(
             f"{weights.place}: found {unknown[0]} {list(weights.shapes[unknown[0]])}, and "

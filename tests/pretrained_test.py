@@ -174,9 +174,10 @@ def test_half_precision_becomes_float32_or_stays(tmp_path):
     assert narrow["value_head"]["bias"].dtype == jnp.float32
 
 
-def test_a_bare_trunk_has_other_names_and_no_head(tmp_path):
+@pytest.mark.parametrize("architecture", ["Qwen3Model", "Qwen3ForCausalLM"])
+def test_a_bare_trunk_has_other_names_and_no_head(tmp_path, architecture):
     """As Qwen3-Embedding was published: no prefix, and a config that names a head."""
-    fields = {**QWEN, "architectures": ["Qwen3Model"]}
+    fields = {**QWEN, "architectures": [architecture]}
     tensors = make_tensors(QWEN)
     del tensors["lm_head.weight"]
     bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
