@@ -20,7 +20,7 @@ from atommem_jax import model as model_lib
 from atommem_jax import pretrained, sharding
 from atommem_jax.model import ModelConfig, Transformer
 from atommem_jax.published import PublishedError
-from tests import tiny
+from tests import processes, tiny
 
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -286,6 +286,30 @@ def test_rollout_rules_are_followed(tmp_path):
     _, params = pretrained.load(folder, mesh, rules=sharding.ROLLOUT, dtype="bfloat16")
     spec = params["layers"]["query"]["kernel"].sharding.spec
     assert spec == PartitionSpec(None, None, "tensor")
+
+
+PROCESS = """
+import sys
+import jax
+from atommem_jax import pretrained, sharding
+
+address, index, source, target = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(address, 2, int(index))
+config, params = pretrained.load(source, sharding.make_mesh(1, 2, 2))
+assert not params["layers"]["query"]["kernel"].is_fully_addressable
+pretrained.save(target, params, config, max_file_bytes=3000)
+"""
+
+
+def test_processes_read_their_parts_and_one_writes(tmp_path):
+    tensors = make_tensors(QWEN)
+    source, target = write(tmp_path / "in", QWEN, tensors), tmp_path / "out"
+    address = f"localhost:{processes.find_port()}"
+    commands = [["-c", PROCESS, address, str(i), str(source), str(target)] for i in range(2)]
+    with processes.Group(commands, tmp_path, "pretrained") as group:
+        group.finish()
+    assert_same_bits(read_all(target), tensors)
 
 
 def test_the_host_holds_a_few_tensors_at_a_time(tmp_path):
