@@ -14,13 +14,15 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 
-from atommem_jax.published import PublishedError
+from atommem_jax.published import PublishedError, wrap_tokenizer
+from atommem_jax.tokenizer import HuggingFaceTokenizer
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -247,6 +249,32 @@ _NAMES = {
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
+_ADDED_TYPES = (3, 4)  # control tokens, and those that a user has defined
+
+
+def _split_by(pattern: str) -> list[Any]:
+    """Words by a pattern, then their bytes."""
+    pre = tokenizers.pre_tokenizers
+    return [
+        pre.Split(tokenizers.Regex(pattern), behavior="isolated"),
+        pre.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS: Mapping[str, Callable[[], list[Any]]] = {
+    "qwen2": lambda: _split_by(_WORDS % ""),
+    "llama-bpe": lambda: _split_by(_WORDS % "{1,3}"),
+    "smollm": lambda: [
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ],
+}
+"""What `tokenizer.ggml.pre` says -> how text is split before pairs are merged."""
+
 
 class Model:
     """The weights of a model under the names of Hugging Face; see `pretrained.Weights`.
@@ -284,6 +312,45 @@ class Model:
             paired = np.arange(count).reshape(heads, count // heads // 2, 2)
             rows = paired.swapaxes(1, 2).reshape(-1)[index[0]]
         return self._file.read(self._source[name], rows)[(slice(None), *index[1:])]
+
+    def read_tokenizer(
+        self, vocab_size: int, *, reserved: Sequence[str] = (), pad_token: str | None = None
+    ) -> HuggingFaceTokenizer:
+        """The tokenizer in the file; arguments as in `published.read_tokenizer`.
+
+        Raises PublishedError for a kind that is not known here, and as `wrap_tokenizer`.
+        """
+        fields = self._file.fields
+        pieces = fields.get("tokenizer.ggml.tokens")
+        kind, split = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre"))
+        if kind != "gpt2" or split not in _SPLITS or pieces is None:
+            raise PublishedError(
+                f"{self.place}: tokenizer.ggml.model={kind!r}, tokenizer.ggml.pre={split!r}: "
+                f"allowed are 'gpt2' and one of {', '.join(_SPLITS)}; take the model's "
+                "tokenizer.json"
+            )
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        # Llama 3 takes a word that is a piece as it is, whether merges lead there or not.
+        model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(_SPLITS[split]())
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        types = fields.get("tokenizer.ggml.token_type", [])
+        added = [p for p, t in zip(pieces, types, strict=False) if t in _ADDED_TYPES]
+        tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(p, special=True, normalized=False) for p in added]
+        )
+
+        def name_of(field: str) -> str | None:
+            number = fields.get(f"tokenizer.ggml.{field}_token_id")
+            return pieces[number] if number is not None and number < len(pieces) else None
+
+        names = {
+            "eos_token": name_of("eos"),
+            "pad_token": name_of("padding") if pad_token is None else pad_token,
+        }
+        return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=self.place)
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:

@@ -175,21 +175,34 @@ def read_tokenizer(
     if not path.is_file():
         raise PublishedError(f"{path}: no such file; copy it from where the model was published")
     names = read_json(folder / _TOKENIZER_CONFIG_FILE)
-
-    def name_of(field: str) -> str:
-        value = names.get(field)
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if not isinstance(value, str):
-            raise PublishedError(
-                f"{folder / _TOKENIZER_CONFIG_FILE}: {field} is {value!r}; it must name a token"
-                + ("; pass pad_token" if field == "pad_token" else "")
-            )
-        return value
-
+    names = {n: v.get("content") if isinstance(v, Mapping) else v for n, v in names.items()}
+    if pad_token is not None:
+        names["pad_token"] = pad_token
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise PublishedError(f"{path}: is no tokenizer ({error}); copy it again") from error
+    return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=str(path))
+
+
+def wrap_tokenizer(
+    tokenizer: tokenizers.Tokenizer,
+    names: Mapping[str, Any],
+    vocab_size: int,
+    *,
+    reserved: Sequence[str],
+    where: str,
+) -> HuggingFaceTokenizer:
+    """Adds what `reserved` lacks to a published tokenizer; see `read_tokenizer`.
+
+    names: of `eos_token` and `pad_token`. where: named in errors.
+    """
+    for field in ("eos_token", "pad_token"):
+        if not isinstance(names.get(field), str):
+            raise PublishedError(
+                f"{where}: {field} is {names.get(field)!r}; it must name a token"
+                + ("; pass pad_token" if field == "pad_token" else "")
+            )
     known = tokenizer.get_vocab(with_added_tokens=True)
     fresh = [name for name in dict.fromkeys(reserved) if name not in known]
     tokenizer.add_special_tokens(
@@ -198,21 +211,20 @@ def read_tokenizer(
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if needed > vocab_size:
         raise PublishedError(
-            f"{path}: has {needed} ids with {len(fresh)} reserved names added, and vocab_size of "
+            f"{where}: has {needed} ids with {len(fresh)} reserved names added, and vocab_size of "
             f"the model is {vocab_size}; take the tokenizer that was published with the model, or "
             "reserve names that it has already"
         )
     try:
         return HuggingFaceTokenizer(
             tokenizer,
-            eos_token=name_of("eos_token"),
-            pad_token=name_of("pad_token") if pad_token is None else pad_token,
+            eos_token=names["eos_token"],
+            pad_token=names["pad_token"],
             vocab_size=vocab_size,
+            lossless=False,  # it is as it was published
         )
-    except PublishedError:
-        raise
     except ValueError as error:
-        raise PublishedError(f"{path}: {error}") from error
+        raise PublishedError(f"{where}: {error}") from error
 
 
 def write_tokenizer(directory: str | os.PathLike[str], tokenizer: HuggingFaceTokenizer) -> None:

@@ -21,8 +21,8 @@ from absl import flags as absl_flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from atommem_jax import gguf, pretrained, published, sharding
 from atommem_jax import model as model_lib
-from atommem_jax import pretrained, published, sharding
 from atommem_jax.checkpoint import Checkpointer, CheckpointError
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import ModelConfig
@@ -138,6 +138,10 @@ def read_tokenizer(
     source: str, config: ModelConfig, reserved: Sequence[str] = ()
 ) -> HuggingFaceTokenizer | None:
     """The tokenizer of --tokenizer, or of the source; None where there is none."""
+    if pathlib.Path(source).suffix == ".gguf" and not TOKENIZER.value:
+        return gguf.open_model(source).read_tokenizer(
+            config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
+        )
     folder = pathlib.Path(TOKENIZER.value or source)
     if not (folder / published.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
         return None

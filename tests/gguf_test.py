@@ -8,6 +8,7 @@ import struct
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from atommem_jax import gguf, pretrained, sharding
 from atommem_jax.published import PublishedError
@@ -25,6 +26,8 @@ def value(x):
     """A field's type and value."""
     if isinstance(x, str):
         return struct.pack("<I", 8) + string(x)
+    if isinstance(x, list) and isinstance(x[0], int):
+        return struct.pack(f"<IIQ{len(x)}i", 9, 5, len(x), *x)
     if isinstance(x, list):
         return struct.pack("<IIQ", 9, 8, len(x)) + b"".join(map(string, x))
     kind, layout = (6, "f") if isinstance(x, float) else (4, "I")
@@ -135,6 +138,11 @@ def make_model(fields, tensors):
     return described, stored
 
 
+@pytest.fixture
+def model():
+    return make_model(pretrained_test.QWEN, pretrained_test.make_tensors(pretrained_test.QWEN))
+
+
 @pytest.mark.parametrize(
     "fields", [pretrained_test.QWEN, pretrained_test.LLAMA], ids=["qwen3", "llama"]
 )
@@ -172,12 +180,65 @@ def test_rope_scaling_is_read_from_its_divisors(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def make_tokenizer_fields(split="smollm", **changes):
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = ["<|pad|>", "<|end|>", *alphabet, "ab", "12", "Ġab"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * 259,
+        "tokenizer.ggml.merges": ["a b", "1 2", "Ġ ab"],
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
+    return fields | changes
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("smollm", ["ab", "Ġab", "Ġ", "1", "2"]),
+        ("qwen2", ["ab", "Ġab", "Ġ", "1", "2"]),
+        ("llama-bpe", ["ab", "Ġab", "Ġ", "12"]),
+    ],
+)
+def test_a_tokenizer_is_made_of_the_fields(tmp_path, model, split, expected):
+    fields, tensors = model
+    tokens = make_tokenizer_fields(split)
+    file = gguf.open_model(write(tmp_path / "model.gguf", fields | tokens, tensors))
+    tokenizer = file.read_tokenizer(270, reserved=["<create>"])
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 0, 270)
+    assert tokenizer.reserved == {"<create>": 261}
+    pieces = tokens["tokenizer.ggml.tokens"]
+    assert [pieces[i] for i in tokenizer.encode("ab ab 12")] == expected
+    assert tokenizer.decode(tokenizer.encode("<|end|> ab")) == "<|end|> ab"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre='tekken': allowed are 'gpt2' and"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
+        ({"tokenizer.ggml.padding_token_id": 1}, "pad_token: found '<|end|>', which is also eos"),
+        ({"tokenizer.ggml.padding_token_id": 999}, "pad_token is None; it must name a token"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, model, changes, words):
+    fields, tensors = model
+    fields |= make_tokenizer_fields(**changes)
+    file = gguf.open_model(write(tmp_path / "model.gguf", fields, tensors))
+    with pytest.raises(PublishedError) as caught:
+        file.read_tokenizer(270)
+    assert words in str(caught.value), str(caught.value)
+    assert "model.gguf" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------
 # What is refused
-
-
-@pytest.fixture
-def model():
-    return make_model(pretrained_test.QWEN, pretrained_test.make_tensors(pretrained_test.QWEN))
 
 
 def expect(path, *words):

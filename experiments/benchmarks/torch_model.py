@@ -79,9 +79,7 @@ class TorchTransformer(nn.Module):
                 f"model.dtype={c.dtype!r}: the PyTorch peer computes in 'float32' only"
             )
         if c.rope_factor != 1.0:
-            raise ValueError(
-                f"model.rope_factor={c.rope_factor}: the PyTorch peer has 1.0 only"
-            )
+            raise ValueError(f"model.rope_factor={c.rope_factor}: the PyTorch peer has 1.0 only")
         self.config = c
         self.embedder = nn.Embedding(c.vocab_size, c.width)
         if c.token_shift:
