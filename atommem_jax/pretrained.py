@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -330,6 +331,29 @@ def place(
     return jax.tree_util.tree_map_with_path(make, shapes)
 
 
+def widen(params: Any, config: ModelConfig, vocab_size: int) -> tuple[ModelConfig, Any]:
+    """Room for more tokens: new rows of embedding and head are the mean of those there are.
+
+    Raises ValueError for fewer tokens than the model has.
+    """
+    if vocab_size < config.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: must be at least the model's own {config.vocab_size}"
+        )
+
+    def grow(leaf: jax.Array, axis: int) -> jax.Array:
+        shape = list(leaf.shape)
+        shape[axis] = vocab_size - config.vocab_size
+        mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
+        grown = jnp.concatenate([leaf, jnp.broadcast_to(mean, shape)], axis)
+        return jax.device_put(grown, leaf.sharding)
+
+    params = {**params, "embedder": {"embedding": grow(params["embedder"]["embedding"], 0)}}
+    if "head" in params:
+        params["head"] = grow(params["head"], 1)
+    return dataclasses.replace(config, vocab_size=vocab_size), params
+
+
 def check(weights: Weights, config: ModelConfig) -> None:
     """Raises PublishedError for a tensor that is missing, not expected, or of the wrong shape."""
     expected = published_shapes(config)
@@ -501,6 +525,8 @@ def save(
             published.write_tokenizer(folder, tokenizer)
             fields |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         _write_json(folder / published.CONFIG_FILE, fields)
+        for file in [*files, VALUE_HEAD_FILE]:  # safetensors lets nobody else read what it writes
+            shutil.copymode(folder / published.CONFIG_FILE, folder / file)
 
 
 def _shape(leaves: Mapping[str, Any], name: str) -> list[int] | str:

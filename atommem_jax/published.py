@@ -213,7 +213,7 @@ def wrap_tokenizer(
         raise PublishedError(
             f"{where}: has {needed} ids with {len(fresh)} reserved names added, and vocab_size of "
             f"the model is {vocab_size}; take the tokenizer that was published with the model, or "
-            "reserve names that it has already"
+            "widen the model (experiments/convert.py --vocab_size)"
         )
     try:
         return HuggingFaceTokenizer(

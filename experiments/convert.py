@@ -38,6 +38,13 @@ DTYPE = absl_flags.DEFINE_enum(
 TOKENIZER = absl_flags.DEFINE_string(
     "tokenizer", None, "Directory of tokenizer.json; the source by default."
 )
+VOCAB_SIZE = absl_flags.DEFINE_integer(
+    "vocab_size",
+    0,
+    "Widens the model of a checkpoint to so many ids, where it has no room for the names that the "
+    "protocol reserves; 0 for the model's own.",
+    lower_bound=0,
+)
 PAD_TOKEN = absl_flags.DEFINE_string(
     "pad_token", None, "Name of the padding token, where tokenizer_config.json has none."
 )
@@ -52,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         if TO.value == "checkpoint":
             config = train.CONFIG.value
             wiring.prepare_devices(config.mesh.cpu_devices)
-            write_checkpoint(SOURCE.value, TARGET.value, config)
+            write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
         else:
             write_huggingface(SOURCE.value, TARGET.value, dtype=DTYPE.value)
     except (published.PublishedError, CheckpointError) as error:
@@ -72,8 +79,10 @@ def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> No
     _say(target, params, config)
 
 
-def write_checkpoint(source: str, target: str, config: ConfigDict) -> None:
+def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size: int = 0) -> None:
     """Writes step 0 of a run that has the model, and otherwise the settings of `config`.
+
+    vocab_size: ids of the model that is written; 0 for those that it was published with.
 
     Raises ConfigError or PublishedError for what cannot be read, for a tokenizer without room for
     the protocol's names, and where `target` has checkpoints already.
@@ -83,13 +92,19 @@ def write_checkpoint(source: str, target: str, config: ConfigDict) -> None:
         f"--source={source}: --to=checkpoint needs a Hugging Face directory or a .gguf file; a "
         "checkpoint is one already",
     )
-    model, weights = pretrained.open_weights(source)
+    found, weights = pretrained.open_weights(source)
+    check(
+        vocab_size == 0 or vocab_size >= found.vocab_size,
+        f"--vocab_size={vocab_size}: must be at least the model's own {found.vocab_size}, or 0",
+    )
+    model = dataclasses.replace(found, vocab_size=vocab_size or found.vocab_size)
     tokenizer = read_tokenizer(source, model, wiring.reserved_names(config))
     check(tokenizer is not None, f"--tokenizer is missing: {source} has no tokenizer.json")
     config = describe_run(config, model)
     validation.validate(config)
     parts = wiring.build(config, tokenizer)
-    params = pretrained.place(weights, model, make_mesh(model))
+    params = pretrained.place(weights, found, make_mesh(found))
+    _, params = pretrained.widen(params, found, model.vocab_size)
     with Checkpointer(pathlib.Path(target) / "checkpoints", best_metric="em") as checkpointer:
         checkpointer.save(
             0,

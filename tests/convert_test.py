@@ -76,12 +76,26 @@ def test_what_cannot_be_converted_is_refused(tmp_path, source):
         convert.write_checkpoint(str(source), str(tmp_path / "other"), config)
 
 
-def test_a_vocabulary_without_room_for_the_protocol_is_refused(tmp_path):
+def test_a_vocabulary_without_room_for_the_protocol_is_widened_on_request(tmp_path):
     fields = {**FIELDS, "vocab_size": 258}
     folder = pretrained_test.write(tmp_path, fields, pretrained_test.make_tensors(fields))
     published_test.write_tokenizer(folder)
     with pytest.raises(published.PublishedError, match=r"reserved names added, and vocab_size"):
         convert.write_checkpoint(str(folder), str(tmp_path / "run"), synthetic.get_config())
+    with pytest.raises(ConfigError, match=r"--vocab_size=200: must be at least the model's own"):
+        convert.write_checkpoint(
+            str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=200
+        )
+    convert.write_checkpoint(
+        str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=320
+    )
+    params = agents.load(str(tmp_path / "run")).params
+    _, before = pretrained.load(folder)
+    table = np.asarray(params["embedder"]["embedding"])
+    known = np.asarray(before["embedder"]["embedding"])
+    np.testing.assert_array_equal(table[:258], known)
+    np.testing.assert_allclose(table[258:], np.tile(known.mean(0), (62, 1)), atol=1e-6)
+    assert params["head"].shape == (16, 320)
 
 
 def test_sizes_go_into_the_config():

@@ -242,6 +242,12 @@ def test_a_smaller_model_leaves_nothing_of_a_larger_one(tmp_path):
     assert_same_bits(pretrained.load(tmp_path / "out")[1], params)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "value_head.safetensors", "config.json"}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_a_model_is_not_made_narrower():
+    with pytest.raises(ValueError, match=r"vocab_size=39: must be at least the model's own 40"):
+        pretrained.widen({}, ModelConfig(40), 39)
 
 
 # ---------------------------------------------------------------------------------------------
