@@ -22,8 +22,8 @@ demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 test: $(VENV)/.stamp-test  ## Run the tests
 	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-test-peers: $(VENV)/.stamp-peers  ## Also test what the benchmark compares with (PyTorch, FAISS)
-	$(RUN) -m pytest tests/benchmark_test.py
+test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers)
+	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py
 
 lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .
@@ -55,5 +55,5 @@ $(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
 	touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
-	$(PIP) --editable '.[test,bench]'
+	$(PIP) --editable '.[test,bench,hf]'
 	touch $@

@@ -29,6 +29,14 @@ setup(
         # What experiments/benchmark.py measures against. Without an accelerator take PyTorch from
         # https://download.pytorch.org/whl/cpu: the default brings gigabytes of CUDA.
         "bench": ["faiss-cpu==1.15.1", "torch==2.13.0"],
+        # What tests/parity_test.py compares with; PyTorch as above. accelerate and gguf are for
+        # weights in GGUF.
+        "hf": [
+            "accelerate==1.15.0",
+            "gguf==0.19.0",
+            "torch==2.13.0",
+            "transformers==5.24.0",
+        ],
         "test": [
             "hypothesis==6.170.15",
             "mypy==2.4.1",

@@ -15,6 +15,7 @@ Two input features serve models trained from scratch and are off for pretrained 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -47,6 +48,10 @@ class ModelConfig:
     mlp_width: int = 192
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # share of a head that is rotated
+    rope_factor: float = 1.0  # Llama 3's stretch to longer texts, see `rotary_frequencies`; 1: none
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192  # positions that it was trained for before the stretch
     qk_norm: bool = False
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
@@ -68,6 +73,7 @@ class ModelConfig:
             "num_kv_heads",
             "head_width",
             "mlp_width",
+            "rope_original_length",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
@@ -82,6 +88,17 @@ class ModelConfig:
             raise ValueError(
                 f"model.rope_fraction={self.rope_fraction} of model.head_width={self.head_width} "
                 f"gives {self.rope_width} rotated channels; choose them so that it is even"
+            )
+        if self.rope_factor < 1.0:
+            raise ValueError(
+                f"model.rope_factor={self.rope_factor}: must be at least 1.0, which stretches "
+                "nothing"
+            )
+        if not 0.0 < self.rope_low_frequency_factor < self.rope_high_frequency_factor:
+            raise ValueError(
+                f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must lie "
+                "between 0 and model.rope_high_frequency_factor="
+                f"{self.rope_high_frequency_factor}; change one of the two"
             )
         for name, allowed in (
             ("remat_policy", tuple(REMAT_POLICIES)),
@@ -158,17 +175,33 @@ def _gather(table: Array, axes: tuple[str, str]) -> Array:
     return constrain(table, *(None if axis == "embed" else axis for axis in axes))
 
 
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " pairs"]:
+    """Radians a position for each pair of rotated channels, float32.
+
+    With `rope_factor` above 1 as in Llama 3: a pair that turns fewer than `low` times over the
+    original length is slowed by the factor, one that turns more than `high` times is kept, and
+    between the two the share that is kept grows linearly with the turns.
+    """
+    c = config
+    exponents = jnp.arange(0, c.rope_width, 2, dtype=jnp.float32) / max(c.rope_width, 1)
+    frequencies = c.rope_theta ** (-exponents)
+    if c.rope_factor == 1.0:
+        return frequencies
+    low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
+    turns = c.rope_original_length * frequencies / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / c.rope_factor)
+
+
 def rotate(
     x: Float[Array, "B heads T depth"],
     positions: Int[Array, "B T"],
-    *,
-    width: int,
-    theta: float,
+    frequencies: Float[Array, " pairs"],
 ) -> Float[Array, "B heads T depth"]:
-    """Rotary embedding of the first `width` channels, paired (i, i + width/2), in float32."""
+    """Rotary embedding of the first 2 x pairs channels, paired (i, i + pairs), in float32."""
+    width = 2 * frequencies.shape[0]
     if width == 0:
         return x
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
@@ -206,8 +239,8 @@ class Block(nn.Module):
         v = heads(_dense(c.num_kv_heads * c.head_width, c.dtype, "value")(h), c.num_kv_heads)
         if c.qk_norm:
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
-        q = rotate(q, positions, width=c.rope_width, theta=c.rope_theta)
-        k = rotate(k, positions, width=c.rope_width, theta=c.rope_theta)
+        frequencies = rotary_frequencies(c)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         q, k, v = place(q), place(k, copies), place(v, copies)
         if cache is None:
             attended = attention.causal(q, k, v, start, implementation=c.attention)
@@ -298,7 +331,8 @@ class Transformer(nn.Module):
         # Looked up in a table that is whole in its width: cheaper than to move what it gives.
         table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
         embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
-        embedded = embedded * (window != c.pad_id)[..., None].astype(embedded.dtype)
+        if c.token_shift:  # padding is masked everywhere else, and a published id for it is used
+            embedded = embedded * (window != c.pad_id)[..., None].astype(embedded.dtype)
         x = embedded[:, c.token_shift :]
         for back in range(1, c.token_shift + 1):
             first = c.token_shift - back

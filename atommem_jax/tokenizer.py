@@ -275,6 +275,7 @@ class HuggingFaceTokenizer:
         eos_token: str,
         pad_token: str,
         vocab_size: int | None = None,
+        lossless: bool = True,
     ):
         """Wraps `tokenizer`, an object or the path of a tokenizer.json.
 
@@ -283,6 +284,8 @@ class HuggingFaceTokenizer:
           eos_token: name of the token that ends a response.
           pad_token: name of the token of padding, another one.
           vocab_size: rows of the model's embedding, where it has more than the tokenizer.
+          lossless: insists on a piece for each of the 256 bytes. Some published vocabularies lack
+            a few (SmolLM2's has none for U+0004): with False, `encode` drops what needs them.
 
         Raises ValueError for an unknown or shared name, a vocabulary that is not byte-level, or
         a `vocab_size` below the tokenizer's own.
@@ -325,12 +328,14 @@ class HuggingFaceTokenizer:
                         "Use a byte-level BPE, or SentencePieceTokenizer."
                     )
                 spelled[i] = bytes(alphabet[character] for character in piece)
-        if len({piece for piece in spelled if len(piece) == 1}) != 256:
+        if lossless and len({piece for piece in spelled if len(piece) == 1}) != 256:
             raise ValueError(
                 "tokenizer: found a vocabulary without a piece for each of the 256 bytes. Train "
-                "it with initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()."
+                "it with initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), or pass "
+                "lossless=False."
             )
         self.token_bytes = tuple(spelled)
+        self._lossless = lossless
         self._encoder = _strip_added_tokens(self._source, set(added) | set(self._names.values()))
 
     def encode(self, text: str) -> list[int]:
@@ -345,6 +350,7 @@ class HuggingFaceTokenizer:
     def to_bytes(self) -> bytes:
         """JSON of the tokenizer and of the constructor's other arguments."""
         fields = {"tokenizer": self._source, "vocab_size": self.vocab_size, **self._names}
+        fields |= {} if self._lossless else {"lossless": False}
         return json.dumps(fields).encode()
 
     @classmethod
@@ -352,6 +358,13 @@ class HuggingFaceTokenizer:
         """Inverse of `to_bytes`."""
         fields = json.loads(data)
         return cls(tokenizers.Tokenizer.from_str(fields.pop("tokenizer")), **fields)
+
+
+def from_bytes(data: bytes) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """The tokenizer that `to_bytes` of either class wrote."""
+    # A SentencePiece model is a protocol buffer, which cannot begin so.
+    kind = HuggingFaceTokenizer if data[:1] == b"{" else SentencePieceTokenizer
+    return kind.from_bytes(data)
 
 
 def _byte_alphabet() -> dict[str, int]:

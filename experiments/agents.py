@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 
 from atommem_jax import distributed, sharding
 from atommem_jax import evaluate as evaluation
+from atommem_jax import tokenizer as tokenizer_lib
 from atommem_jax.checkpoint import Checkpointer, CheckpointError
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tokenizer import SentencePieceTokenizer
 from experiments import wiring
 
 
@@ -78,7 +78,7 @@ def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
             )()
             config = checkpointer.restore_config(step)
             mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
-            tokenizer = SentencePieceTokenizer.from_bytes(checkpointer.restore_tokenizer(step))
+            tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
             parts = wiring.build(config, tokenizer)
             shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
             whole = jax.NamedSharding(mesh, jax.P())

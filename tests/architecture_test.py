@@ -28,10 +28,12 @@ FLOORS = (
         "reward",
         "optimizer",
         "checkpoint",
+        "published",
+        "gguf",
         "figures",
         "report",
     ),
-    ("sampling", "tasks", "workflows", "pretrained"),
+    ("sampling", "tasks", "workflows", "pretrained", "encoder"),
     ("rollout",),
     ("trainer", "evaluate", "trace"),
 )

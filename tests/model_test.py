@@ -28,7 +28,16 @@ RICH = dataclasses.replace(
     num_features=FEATURES,
     remat=True,
 )
-CONFIGS = {"plain": PLAIN, "rich": RICH}
+# Turns over 12 positions: 1.91, 0.29, 0.044, 0.0066; the first is kept, the second between.
+STRETCHED = dataclasses.replace(
+    PLAIN,
+    rope_theta=300.0,
+    rope_factor=4.0,
+    rope_low_frequency_factor=0.1,
+    rope_high_frequency_factor=1.0,
+    rope_original_length=12,
+)
+CONFIGS = {"plain": PLAIN, "rich": RICH, "stretched": STRETCHED}
 
 
 @functools.cache
@@ -80,6 +89,18 @@ def oracle(config, params, tokens, features):
     def rope(x):  # [T depth]; channel pairs as complex numbers that turn with the position
         half = int(config.head_width * config.rope_fraction) // 2
         speed = config.rope_theta ** (-np.arange(half) / half)
+        for i, f in enumerate(speed if config.rope_factor > 1 else []):
+            wavelength = 2 * np.pi / f
+            longest = config.rope_original_length / config.rope_low_frequency_factor
+            shortest = config.rope_original_length / config.rope_high_frequency_factor
+            if wavelength > longest:
+                speed[i] = f / config.rope_factor
+            elif wavelength > shortest:
+                smooth = (config.rope_original_length / wavelength) - (
+                    config.rope_low_frequency_factor
+                )
+                smooth /= config.rope_high_frequency_factor - config.rope_low_frequency_factor
+                speed[i] = (1 - smooth) * f / config.rope_factor + smooth * f
         turn = np.exp(1j * np.arange(length)[:, None] * speed[None])
         z = (x[:, :half] + 1j * x[:, half : 2 * half]) * turn
         return np.concatenate([z.real, z.imag, x[:, 2 * half :]], axis=1)
@@ -190,6 +211,38 @@ def test_bfloat16_stays_near_float32_and_reads_out_in_float32():
     assert gap.max() < 0.05 * np.abs(exact[real]).max()
 
 
+def test_llama3_slows_the_slow_rotations():
+    config = dataclasses.replace(
+        PLAIN,
+        rope_theta=1.0,
+        rope_factor=8.0,
+        rope_low_frequency_factor=1.0,
+        rope_high_frequency_factor=5.0,
+        rope_original_length=10,
+    )
+    # theta = 1: every pair turns 10 / (2 pi) = 1.5915 times, of which (1.5915 - 1) / 4 is kept.
+    expected = 0.147887 + (1 - 0.147887) / 8
+    found = model_lib.rotary_frequencies(config)
+    np.testing.assert_allclose(found, [expected] * 4, rtol=1e-5)
+    plain = dataclasses.replace(config, rope_theta=10_000.0, rope_factor=1.0)
+    np.testing.assert_allclose(
+        model_lib.rotary_frequencies(plain), [1.0, 0.1, 0.01, 0.001], rtol=1e-6
+    )
+    slowed = dataclasses.replace(plain, rope_factor=8.0, rope_high_frequency_factor=1.5)
+    np.testing.assert_allclose(
+        model_lib.rotary_frequencies(slowed), [1.0, 0.0125, 0.00125, 0.000125], rtol=1e-6
+    )
+
+
+def test_the_id_of_padding_is_a_token_like_any_other_without_token_shift():
+    """Published models give it a meaning: Qwen3-Embedding reads its vector there."""
+    config, params = make("plain")
+    tokens = np.array([[5, config.pad_id, 9, config.pad_id]], np.int32)
+    logits, _, _ = forward(config, params, tokens, np.zeros(1, np.int32), None)
+    expected, _ = oracle(config, params, tokens[0], None)
+    np.testing.assert_allclose(logits[0], expected, atol=1e-4)
+
+
 def test_more_left_padding_changes_nothing():
     config, params = make("rich")
     tokens, features, start, real = make_rows(config)
@@ -287,6 +340,12 @@ def test_missing_features_are_refused():
         ({"num_layers": 0}, r"model\.num_layers=0: must be at least 1"),
         ({"num_kv_heads": 0}, r"model\.num_kv_heads=0: must be at least 1"),
         ({"num_heads": 0}, r"model\.num_heads=0: must be at least 1"),
+        ({"rope_factor": 0.5}, r"model\.rope_factor=0\.5: must be at least 1\.0"),
+        (
+            {"rope_low_frequency_factor": 4.0},
+            r"rope_low_frequency_factor=4\.0 must lie between 0 and .*_high_frequency_factor=4\.0",
+        ),
+        ({"rope_original_length": 0}, r"model\.rope_original_length=0: must be at least 1"),
         ({"head_width": 0}, r"model\.head_width=0: must be at least 1"),
     ],
 )

@@ -356,6 +356,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
         ),
         ("report.py", ["--workdir", "--compare", "--split", "--step", "--out", "--data_root"]),
         ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
+        ("convert.py", ["--source", "--target", "--to", "--dtype", "--tokenizer", "--config"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
     ],
 )

@@ -201,6 +201,10 @@ def test_bpe_must_be_byte_level():
     partial = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
     with pytest.raises(ValueError, match="each of the 256 bytes"):
         tokenizer_lib.HuggingFaceTokenizer(partial, eos_token="<|end|>", pad_token="<|pad|>")
+    names = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    lossy = tokenizer_lib.HuggingFaceTokenizer(partial, **names, lossless=False)
+    assert lossy.decode(lossy.encode("ab\x04ba")) == "abba"
+    assert tokenizer_lib.from_bytes(lossy.to_bytes()).to_bytes() == lossy.to_bytes()
     spaced = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words | {"a b": 4}, merges=[]))
     with pytest.raises(ValueError, match="found the piece 'a b'"):
         tokenizer_lib.HuggingFaceTokenizer(spaced, eos_token="<|end|>", pad_token="<|pad|>")

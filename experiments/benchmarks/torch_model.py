@@ -78,6 +78,8 @@ class TorchTransformer(nn.Module):
             raise ValueError(
                 f"model.dtype={c.dtype!r}: the PyTorch peer computes in 'float32' only"
             )
+        if c.rope_factor != 1.0:
+            raise ValueError(f"model.rope_factor={c.rope_factor}: the PyTorch peer has 1.0 only")
         self.config = c
         self.embedder = nn.Embedding(c.vocab_size, c.width)
         if c.token_shift:
@@ -116,7 +118,9 @@ class TorchTransformer(nn.Module):
         if recent is None:
             recent = tokens.new_full((len(tokens), c.token_shift), c.pad_id)
         window = torch.cat([recent, tokens], dim=1)
-        embedded = self.embedder(window) * (window != c.pad_id)[..., None]
+        embedded = self.embedder(window)
+        if c.token_shift:
+            embedded = embedded * (window != c.pad_id)[..., None]
         x = embedded[:, c.token_shift :]
         for back in range(1, c.token_shift + 1):
             first = c.token_shift - back

@@ -6,9 +6,7 @@ Sizes are those of the `config.json` that each model was published with. What a 
 the tokenizer. A published vocabulary is wider than its tokenizer knows tokens (padded for the
 hardware); the embedding has that width, and so have `vocab_size` and the parameter count here.
 
-Llama 3.1 was trained with rotary frequencies rescaled for long texts (`rope_scaling`: type llama3,
-factor 8 above 8,192 original positions). The decoder here has no such rescaling: its parameters
-and FLOPs are the same, what it computes from a checkpoint is not.
+Parameters come from what was published too: `atommem_jax/pretrained.py` reads them.
 """
 
 import dataclasses
@@ -28,7 +26,6 @@ class Preset:
     Attributes:
       source: repository on the Hugging Face hub.
       parameters: that were published, tied embeddings counted once.
-      note: what the decoder here does not express; '' if nothing.
       others: as in `ModelConfig`.
     """
 
@@ -45,7 +42,7 @@ class Preset:
     qk_norm: bool
     tie_embeddings: bool
     norm_epsilon: float
-    note: str = ""
+    rope_factor: float = 1.0
 
     def sizes(self) -> dict[str, Any]:
         """Keyword arguments of `ModelConfig`."""
@@ -53,7 +50,7 @@ class Preset:
         return {name: fields[name] for name in fields if name not in _ABOUT}
 
 
-_ABOUT = ("source", "parameters", "note")
+_ABOUT = ("source", "parameters")
 
 
 def _qwen3(size: str, parameters: int, **sizes: Any) -> Preset:
@@ -148,7 +145,7 @@ PRESETS: Mapping[str, Preset] = {
         qk_norm=False,
         tie_embeddings=False,
         norm_epsilon=1e-5,
-        note="rotary frequencies are not rescaled (rope_scaling of type llama3)",
+        rope_factor=8.0,
     ),
     "smollm2_135m": _smollm2(
         "135M",

@@ -1,0 +1,587 @@
+"""Published weights ↔ our parameters, tensor by tensor.
+
+`load` puts a Hugging Face directory (safetensors in one or more files) or a GGUF file onto a mesh.
+Hugging Face keeps every layer apart and matrices as [out, in]; we stack the layers and keep [in,
+out]. A stack is made on the devices and filled layer by layer: each device's part is read from the
+file alone, and the host never holds more than one tensor. `save` goes the other way, file by file.
+
+The value head is ours. It lies beside the published tensors in value_head.safetensors, where
+nobody else looks, and is zero where there is no such file.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from atommem_jax import gguf, published, sharding
+from atommem_jax.model import ModelConfig, Transformer, init_params
+from atommem_jax.published import PublishedError
+from atommem_jax.tokenizer import HuggingFaceTokenizer
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_READABLE = ("F32", "F16", "BF16", "F64")  # as safetensors spells them
+
+Index = tuple[slice, ...]
+
+
+class Weights(Protocol):
+    """Tensors under their published names and in their published orientation.
+
+    Attributes:
+      place: the directory or file, for errors.
+      shapes: name -> shape.
+    """
+
+    place: str
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, float32, float16 or bfloat16; one slice for each dimension."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One published tensor, or one a layer.
+
+    Attributes:
+      path: of our parameter.
+      name: that was published, with {} for the number of the layer.
+      fields: of config.json that give its dimensions, as published.
+    """
+
+    path: str
+    name: str
+    fields: tuple[str, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+    @property
+    def transposed(self) -> bool:
+        return self.path.endswith("kernel") or self.path == "head"
+
+
+_HEADS, _KV_HEADS = "num_attention_heads x head_dim", "num_key_value_heads x head_dim"
+_WIDTH, _MLP = "hidden_size", "intermediate_size"
+_TENSORS = (
+    _Tensor("embedder/embedding", "model.embed_tokens.weight", ("vocab_size", _WIDTH)),
+    *(
+        _Tensor(f"layers/{ours}", f"model.layers.{{}}.{name}.weight", fields)
+        for ours, name, fields in (
+            ("attention_norm/scale", "input_layernorm", (_WIDTH,)),
+            ("query/kernel", "self_attn.q_proj", (_HEADS, _WIDTH)),
+            ("key/kernel", "self_attn.k_proj", (_KV_HEADS, _WIDTH)),
+            ("value/kernel", "self_attn.v_proj", (_KV_HEADS, _WIDTH)),
+            ("query_norm/scale", "self_attn.q_norm", ("head_dim",)),
+            ("key_norm/scale", "self_attn.k_norm", ("head_dim",)),
+            ("out/kernel", "self_attn.o_proj", (_WIDTH, _HEADS)),
+            ("mlp_norm/scale", "post_attention_layernorm", (_WIDTH,)),
+            ("gate/kernel", "mlp.gate_proj", (_MLP, _WIDTH)),
+            ("up/kernel", "mlp.up_proj", (_MLP, _WIDTH)),
+            ("down/kernel", "mlp.down_proj", (_WIDTH, _MLP)),
+        )
+    ),
+    _Tensor("final_norm/scale", "model.norm.weight", (_WIDTH,)),
+    _Tensor("head", "lm_head.weight", ("vocab_size", _WIDTH)),
+)
+_BY_PATH = {tensor.path: tensor for tensor in _TENSORS}
+_VALUE_HEAD = {"value_head/kernel": "value_head.weight", "value_head/bias": "value_head.bias"}
+_UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # what older versions wrote and nobody reads
+
+
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Published name -> shape of every tensor of a model, layer by layer, without a value head."""
+    return {
+        name: tuple(reversed(shape)) if tensor.transposed else shape
+        for tensor, shape in _our_shapes(config)
+        for name in _names(tensor, config)
+    }
+
+
+def _our_shapes(config: ModelConfig) -> Iterator[tuple[_Tensor, tuple[int, ...]]]:
+    """Each tensor with the shape of our parameter, without the axis of the layers."""
+    shapes = _flatten(_abstract(config))
+    for tensor in _TENSORS:
+        if tensor.path in shapes:
+            yield tensor, shapes[tensor.path].shape[1 if tensor.stacked else 0 :]
+
+
+def _names(tensor: _Tensor, config: ModelConfig) -> list[str]:
+    return [tensor.name.format(i) for i in range(config.num_layers if tensor.stacked else 1)]
+
+
+def _abstract(config: ModelConfig) -> Any:
+    model = Transformer(config)
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+class Directory:
+    """The safetensors of a Hugging Face directory; see `Weights`.
+
+    Files are opened for one tensor at a time, so that what was mapped is given back.
+
+    Raises PublishedError for a file that is missing, truncated or not as the index says.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._folder = pathlib.Path(directory)
+        self.place = str(self._folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file_of: dict[str, pathlib.Path] = {}
+        for path, expected in self._list_files():
+            shapes = _read_shapes(path)
+            absent = sorted(set(expected) - shapes.keys())
+            if absent:
+                raise PublishedError(
+                    f"{path}: does not hold {absent[0]}, which {_INDEX_FILE} says it does; copy "
+                    "both files again"
+                )
+            again = sorted(shapes.keys() & self.shapes.keys())
+            if again:
+                raise PublishedError(
+                    f"{path}: holds {again[0]}, which {self._file_of[again[0]]} holds too; remove "
+                    "the file that does not belong to the model"
+                )
+            self.shapes |= shapes
+            self._file_of |= dict.fromkeys(shapes, path)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """See `Weights.read`."""
+        path = self._file_of[name]
+        with safetensors.safe_open(path, "numpy") as file:
+            part = file.get_slice(name)
+            if part.get_dtype() not in _READABLE:
+                raise PublishedError(
+                    f"{path}: {name} has dtype {part.get_dtype()}; allowed are "
+                    f"{', '.join(_READABLE)}. Take the model that was not quantised"
+                )
+            return part[index]
+
+    def _list_files(self) -> list[tuple[pathlib.Path, Sequence[str]]]:
+        """Each file with the tensors that it must hold."""
+        index = self._folder / _INDEX_FILE
+        if index.is_file():
+            held: dict[str, list[str]] = {}
+            for name, file in published.read_json(index).get("weight_map", {}).items():
+                held.setdefault(file, []).append(name)
+            return [(self._folder / file, names) for file, names in sorted(held.items())]
+        if not (self._folder / _SINGLE_FILE).is_file():
+            raise PublishedError(
+                f"{self._folder}: holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; allowed are "
+                "directories of safetensors and .gguf files, other formats convert first"
+            )
+        return [(self._folder / _SINGLE_FILE, ())]
+
+
+def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            # An iterator only in newer versions, hence keys().
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise PublishedError(
+            f"{path}: no such file, and {_INDEX_FILE} names it; copy it"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise PublishedError(f"{path}: {_explain(path) or error}; copy the file again") from error
+
+
+def _explain(path: pathlib.Path) -> str:
+    """Which tensor a truncated file ends in; '' where that is not what is wrong."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if length + 8 > size or not length:
+            return f"ends within its header, after {size} bytes"
+        try:
+            header = json.loads(file.read(length))
+            ends = {
+                n: 8 + length + t["data_offsets"][1] for n, t in header.items() if n[:2] != "__"
+            }
+        except (ValueError, KeyError, TypeError, IndexError):
+            return ""
+    beyond = [name for name, end in sorted(ends.items(), key=lambda pair: pair[1]) if end > size]
+    if not beyond:
+        return ""
+    return (
+        f"truncated: ends after {size} bytes of {max(ends.values())}, within {beyond[0]}, and "
+        f"{len(beyond)} tensors are not whole"
+    )
+
+
+class _Renamed:
+    """Weights of a bare trunk, which were published without the prefix 'model.'."""
+
+    def __init__(self, weights: Weights):
+        self._weights, self.place = weights, weights.place
+        self.shapes = {f"model.{name}": shape for name, shape in weights.shapes.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """See `Weights.read`."""
+        return self._weights.read(name.removeprefix("model."), index)
+
+
+def open_weights(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
+    """Config and weights of a Hugging Face directory or of a .gguf file; reads headers only.
+
+    Raises PublishedError for what cannot be read.
+    """
+    if pathlib.Path(path).suffix == ".gguf":
+        file = gguf.open_model(path)
+        return published.parse_config(file.config_fields, where=str(path)), file
+    config = published.read_config(path)
+    weights: Weights = Directory(path)
+    if "embed_tokens.weight" in weights.shapes:
+        weights = _Renamed(weights)
+        # The larger Qwen3-Embedding say that their head is their own, and have none.
+        config = dataclasses.replace(config, tie_embeddings=True)
+    return config, weights
+
+
+def load(
+    path: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    *,
+    rules: Mapping[str, Any] = sharding.TRAINING,
+    dtype: str = "float32",
+) -> tuple[ModelConfig, Any]:
+    """Model config and parameters of a Hugging Face directory or of a .gguf file.
+
+    Every process calls it, and reads what its own devices hold.
+
+    Args:
+      path: directory with config.json and safetensors, or the file.
+      mesh: where the parameters go; the first device by default.
+      rules: how they lie there, see `sharding.Layout`.
+      dtype: of the parameters, 'float32' or 'bfloat16'.
+
+    Raises PublishedError for what cannot be read, naming the field or the tensor, and ValueError
+    for a mesh that the model does not divide over.
+    """
+    config, weights = open_weights(path)
+    return config, place(weights, config, mesh, rules=rules, dtype=dtype)
+
+
+def place(
+    weights: Weights,
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    *,
+    rules: Mapping[str, Any] = sharding.TRAINING,
+    dtype: str = "float32",
+) -> Any:
+    """The parameters of a model, read tensor by tensor onto the mesh; see `load`."""
+    _check_dtype(dtype)
+    mesh = sharding.single() if mesh is None else mesh
+    check(weights, config)
+    shapes = _abstract(config)
+    layouts = _flatten(config.layout.shardings(shapes, mesh, rules))
+    value_head = _read_value_head(weights, config)
+
+    def make(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in _VALUE_HEAD:
+            host = value_head[name]
+            return jax.make_array_from_callback(
+                leaf.shape, layouts[name], lambda index: host[index]
+            )
+        tensor, layout = _BY_PATH[name], layouts[name]
+        with jax.transfer_guard("allow"):
+            if tensor.stacked:
+                return _stack(weights, tensor, leaf.shape, layout, dtype)
+            return _cast(layout, dtype)(_read(weights, tensor, tensor.name, leaf.shape, layout))
+
+    return jax.tree_util.tree_map_with_path(make, shapes)
+
+
+def widen(params: Any, config: ModelConfig, vocab_size: int) -> tuple[ModelConfig, Any]:
+    """Room for more tokens: new rows of embedding and head are the mean of those there are.
+
+    Raises ValueError for fewer tokens than the model has.
+    """
+    if vocab_size < config.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: must be at least the model's own {config.vocab_size}"
+        )
+
+    def grow(leaf: jax.Array, axis: int) -> jax.Array:
+        shape = list(leaf.shape)
+        shape[axis] = vocab_size - config.vocab_size
+        mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
+        grown = jnp.concatenate([leaf, jnp.broadcast_to(mean, shape)], axis)
+        return jax.device_put(grown, leaf.sharding)
+
+    params = {**params, "embedder": {"embedding": grow(params["embedder"]["embedding"], 0)}}
+    if "head" in params:
+        params["head"] = grow(params["head"], 1)
+    return dataclasses.replace(config, vocab_size=vocab_size), params
+
+
+def check(weights: Weights, config: ModelConfig) -> None:
+    """Raises PublishedError for a tensor that is missing, not expected, or of the wrong shape."""
+    expected = published_shapes(config)
+    missing = [name for name in expected if name not in weights.shapes]
+    if missing:
+        raise PublishedError(
+            f"{weights.place}: {missing[0]} {list(expected[missing[0]])} is missing, and "
+            f"{len(missing) - 1} more of {len(expected)} tensors; copy all files of the model, "
+            f"and check that {published.CONFIG_FILE} is of the same one"
+        )
+    unknown = [n for n in weights.shapes if n not in expected and not _UNUSED.search(n)]
+    if config.tie_embeddings:  # some were published with a copy of the embeddings as head
+        unknown = [name for name in unknown if not name.endswith("lm_head.weight")]
+    if unknown:
+        raise PublishedError(
+            f"{weights.place}: found {unknown[0]} {list(weights.shapes[unknown[0]])}, and "
+            f"{len(unknown) - 1} more, which a model of {published.CONFIG_FILE} does not have; "
+            "check that both are of the same model"
+        )
+    for tensor, _ in _our_shapes(config):
+        for name in _names(tensor, config):
+            if tuple(weights.shapes[name]) != expected[name]:
+                raise PublishedError(
+                    f"{weights.place}: {name} is {list(weights.shapes[name])}, and by "
+                    f"{published.CONFIG_FILE} it must be {list(expected[name])} "
+                    f"([{', '.join(tensor.fields)}]); check that both are of the same model"
+                )
+
+
+def _stack(
+    weights: Weights, tensor: _Tensor, shape: tuple[int, ...], layout: NamedSharding, dtype: str
+) -> jax.Array:
+    """All layers of a tensor. They are written one by one into a stack on the devices."""
+    one = NamedSharding(layout.mesh, PartitionSpec(*layout.spec[1:]))
+    stack = _zeros(shape, layout, dtype)()
+    write = _writer(layout)
+    for i in range(shape[0]):
+        layer = _read(weights, tensor, tensor.name.format(i), shape[1:], one)
+        # Waits: otherwise the host would read on, and hold what has not been written yet.
+        stack = jax.block_until_ready(write(stack, layer, np.int32(i)))
+    return stack
+
+
+def _read(
+    weights: Weights,
+    tensor: _Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    layout: NamedSharding,
+) -> jax.Array:
+    """One tensor in our orientation and the published dtype, each device's part read alone."""
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # replicas are read once
+
+    def read(index: Any) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if bounds not in parts:
+            ordered = tuple(reversed(bounds)) if tensor.transposed else bounds
+            found = weights.read(name, tuple(slice(*pair) for pair in ordered))
+            if found.dtype == np.float64:
+                found = found.astype(np.float32)
+            parts[bounds] = found.T if tensor.transposed else found
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, layout, read)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], layout: NamedSharding, dtype: str) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=layout)
+
+
+@functools.cache
+def _writer(layout: NamedSharding) -> Callable[..., jax.Array]:
+    def write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=layout)
+
+
+@functools.cache
+def _cast(layout: NamedSharding, dtype: str) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=layout)
+
+
+def _read_value_head(weights: Weights, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Our path -> float32 array; zeros where there is no file."""
+    shapes = {"value_head/kernel": (config.width, 1), "value_head/bias": (1,)}
+    path = pathlib.Path(weights.place) / VALUE_HEAD_FILE
+    if not path.is_file():
+        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    found = _read_shapes(path)
+    for ours, name in _VALUE_HEAD.items():
+        expected = tuple(reversed(shapes[ours]))
+        if found.get(name) != expected:
+            raise PublishedError(
+                f"{path}: {name} is {list(found.get(name, ()))}, and must be {list(expected)}; "
+                "remove the file for a value head of zeros"
+            )
+    with safetensors.safe_open(path, "numpy") as file:
+        return {o: file.get_tensor(n).astype(np.float32).T for o, n in _VALUE_HEAD.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(
+    directory: str | os.PathLike[str],
+    params: Any,
+    config: ModelConfig,
+    *,
+    tokenizer: HuggingFaceTokenizer | None = None,
+    dtype: str = "float32",
+    max_file_bytes: int = 1 << 30,
+) -> None:
+    """Writes a Hugging Face directory that `transformers` and `load` read.
+
+    Every process calls it; the first one writes. The host holds the tensors of one file.
+
+    Args:
+      directory: made if needed; files of the same names are replaced.
+      params: as `load` returns them.
+      config: of the model.
+      tokenizer: written too, if given.
+      dtype: of what is written, 'float32' or 'bfloat16'; the value head stays float32.
+      max_file_bytes: size of a file, except where one tensor is larger.
+
+    Raises PublishedError for a model that no published architecture computes, and ValueError for
+    parameters that are not of this config.
+    """
+    _check_dtype(dtype)
+    fields = published.format_config(config, dtype=dtype)
+    leaves, shapes = _flatten(params), _flatten(_abstract(config))
+    if {n: x.shape for n, x in leaves.items()} != {n: x.shape for n, x in shapes.items()}:
+        wrong = [n for n in leaves | shapes if _shape(leaves, n) != _shape(shapes, n)]
+        raise ValueError(
+            f"parameter {wrong[0]} is {_shape(leaves, wrong[0])}, and by the model's config it "
+            f"must be {_shape(shapes, wrong[0])}; pass the config that the model was made with"
+        )
+    folder = pathlib.Path(directory)
+    writes = jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE_FILE]:
+            stale.unlink(missing_ok=True)
+        (folder / _INDEX_FILE).unlink(missing_ok=True)
+    files = _plan_files(published_shapes(config), _DTYPES[dtype].itemsize, max_file_bytes)
+    wanted = {
+        name: (tensor, i)
+        for tensor, _ in _our_shapes(config)
+        for i, name in enumerate(_names(tensor, config))
+    }
+    for file, names in files.items():
+        held = {}
+        for name in names:
+            tensor, i = wanted[name]
+            host = _fetch(leaves[tensor.path], i if tensor.stacked else None)
+            host = host.T if tensor.transposed else host
+            if writes:
+                held[name] = np.ascontiguousarray(host.astype(_DTYPES[dtype]))
+        if writes:
+            safetensors.numpy.save_file(held, folder / file, metadata={"format": "pt"})
+    head = {n: np.ascontiguousarray(_fetch(leaves[o]).T) for o, n in _VALUE_HEAD.items()}
+    if writes:
+        safetensors.numpy.save_file(head, folder / VALUE_HEAD_FILE)
+        if len(files) > 1:
+            _write_index(folder, files, published_shapes(config), _DTYPES[dtype].itemsize)
+        if tokenizer is not None:
+            published.write_tokenizer(folder, tokenizer)
+            fields |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        _write_json(folder / published.CONFIG_FILE, fields)
+        for file in [*files, VALUE_HEAD_FILE]:  # safetensors lets nobody else read what it writes
+            shutil.copymode(folder / published.CONFIG_FILE, folder / file)
+
+
+def _shape(leaves: Mapping[str, Any], name: str) -> list[int] | str:
+    return list(leaves[name].shape) if name in leaves else "absent"
+
+
+def _plan_files(
+    shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_file_bytes: int
+) -> dict[str, list[str]]:
+    """File -> the tensors it holds, in order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        size += math.prod(shape) * itemsize
+        if groups[-1] and size > max_file_bytes:
+            groups.append([])
+            size = math.prod(shape) * itemsize
+        groups[-1].append(name)
+    if len(groups) == 1:
+        return {_SINGLE_FILE: groups[0]}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _write_index(
+    folder: pathlib.Path,
+    files: Mapping[str, Sequence[str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    itemsize: int,
+) -> None:
+    total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
+    places = {name: file for file, names in files.items() for name in names}
+    _write_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
+    """A parameter, or one layer of it, on the host; a collective with several processes."""
+    if isinstance(leaf, jax.Array):
+        with jax.transfer_guard("allow"):
+            leaf = leaf if layer is None else _take_layer(leaf, np.int32(layer))
+            if not leaf.is_fully_addressable:
+                leaf = sharding.replicate(leaf, leaf.sharding.mesh)
+            return np.asarray(leaf)
+    return np.asarray(leaf if layer is None else leaf[layer])
+
+
+@jax.jit
+def _take_layer(stack: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(_DTYPES)}")

@@ -1,0 +1,179 @@
+"""Converts between published weights and our checkpoints.
+
+    python experiments/convert.py --source=Qwen3-8B --target=runs/qwen3 --to=checkpoint
+    python experiments/convert.py --source=runs/mine/checkpoints/300 --target=export
+    python experiments/convert.py --source=model.gguf --target=model --dtype=bfloat16
+
+The source is a Hugging Face directory, a .gguf file, a run, or one checkpoint of a run. What is
+written is a Hugging Face directory (config.json, safetensors, the tokenizer, and our value head in
+a file of its own), or, with --to=checkpoint, step 0 of a run: its config is --config with the sizes
+of the model, and its tokenizer the published one with the names that the protocol reserves.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from atommem_jax import gguf, pretrained, published, sharding
+from atommem_jax import model as model_lib
+from atommem_jax.checkpoint import Checkpointer, CheckpointError
+from atommem_jax.config import ConfigError, check
+from atommem_jax.model import ModelConfig
+from atommem_jax.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from experiments import agents, flags, train, validation, wiring
+
+SOURCE = absl_flags.DEFINE_string("source", None, "Directory, .gguf file, run, or checkpoint.")
+TARGET = absl_flags.DEFINE_string("target", None, "Directory that is written.")
+TO = absl_flags.DEFINE_enum("to", "huggingface", ["huggingface", "checkpoint"], "What to write.")
+DTYPE = absl_flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of the tensors in a Hugging Face directory."
+)
+TOKENIZER = absl_flags.DEFINE_string(
+    "tokenizer", None, "Directory of tokenizer.json; the source by default."
+)
+VOCAB_SIZE = absl_flags.DEFINE_integer(
+    "vocab_size",
+    0,
+    "Widens the model of a checkpoint to so many ids, where it has no room for the names that the "
+    "protocol reserves; 0 for the model's own.",
+    lower_bound=0,
+)
+PAD_TOKEN = absl_flags.DEFINE_string(
+    "pad_token", None, "Name of the padding token, where tokenizer_config.json has none."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """See the module docstring."""
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    for flag in (SOURCE, TARGET):
+        check(bool(flag.value), f"--{flag.name} is missing: see --help")
+    try:
+        if TO.value == "checkpoint":
+            config = train.CONFIG.value
+            wiring.prepare_devices(config.mesh.cpu_devices)
+            write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
+        else:
+            write_huggingface(SOURCE.value, TARGET.value, dtype=DTYPE.value)
+    except (published.PublishedError, CheckpointError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> None:
+    """Writes a Hugging Face directory of anything that can be read.
+
+    Raises ConfigError or PublishedError for what cannot be.
+    """
+    config, params, tokenizer = read(source)
+    published_one = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    pretrained.save(target, params, config, tokenizer=published_one, dtype=dtype)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        tokenizer.save(target)
+    _say(target, params, config)
+
+
+def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size: int = 0) -> None:
+    """Writes step 0 of a run that has the model, and otherwise the settings of `config`.
+
+    vocab_size: ids of the model that is written; 0 for those that it was published with.
+
+    Raises ConfigError or PublishedError for what cannot be read, for a tokenizer without room for
+    the protocol's names, and where `target` has checkpoints already.
+    """
+    check(
+        is_published(source),
+        f"--source={source}: --to=checkpoint needs a Hugging Face directory or a .gguf file; a "
+        "checkpoint is one already",
+    )
+    found, weights = pretrained.open_weights(source)
+    check(
+        vocab_size == 0 or vocab_size >= found.vocab_size,
+        f"--vocab_size={vocab_size}: must be at least the model's own {found.vocab_size}, or 0",
+    )
+    model = dataclasses.replace(found, vocab_size=vocab_size or found.vocab_size)
+    tokenizer = read_tokenizer(source, model, wiring.reserved_names(config))
+    check(tokenizer is not None, f"--tokenizer is missing: {source} has no tokenizer.json")
+    config = describe_run(config, model)
+    validation.validate(config)
+    parts = wiring.build(config, tokenizer)
+    params = pretrained.place(weights, found, make_mesh(found))
+    _, params = pretrained.widen(params, found, model.vocab_size)
+    with Checkpointer(pathlib.Path(target) / "checkpoints", best_metric="em") as checkpointer:
+        checkpointer.save(
+            0,
+            {"train": {"params": params}},
+            config=config,
+            tokenizer=parts.tokenizer.to_bytes(),
+            data_state=b"",
+            progress={},
+        )
+        checkpointer.wait()
+    _say(target, params, model)
+
+
+def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
+    """A copy of `config` with the sizes of a model, and without what published ones do not have."""
+    config = config.copy_and_resolve_references()
+    fields = {f.name for f in dataclasses.fields(ModelConfig)} - {
+        *("vocab_size", "pad_id", "num_features"),  # follow from the tokenizer and the prompt
+        *("remat", "remat_policy", "attention", "dtype"),  # how to compute, not what
+    }
+    with config.unlocked():
+        for name in sorted(fields):
+            config.model[name] = getattr(model, name)
+        config.model.match_features = False
+        config.tokenizer.vocab_size = model.vocab_size
+    return config
+
+
+def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
+    """Model config, parameters and tokenizer (if there is one) of anything that can be read."""
+    if is_published(source):
+        config, weights = pretrained.open_weights(source)
+        tokenizer = read_tokenizer(source, config)
+        return config, pretrained.place(weights, config, make_mesh(config)), tokenizer
+    loaded = agents.load(source)
+    return loaded.parts.agent.model.config, loaded.params, loaded.parts.tokenizer
+
+
+def is_published(source: str) -> bool:
+    """Whether it is a Hugging Face directory or a .gguf file, and not a run or a checkpoint."""
+    path = pathlib.Path(source)
+    return path.suffix == ".gguf" or (path / published.CONFIG_FILE).is_file()
+
+
+def read_tokenizer(
+    source: str, config: ModelConfig, reserved: Sequence[str] = ()
+) -> HuggingFaceTokenizer | None:
+    """The tokenizer of --tokenizer, or of the source; None where there is none."""
+    if pathlib.Path(source).suffix == ".gguf" and not TOKENIZER.value:
+        return gguf.open_model(source).read_tokenizer(
+            config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
+        )
+    folder = pathlib.Path(TOKENIZER.value or source)
+    if not (folder / published.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
+        return None
+    return published.read_tokenizer(
+        folder, config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
+    )
+
+
+def make_mesh(config: ModelConfig) -> Mesh:
+    """All devices that the width divides over share the parameters."""
+    return sharding.make_mesh(1, fsdp=math.gcd(jax.device_count(), config.width))
+
+
+def _say(target: str, params: Any, config: ModelConfig) -> None:
+    kind = "qwen3" if config.qk_norm else "llama"
+    print(f"{target}: {kind}, {model_lib.count_params(params):,} parameters, value head included")
+
+
+if __name__ == "__main__":
+    flags.run(main)
