@@ -121,8 +121,9 @@ def make_mesh(
             "replicas; choose a multiple"
         )
     shape = (data, fsdp, tensor)
+    is_whole = len(devices) == data * inner
     devices = devices[: data * inner]
-    if devices[0].platform != "tpu":
+    if devices[0].platform != "tpu" or not is_whole:  # a part of a slice need not be a box
         grid = np.array(devices).reshape(shape)
     elif slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(

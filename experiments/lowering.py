@@ -91,7 +91,7 @@ def _sft(config, parts, shape, mesh) -> Program:
     keep = _place(jax.ShapeDtypeStruct((rows,), jnp.bool_), mesh, PartitionSpec(sharding.BATCH))
     return Program(
         trainer.sft_step,
-        (_whole(parts.agent, mesh), state, _trajectories(config, parts, shape, mesh, rows), keep),
+        (_whole(parts.agent, mesh), state, _trajectories(parts, shape, mesh, rows), keep),
         {
             "optimizer": optimizer,
             "rows": config.sft.microbatch_rows,
@@ -123,7 +123,7 @@ def _update(config, parts, shape, mesh) -> Program:
         (
             _whole(parts.agent, mesh),
             state,
-            _trajectories(config, parts, shape, mesh, rows),
+            _trajectories(parts, shape, mesh, rows),
             _place(rewards, mesh, batch),
             _place(counts, mesh, batch),
             _key(mesh),
@@ -148,9 +148,8 @@ def _rollout_arguments(parts, shape, mesh, rows):
     return agent, setting, params, episodes, ids, _key(mesh), temperature
 
 
-def _trajectories(config, parts, shape, mesh, rows):
+def _trajectories(parts, shape, mesh, rows):
     """What a rollout of the agent leaves: a teacher's has the same shapes."""
-    del config
     arguments = _rollout_arguments(parts, shape, mesh, rows)
     shapes = jax.eval_shape(wiring.make_program(parts, mesh), *arguments)
     return _place(shapes, mesh, PartitionSpec(sharding.BATCH))

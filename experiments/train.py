@@ -70,6 +70,12 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
     # ------------------------------------------------------------------ config, devices
     agreement.check_same_run(config)
     validation.validate(config)
+    check(
+        "shape" not in config,
+        "this config names the sizes of a published model and no data (config.shape): it can be "
+        "compiled with experiments/compile_report.py and not be trained yet; train "
+        "experiments/configs/synthetic.py or babi.py",
+    )
     mesh = wiring.make_mesh(config)
     agreement.check_every_process(mesh)
     validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])

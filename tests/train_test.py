@@ -14,7 +14,7 @@ import pytest
 
 from atommem_jax.config import ConfigError
 from atommem_jax.tasks.episodes import EpisodeShape
-from experiments import stages, train, validation, wiring
+from experiments import flags, stages, train, validation, wiring
 from experiments.metrics import read_metrics
 from tests import runs, tiny
 from tests.conftest import COMPILATION_CACHE
@@ -391,3 +391,10 @@ def test_budgets_too_small_for_the_data_are_named(changed, named):
         check(**changed)
     for words in named:
         assert words in str(caught.value)
+
+
+def test_a_config_without_data_is_refused(tmp_path):
+    config = flags.load_config("experiments/configs/smollm2_135m.py")
+    with pytest.raises(ConfigError, match=r"config\.shape.*compile_report\.py.*synthetic\.py"):
+        train.train(config, str(tmp_path / "run"), str(tmp_path / "data"))
+    assert not (tmp_path / "run").exists()
