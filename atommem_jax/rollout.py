@@ -124,19 +124,23 @@ def model_policy(agent: Agent, params, temperature: Float[Array, ""]) -> Policy:
     return respond
 
 
-def start(setting: Setting, episode: Episode) -> Environment:
-    """An empty memory before the first chunk (or the first question, without chunks)."""
+def start(setting: Setting, episode: Episode, table: MemoryState | None = None) -> Environment:
+    """Before the first chunk (or the first question, without chunks).
+
+    table: what is remembered already; None for an empty memory, as in training.
+    """
     c = setting.config
     questions = episode.questions.shape[0]
-    table = memory.init(
-        slots=c.slots,
-        entry_length=c.entry_length,
-        scratchpad_length=c.scratchpad_length,
-        query_length=c.query_length,
-        shown=c.shown,
-        key_dim=c.key_dim,
-        pad_id=setting.pad_id,
-    )
+    if table is None:
+        table = memory.init(
+            slots=c.slots,
+            entry_length=c.entry_length,
+            scratchpad_length=c.scratchpad_length,
+            query_length=c.query_length,
+            shown=c.shown,
+            key_dim=c.key_dim,
+            pad_id=setting.pad_id,
+        )
     zero = jnp.zeros((), jnp.int32)
     env = Environment(
         memory=table,
@@ -265,13 +269,31 @@ def _record_answer(
     )
 
 
-def _one_turn(setting, policy, env, episodes, keys):
-    """A turn of a batch: (environments, record). Finished trajectories stay as they are."""
+@flax.struct.dataclass
+class Seen:
+    """What a batch sees at the start of a turn: from `look` to `act`."""
+
+    env: Environment  # after retrieval
+    view: View
+    scores: Float[Array, "B K"]  # cosines of what is shown
+
+
+def look(setting: Setting, env: Environment, episodes: Episode) -> Seen:
+    """The first half of a turn of a batch, up to where the policy responds."""
+    return Seen(*jax.vmap(begin_turn, in_axes=(None, 0, 0))(setting, env, episodes))
+
+
+def act(
+    setting: Setting, env: Environment, seen: Seen, episodes: Episode, response: Response
+) -> tuple[Environment, Turns]:
+    """The second half: the environments after it, and its record without the axis T.
+
+    env: from before the turn; finished trajectories stay as they were there.
+    """
     live = env.phase != Phase.DONE
-    seen, view, scores = jax.vmap(begin_turn, in_axes=(None, 0, 0))(setting, env, episodes)
-    response = policy(view, episodes, keys)
+    view = seen.view
     new, actions, report = jax.vmap(end_turn, in_axes=(None, 0, 0, 0))(
-        setting, seen, episodes, response
+        setting, seen.env, episodes, response
     )
 
     def where_live(new, old):
@@ -291,13 +313,19 @@ def _one_turn(setting, policy, env, episodes, keys):
         scripted=response.scripted,
         actions=actions,
         report=report,
-        shown=seen.memory.shown,
+        shown=seen.env.memory.shown,
         shown_entries=view.observation.shown,
-        shown_scores=scores,
-        occupancy=jax.vmap(memory.occupancy)(seen.memory),
+        shown_scores=seen.scores,
+        occupancy=jax.vmap(memory.occupancy)(seen.env.memory),
     )
     record = jax.tree.map(lambda x: where_live(x, jnp.zeros_like(x)), record)
     return jax.tree.map(where_live, new, env), record
+
+
+def _one_turn(setting, policy, env, episodes, keys):
+    """A turn of a batch: (environments, record)."""
+    seen = look(setting, env, episodes)
+    return act(setting, env, seen, episodes, policy(seen.view, episodes, keys))
 
 
 def run(
@@ -348,6 +376,11 @@ def run(
     first = (jnp.zeros((), jnp.int32), env, records)
     with jax.named_scope("turns"):
         _, env, records = jax.lax.while_loop(keep_going, body, first)
+    return finish(ids, env, records)
+
+
+def finish(ids: Int[Array, " B"], env: Environment, records: Turns) -> Trajectory:
+    """Trajectories of environments [B] and the records [T B] that led to them."""
     return Trajectory(
         id=ids,
         turns=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records),
