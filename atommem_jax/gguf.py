@@ -349,6 +349,8 @@ class Model:
         names = {
             "eos_token": name_of("eos"),
             "pad_token": name_of("padding") if pad_token is None else pad_token,
+            "bos_token": name_of("bos"),
+            "chat_template": fields.get("tokenizer.chat_template"),
         }
         return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=self.place)
 

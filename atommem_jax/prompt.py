@@ -1,9 +1,10 @@
 """Observation -> prompt tokens: the only place where a prompt is built.
 
-A prompt is a run of segments, each a header and a text, in the order of `Segment`: the
-questions put this turn, scratchpad, standing query, Memory 1..K and the chunk; then a suffix
-that tells the phase and starts the response. A segment without text has no header either. The
-headers are data (`Template`): single reserved tokens for models trained here (`compact`).
+A prompt is a prefix and a run of segments, each a header and a text, in the order of `Segment`:
+the questions put this turn, scratchpad, standing query, Memory 1..K and the chunk; then a suffix
+that tells the phase and starts the response. A segment without text has no header either. All of
+these are data (`Template`): single reserved tokens for models trained here (`compact`), text in
+the chat format of a pretrained model (`chat.template`).
 
 Texts are copied as token ids, never re-encoded, so what the model wrote is what it sees.
 """
@@ -38,8 +39,9 @@ _ROLES = ("<question>", "<notes>", "<query>", "<chunk>", "<reading>", "<answerin
 
 @flax.struct.dataclass
 class Template:
-    """Headers as token ids; rows are right-padded with `pad_id`."""
+    """Prefix, headers and suffixes as token ids; rows are right-padded with `pad_id`."""
 
+    prefix: Int[Array, " h"]
     question: Int[Array, " h"]
     scratchpad: Int[Array, " h"]
     query: Int[Array, " h"]
@@ -76,6 +78,7 @@ def compact(tokenizer: Tokenizer, shown: int) -> Template:
 
     is_text = np.array([bool(piece) for piece in tokenizer.token_bytes])
     return Template(
+        prefix=header(),
         question=header("<question>"),
         scratchpad=header("<notes>"),
         query=header("<query>"),
@@ -115,7 +118,8 @@ def width(
 ) -> int:
     """P: the width that holds the longest prompt these sizes allow."""
     return (
-        questions * (template.question.shape[0] + question_length)
+        template.prefix.shape[0]
+        + questions * (template.question.shape[0] + question_length)
         + template.scratchpad.shape[0]
         + scratchpad_length
         + template.query.shape[0]
@@ -136,7 +140,7 @@ def assemble(
     `width` of the same sizes is its upper bound, and the caller passes that.
     """
     chex.assert_rank([observation.questions, observation.shown, observation.chunk], [2, 2, 1])
-    pieces, valid = [], []
+    pieces, valid = [template.prefix], [template.prefix != template.pad_id]
     for header, text, lengths in _segments(template, observation):
         put = (lengths > 0)[:, None]
         pieces.append(jnp.concatenate([header, text], axis=1).reshape(-1))

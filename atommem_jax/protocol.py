@@ -4,7 +4,7 @@ A `Protocol` is data, and knows of no tokens; `spell` writes its literals in tho
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 from atommem_jax.tokenizer import Tokenizer
 from atommem_jax.types import ActionKind
@@ -146,9 +146,45 @@ def atommem(max_target: int, *, free_text: bool = False) -> Protocol:
         ActionKind.SCRATCHPAD: "scratchpad",
         ActionKind.ANSWER: "answer",
     }
+    return Protocol("atommem", _plain_tags(names), max_target, free_text)
+
+
+def public(max_target: int, *, free_text: bool = False) -> Protocol:
+    r"""The tags of the paper's public code; an answer is `\boxed{...}` and nothing else."""
+    names = {
+        ActionKind.CREATE: "add_memory",
+        ActionKind.READ: "update_query",
+        ActionKind.UPDATE: "modify_memory",
+        ActionKind.DELETE: "delete_memory",
+        ActionKind.SCRATCHPAD: "update_memory",
+        ActionKind.ANSWER: "final_answer",
+    }
+    tags = tuple(
+        dataclasses.replace(tag, open=f"{tag.open}\\boxed{{", close=f"}}{tag.close}")
+        if tag.kind == ActionKind.ANSWER
+        else tag
+        for tag in _plain_tags(names)
+    )
+    return Protocol("public", tags, max_target, free_text)
+
+
+def _plain_tags(names: Mapping[ActionKind, str]) -> tuple[Tag, ...]:
     targets = {ActionKind.UPDATE: "Memory {}:", ActionKind.DELETE: "Memory {}"}
-    tags = tuple(Tag(k, f"<{n}>", f"</{n}>", targets.get(k)) for k, n in names.items())
-    return Protocol("atommem", tags, max_target, free_text)
+    return tuple(Tag(k, f"<{n}>", f"</{n}>", targets.get(k)) for k, n in names.items())
+
+
+PROTOCOLS: Mapping[str, Callable[..., Protocol]] = {
+    "compact": compact,
+    "atommem": atommem,
+    "public": public,
+}
+
+
+def find(name: str, max_target: int, *, free_text: bool = False) -> Protocol:
+    """The protocol of that name. Raises ValueError listing those there are."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol.name={name!r}: allowed are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name](max_target, free_text=free_text)
 
 
 def spell(tokenizer: Tokenizer, literal: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from atommem_jax.tokenizer import HuggingFaceTokenizer
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 ARCHITECTURES: Mapping[str, str] = {
     "Qwen3ForCausalLM": "qwen3",
@@ -175,6 +176,8 @@ def read_tokenizer(
     if not path.is_file():
         raise PublishedError(f"{path}: no such file; copy it from where the model was published")
     names = read_json(folder / _TOKENIZER_CONFIG_FILE)
+    if (folder / _CHAT_TEMPLATE_FILE).is_file():  # newer releases keep it apart
+        names["chat_template"] = (folder / _CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     names = {n: v.get("content") if isinstance(v, Mapping) else v for n, v in names.items()}
     if pad_token is not None:
         names["pad_token"] = pad_token
@@ -195,7 +198,8 @@ def wrap_tokenizer(
 ) -> HuggingFaceTokenizer:
     """Adds what `reserved` lacks to a published tokenizer; see `read_tokenizer`.
 
-    names: of `eos_token` and `pad_token`. where: named in errors.
+    names: of `eos_token` and `pad_token`; `chat_template` and `bos_token`, where there are any.
+    where: named in errors.
     """
     for field in ("eos_token", "pad_token"):
         if not isinstance(names.get(field), str):
@@ -222,6 +226,8 @@ def wrap_tokenizer(
             pad_token=names["pad_token"],
             vocab_size=vocab_size,
             lossless=False,  # it is as it was published
+            chat_template=_text(names.get("chat_template")),
+            bos_token=_text(names.get("bos_token")),
         )
     except ValueError as error:
         raise PublishedError(f"{where}: {error}") from error
@@ -237,9 +243,15 @@ def write_tokenizer(directory: str | os.PathLike[str], tokenizer: HuggingFaceTok
         "eos_token": stored["eos_token"],
         "pad_token": stored["pad_token"],
     }
+    fields |= {name: stored[name] for name in ("chat_template", "bos_token") if name in stored}
     (folder / _TOKENIZER_CONFIG_FILE).write_text(
         json.dumps(fields, indent=2) + "\n", encoding="utf-8"
     )
+
+
+def _text(value: Any) -> str | None:
+    """None for what is no text: some models publish several templates, by name."""
+    return value if isinstance(value, str) else None
 
 
 def _find_architecture(fields: Mapping[str, Any], where: str) -> str:

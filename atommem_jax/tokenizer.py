@@ -265,7 +265,8 @@ class HuggingFaceTokenizer:
 
     Text is encoded without the added tokens and without Unicode normalisation: ids equal those
     of the library for normalised text that spells no added token, and every text round-trips.
-    Added tokens other than pad and eos become `reserved`.
+    Added tokens other than pad and eos become `reserved`. `chat_template` is the Jinja text of the
+    model's chat format, or None (see `chat`).
     """
 
     def __init__(
@@ -276,6 +277,8 @@ class HuggingFaceTokenizer:
         pad_token: str,
         vocab_size: int | None = None,
         lossless: bool = True,
+        chat_template: str | None = None,
+        bos_token: str | None = None,
     ):
         """Wraps `tokenizer`, an object or the path of a tokenizer.json.
 
@@ -286,6 +289,8 @@ class HuggingFaceTokenizer:
           vocab_size: rows of the model's embedding, where it has more than the tokenizer.
           lossless: insists on a piece for each of the 256 bytes. Some published vocabularies lack
             a few (SmolLM2's has none for U+0004): with False, `encode` drops what needs them.
+          chat_template: of tokenizer_config.json.
+          bos_token: name of the token that a chat template may begin with.
 
         Raises ValueError for an unknown or shared name, a vocabulary that is not byte-level, or
         a `vocab_size` below the tokenizer's own.
@@ -336,12 +341,26 @@ class HuggingFaceTokenizer:
             )
         self.token_bytes = tuple(spelled)
         self._lossless = lossless
+        self._tokenizer = tokenizer
+        self.chat_template, self.bos_token = chat_template, bos_token
         self._encoder = _strip_added_tokens(self._source, set(added) | set(self._names.values()))
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
         _check_encodable(text)
         return self._encoder.encode(text, add_special_tokens=False).ids
+
+    def encode_control(self, text: str) -> list[int]:
+        """The ids of a text of our own, in which the name of an added token is that token.
+
+        For the parts of a prompt that its author wrote, such as a chat format: never for text of
+        documents, users or models.
+        """
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @property
+    def eos_token(self) -> str:
+        return self._names["eos_token"]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -351,6 +370,8 @@ class HuggingFaceTokenizer:
         """JSON of the tokenizer and of the constructor's other arguments."""
         fields = {"tokenizer": self._source, "vocab_size": self.vocab_size, **self._names}
         fields |= {} if self._lossless else {"lossless": False}
+        fields |= {"chat_template": self.chat_template} if self.chat_template else {}
+        fields |= {"bos_token": self.bos_token} if self.bos_token else {}
         return json.dumps(fields).encode()
 
     @classmethod

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from atommem_jax import distributed, sharding
 from atommem_jax import evaluate as evaluation
@@ -21,6 +22,7 @@ from atommem_jax.checkpoint import Checkpointer, CheckpointError
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tokenizer import HuggingFaceTokenizer, Tokenizer
 from experiments import wiring
 
 
@@ -62,20 +64,10 @@ def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
     Raises ConfigError where there is no such checkpoint.
     """
     wiring.prepare_devices(cpu_devices)
-    folder = pathlib.Path(path)
-    if folder.name.isdigit() and folder.parent.name == "checkpoints":
-        folder, which = folder.parent, folder.name
-    elif (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    check(
-        which in ("last", "best") or which.isdigit(),
-        f"--step={which}: allowed are last, best or a number",
-    )
+    folder, which = _find(path, which)
     try:
         with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
-            step = {"last": checkpointer.latest_step, "best": checkpointer.best_step}.get(
-                which, lambda: int(which)
-            )()
+            step = _choose(checkpointer, which)
             config = checkpointer.restore_config(step)
             mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
@@ -91,6 +83,46 @@ def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
+
+
+def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> Tokenizer:
+    """The tokenizer of the pretrained model that training starts from, else that of the data.
+
+    Raises ConfigError where `init_from` names no checkpoint.
+    """
+    if config.init_from:
+        wiring.prepare_devices(config.mesh.cpu_devices)
+        folder, which = _find(config.init_from, "last")
+        try:
+            with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
+                data = checkpointer.restore_tokenizer(_choose(checkpointer, which))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        tokenizer = tokenizer_lib.from_bytes(data)
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            return tokenizer
+    return wiring.load_tokenizer(config, dataset)
+
+
+def _find(path: str, which: str) -> tuple[pathlib.Path, str]:
+    """The folder of checkpoints at a path, and which of them is meant."""
+    folder = pathlib.Path(path)
+    if folder.name.isdigit() and folder.parent.name == "checkpoints":
+        folder, which = folder.parent, folder.name
+    elif (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    check(
+        which in ("last", "best") or which.isdigit(),
+        f"--step={which}: allowed are last, best or a number",
+    )
+    return folder, which
+
+
+def _choose(checkpointer: Checkpointer, which: str) -> int | None:
+    """The step that `which` means."""
+    if which == "last":
+        return checkpointer.latest_step()
+    return checkpointer.best_step() if which == "best" else int(which)
 
 
 def _find_split(dataset: episodes_lib.Dataset, split: str) -> Sequence[Any]:
@@ -134,7 +166,7 @@ def evaluate_split(
     name = f"{split}_t{temperature:g}_step{loaded.step}"
     cell = {"split": split, "temperature": temperature, "seed": seed, "step": loaded.step}
     if skip_existing and out is not None:
-        found = _find(out / f"{name}.json", cell | {"episodes": len(examples)})
+        found = _read_summary(out / f"{name}.json", cell | {"episodes": len(examples)})
         if found is not None:
             return found
     tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
@@ -162,7 +194,7 @@ def evaluate_split(
     return summary
 
 
-def _find(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+def _read_summary(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """The summary in a file, unless there is none or it is of something else."""
     if not path.exists():
         return None

@@ -123,7 +123,7 @@ def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
     config = config.copy_and_resolve_references()
     fields = {f.name for f in dataclasses.fields(ModelConfig)} - {
         *("vocab_size", "pad_id", "num_features"),  # follow from the tokenizer and the prompt
-        *("remat", "remat_policy", "attention", "dtype"),  # how to compute, not what
+        *wiring.HOW_TO_COMPUTE,
     }
     with config.unlocked():
         for name in sorted(fields):

@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
     # ------------------------------------------------------------------ data
     def load_data() -> tuple[episodes_lib.Dataset, Tokenizer]:
         dataset = wiring.load_dataset(config, data_root)
-        return dataset, wiring.load_tokenizer(config, dataset)
+        return dataset, agents.load_tokenizer(config, dataset)
 
     dataset, tokenizer = distributed.main_first(load_data)
     examples = dataset.split("train")
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
 
     # ------------------------------------------------------------------ agent, stages
     parts = wiring.build(config, tokenizer)
-    validation.validate_shape(config, parts, shape)
+    validation.validate_shape(config, parts, shape, examples)
     plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
     validate = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
     last = sum(stage.steps for stage in plan)
@@ -258,7 +258,8 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
         f"init_from={config.init_from}: its tokenizer is not that of this task; pass a checkpoint "
         "trained on the same task and memory.shown",
     )
-    changed = validation.differences(config.model, loaded.parts.config.model, "model.")
+    ours, theirs = (wiring.architecture(c) for c in (config, loaded.parts.config))
+    changed = validation.differences(ours, theirs, "model.")
     check(not changed, f"init_from={config.init_from} holds another model: {'; '.join(changed)}")
     return jax.device_get(loaded.params)
 

@@ -1,5 +1,6 @@
 """Checks of a whole config before anything is allocated: the fields that disagree, by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from atommem_jax.sampling import SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
 from atommem_jax.trainer import PPOConfig, check_eighths
-from atommem_jax.types import Phase
+from atommem_jax.types import ActionKind, Phase
 from experiments import wiring
 
 
@@ -20,6 +21,7 @@ def validate(config: ConfigDict) -> None:
     """Raises ConfigError for a value out of range or two fields that disagree."""
     try:
         workflow = workflows.find(config.workflow)
+        wiring.find_protocol(config)
         wiring.subconfig(teacher.TeacherConfig, config.teacher).validate()
         wiring.subconfig(OptimizerConfig, config.sft.optimizer).validate("sft.optimizer")
         wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
@@ -35,6 +37,15 @@ def validate(config: ConfigDict) -> None:
     _validate_memory(config)
     _validate_sizes(config)
     check(
+        config.prompt in ("compact", "chat"),
+        _message("prompt", config, "'compact' or 'chat'"),
+    )
+    check(
+        config.prompt == "compact" or not config.model.match_features,
+        f"model.match_features=True needs headers of one token each, and prompt={config.prompt!r} "
+        "has others; set model.match_features=False",
+    )
+    check(
         config.rollout.param_dtype in ("float32", config.model.dtype),
         f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32' and "
         f"model.dtype={config.model.dtype!r}; anything else would sample from another model than "
@@ -45,11 +56,6 @@ def validate(config: ConfigDict) -> None:
         f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
         f"workflow={config.workflow!r} has turns that a program writes; use "
         "rl.ppo.estimator='group'",
-    )
-    check(
-        not config.init_from or config.sft.steps == 0,
-        f"init_from={config.init_from!r} starts RL from other parameters than sft.steps="
-        f"{config.sft.steps} steps of SFT would; set sft.steps=0, or leave init_from empty",
     )
     check(config.rl.temperature > 0, _message("rl.temperature", config, "above 0"))
     check(0 <= config.sft.min_reward <= 1, _message("sft.min_reward", config, "0 to 1"))
@@ -136,7 +142,10 @@ def validate_devices(config: ConfigDict, data: int, fsdp: int = 1) -> None:
 
 
 def validate_shape(
-    config: ConfigDict, parts: wiring.Parts, shape: episodes_lib.EpisodeShape
+    config: ConfigDict,
+    parts: wiring.Parts,
+    shape: episodes_lib.EpisodeShape,
+    examples: Sequence[episodes_lib.Example],
 ) -> None:
     """Token budgets against the data. Raises ConfigError naming field and least value."""
     limit = config.rollout.response_length
@@ -146,27 +155,42 @@ def validate_shape(
             limit >= least,
             f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
         )
-    program = parts.workflow.program
-    # An update has three tokens besides its text; a delete and a create have five, in two actions.
-    edits = 2 if program is not None and program.delete else 1
-    stored = max(shape.chunk_length, shape.facts * shape.note_length)
-    longest = 3 + shape.query_length + shape.facts * (1 + 2 * edits) + stored
+    longest, actions = _longest_turn(parts, shape, examples)
     check(
         limit >= longest,
-        f"rollout.response_length={limit}: the teacher sets a query of {shape.query_length} tokens "
-        f"and stores {shape.facts} facts of together {stored}, which takes {longest}; "
-        "raise it, or lower task.facts_per_chunk",
+        f"rollout.response_length={limit}: a reading turn of the teacher may take {longest} "
+        f"tokens, {actions} actions; raise it, or lower what a chunk holds",
     )
     check(
-        config.rollout.max_actions >= 1 + edits * shape.facts,
-        f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to "
-        f"{1 + edits * shape.facts} actions a turn; raise it, or lower task.facts_per_chunk",
+        config.rollout.max_actions >= actions,
+        f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to {actions} "
+        "actions a turn; raise it, or lower what a chunk holds",
     )
     check(
         config.rollout.answer_length >= shape.answer_length,
         f"rollout.answer_length={config.rollout.answer_length}: an answer has "
         f"{shape.answer_length} tokens; raise it",
     )
+
+
+def _longest_turn(
+    parts: wiring.Parts,
+    shape: episodes_lib.EpisodeShape,
+    examples: Sequence[episodes_lib.Example],
+) -> tuple[int, int]:
+    """Tokens, and actions, of the longest reading turn that a teacher writes."""
+    script, program = parts.script, parts.workflow.program
+    stored, facts = max(shape.chunk_length, shape.facts * shape.note_length), shape.facts
+    stores_all = parts.config.teacher.store_distractor > 0 or program is not None
+    if not stores_all:
+        stored, facts = episodes_lib.longest_support(examples, parts.tokenizer, cap=script.max_text)
+    around = {kind: script.tokens_around(kind) for kind in ActionKind}
+    # A stale entry is deleted before the new one is created, or it is updated.
+    deletes = (parts.config.teacher if program is None else program).delete > 0
+    create = around[ActionKind.CREATE] + (around[ActionKind.DELETE] if deletes else 0)
+    edit = max(create, around[ActionKind.UPDATE])
+    query = around[ActionKind.READ] + shape.query_length
+    return query + stored + facts * edit + 1, 1 + facts * (2 if deletes else 1)
 
 
 def _get(config: ConfigDict, path: str) -> Any:

@@ -82,7 +82,7 @@ def measure(
             examples = dataset.split(split)
             examples = examples[:episodes] if episodes else examples
             shape = episodes_lib.fit_shape(examples, parts.tokenizer)
-            validation.validate_shape(config, parts, shape)
+            validation.validate_shape(config, parts, shape, examples)
             for name, rates in policies.items():
                 bar.set_description(f"{split} {name}")
                 table[name][split] = _play(parts, mesh, examples, shape, rates, seed)

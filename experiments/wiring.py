@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import attention, rollout, sharding, workflows
+from atommem_jax import attention, chat, rollout, sharding, workflows
 from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
@@ -32,6 +32,9 @@ from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
 from atommem_jax.tokenizer import SentencePieceTokenizer, Tokenizer
 from atommem_jax.types import Episode, Trajectory
+
+HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
+"""Fields of `config.model` that change no parameter."""
 
 _CACHE_BYTES = 4 << 30
 
@@ -130,10 +133,26 @@ def subconfig(cls, section: ConfigDict, **more):
 
 
 def reserved_names(config: ConfigDict) -> list[str]:
-    """Names of all tokens that no text may encode to."""
-    protocol = protocol_lib.compact(config.memory.shown)
-    names = [*protocol.reserved_names(), *prompting.reserved_names(config.memory.shown)]
+    """Names of the tokens that protocol and prompt need, and that no text may encode to."""
+    names: list[str] = []
+    if config.protocol.name == "compact":
+        names += find_protocol(config).reserved_names()
+    if config.prompt == "compact":
+        names += prompting.reserved_names(config.memory.shown)
     return list(dict.fromkeys(names))
+
+
+def find_protocol(config: ConfigDict) -> protocol_lib.Protocol:
+    """The action protocol, with all its kinds. Raises ValueError for an unknown one."""
+    chosen = config.get("protocol", {"name": "compact", "free_text": False})  # older runs have none
+    return protocol_lib.find(
+        chosen["name"], config.memory.shown, free_text=bool(chosen["free_text"])
+    )
+
+
+def architecture(config: ConfigDict) -> ConfigDict:
+    """The model's section without the fields that say how it is computed, not what."""
+    return ConfigDict({k: v for k, v in config.model.items() if k not in HOW_TO_COMPUTE})
 
 
 def load_dataset(config: ConfigDict, data_root: str) -> episodes_lib.Dataset:
@@ -165,7 +184,7 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
     m, r = config.memory, config.rollout
     max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
     workflow = workflows.find(config.get("workflow", "learned"))  # older runs have none
-    protocol = protocol_lib.compact(m.shown).restrict(workflow.kinds)
+    protocol = find_protocol(config).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
     sizes = config.model.to_dict()
     features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
@@ -186,7 +205,7 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         tokenizer=tokenizer,
         agent=Agent(
             grammar=grammar,
-            template=prompting.compact(tokenizer, m.shown),
+            template=make_template(config, tokenizer, protocol),
             model=Transformer(model),
             sampler=sampler,
         ),
@@ -196,6 +215,18 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         workflow=workflow,
         embed=HashedBagOfTokens(vocab_size=tokenizer.vocab_size, dim=m.key_dim),
     )
+
+
+def make_template(
+    config: ConfigDict, tokenizer: Tokenizer, protocol: protocol_lib.Protocol
+) -> prompting.Template:
+    """The pieces of a prompt. Raises ConfigError for a tokenizer that cannot write them."""
+    try:
+        if config.get("prompt", "compact") == "chat":  # older runs have none
+            return chat.template(tokenizer, protocol, thinking=protocol.free_text)
+        return prompting.compact(tokenizer, config.memory.shown)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(str(error.args[0])) from error
 
 
 def in_groups(

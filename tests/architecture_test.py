@@ -21,6 +21,7 @@ FLOORS = (
         "token_tables",
         "grammar",
         "prompt",
+        "chat",
         "attention",
         "model",
         "loss",

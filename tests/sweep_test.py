@@ -345,7 +345,7 @@ def test_every_run_fits_its_data(name, data_root):
         assert asked <= set(dataset.splits)
         parts = wiring.build(config, tokenizer)
         for shape in fitted[task]:
-            validation.validate_shape(config, parts, shape)
+            validation.validate_shape(config, parts, shape, dataset.split("train"))
             assert shape.query_length <= config.memory.query_length
             parts.setting(shape)
 

@@ -384,7 +384,7 @@ def test_budgets_too_small_for_the_data_are_named(changed, named):
     def check(**overrides):
         config = runs.make_config(**overrides)
         parts = wiring.build(config, tiny.make_tokenizer())
-        validation.validate_shape(config, parts, shape)
+        validation.validate_shape(config, parts, shape, [])
 
     check()
     with pytest.raises(ConfigError) as caught:

@@ -231,12 +231,3 @@ def test_values_are_not_learned_of_turns_that_a_program_writes(name):
     config.rl.ppo.estimator = "gae"
     with pytest.raises(ConfigError, match=f"estimator='gae'.*workflow='{name}'.*use"):
         validation.validate(config)
-
-
-def test_rl_starts_from_another_run_or_from_sft_not_both():
-    config = tiny.make_config().copy_and_resolve_references()
-    config.init_from = "runs/other"
-    with pytest.raises(ConfigError, match=r"init_from='runs/other'.*set sft\.steps=0"):
-        validation.validate(config)
-    config.sft.steps = 0
-    validation.validate(config)

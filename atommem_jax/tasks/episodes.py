@@ -286,6 +286,23 @@ def fit_shape(examples: Iterable[Example], tokenizer: Tokenizer) -> EpisodeShape
     return fitted
 
 
+def longest_support(
+    examples: Iterable[Example], tokenizer: Tokenizer, *, cap: int
+) -> tuple[int, int]:
+    """(tokens, facts): the most that is worth storing of any one chunk.
+
+    cap: tokens to which the text of each fact is cut.
+    """
+    encode_text = _TextEncoder(tokenizer)
+    tokens = facts = 0
+    for example in examples:
+        for chunk in example["chunks"]:
+            stored = [fact.get("note") or fact["text"] for fact in chunk if fact["support"]]
+            sizes = [min(len(encode_text(text, first=False)), cap) for text in stored]
+            tokens, facts = max(tokens, sum(sizes)), max(facts, len(sizes))
+    return tokens, facts
+
+
 def encode(example: Example, tokenizer: Tokenizer, shape: EpisodeShape) -> Episode:
     """Makes one example an Episode with NumPy leaves (int32, bool), padded to `shape`.
 

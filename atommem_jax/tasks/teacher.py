@@ -81,7 +81,7 @@ class Script:
 
     opens: tuple[tuple[int, ...], ...]  # per ActionKind
     closes: tuple[tuple[int, ...], ...]
-    targets: tuple[tuple[int, ...], ...]  # target 1..K
+    targets: tuple[tuple[tuple[int, ...], ...], ...]  # per ActionKind: target 1..K, or none
     eos_id: int
     pad_id: int
     response_length: int  # R
@@ -91,18 +91,21 @@ class Script:
     def compile(
         cls, protocol: Protocol, tokenizer: Tokenizer, *, response_length: int, max_text: int
     ) -> "Script":
-        """Raises ValueError when the target literals of two tags differ in length."""
+        """Raises ValueError when the targets of a tag differ in their number of tokens."""
         tags = {tag.kind: tag for tag in protocol.tags}
         opens = [spell(tokenizer, tags[k].open) if k in tags else () for k in ActionKind]
         closes = [spell(tokenizer, tags[k].close) if k in tags else () for k in ActionKind]
-        targeted = [k for k in (ActionKind.UPDATE, ActionKind.DELETE) if k in tags]
-        names = protocol.write_targets(targeted[0]) if targeted else ()
-        targets = [spell(tokenizer, name) for name in names]
-        if len({len(t) for t in targets}) > 1:
-            raise ValueError(
-                f"protocol {protocol.name!r}: targets take {[len(t) for t in targets]} tokens; "
-                "scripted teachers need one width; use a protocol with reserved targets"
-            )
+        targets = [
+            tuple(spell(tokenizer, name) for name in protocol.write_targets(k)) if k in tags else ()
+            for k in ActionKind
+        ]
+        for names in targets:
+            if len({len(name) for name in names}) > 1:
+                raise ValueError(
+                    f"protocol {protocol.name!r}: targets take {[len(t) for t in names]} tokens; "
+                    "scripted teachers need one width; lower memory.shown, or use a protocol with "
+                    "reserved targets"
+                )
         return cls(
             opens=tuple(opens),
             closes=tuple(closes),
@@ -112,6 +115,11 @@ class Script:
             response_length=response_length,
             max_text=max_text,
         )
+
+    def tokens_around(self, kind: ActionKind) -> int:
+        """Tokens of an action besides its text; 0 for a kind without a tag."""
+        targets = self.targets[kind]
+        return len(self.opens[kind]) + (len(targets[0]) if targets else 0) + len(self.closes[kind])
 
     def action(
         self,
@@ -126,7 +134,8 @@ class Script:
             return jnp.zeros((0,), jnp.int32), jnp.zeros((0,), bool)
         pieces = [jnp.asarray(self.opens[kind], jnp.int32)]
         if target is not None:
-            pieces.append(jnp.asarray(self.targets, jnp.int32)[jnp.maximum(target - 1, 0)])
+            names = jnp.asarray(self.targets[kind], jnp.int32)
+            pieces.append(names[jnp.maximum(target - 1, 0)])
         real = [jnp.ones((p.shape[0],), bool) for p in pieces]
         if text is not None:
             pieces.append(text.astype(jnp.int32))

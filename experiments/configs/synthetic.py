@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.workflow = "learned"  # or one of atommem_jax.workflows: what it is compared with
-    config.init_from = ""  # a checkpoint whose parameters start RL; needs sft.steps=0
+    config.init_from = ""  # a checkpoint whose parameters training starts from
 
     config.profile = False  # trace the second step of each stage to <workdir>/profile
 
@@ -37,6 +37,11 @@ def get_config() -> ConfigDict:
 
     config.tokenizer = ConfigDict()
     config.tokenizer.vocab_size = 640
+
+    config.protocol = ConfigDict()
+    config.protocol.name = "compact"  # a key of atommem_jax.protocol.PROTOCOLS
+    config.protocol.free_text = False  # between actions, as for thoughts
+    config.prompt = "compact"  # or "chat", the format of a pretrained model
 
     config.memory = ConfigDict()
     config.memory.slots = 5
