@@ -23,7 +23,7 @@ test: $(VENV)/.stamp-test  ## Run the tests
 	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
 test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers)
-	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py
+	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py
 
 lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -127,6 +128,8 @@ class Cache:
 
     Those of the prompt are written once and then only read: decoding would spend most of its time
     copying them from step to step. What it writes lies apart, in the slots behind them.
+
+    After `unstack` the first four fields are tuples of one array a layer.
     """
 
     keys: Float[Array, "layers B kv_heads slots head_width"]
@@ -136,9 +139,19 @@ class Cache:
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
 
     @property
+    def prompt_slots(self) -> int:
+        """Slots that are only read."""
+        return self.keys[0].shape[2]
+
+    @property
     def slots(self) -> int:
         """All slots, written or not."""
-        return self.keys.shape[3] + self.later_keys.shape[3]
+        return self.prompt_slots + self.later_keys[0].shape[2]
+
+    def unstack(self) -> "Cache":
+        """The same with every layer's arrays apart, for `Transformer` with `layers`."""
+        fields = ("keys", "values", "later_keys", "later_values")
+        return self.replace(**{name: tuple(getattr(self, name)) for name in fields})
 
     def extend(self, slots: int) -> "Cache":
         """Room for `slots` more slots, which hold zeros until they are written."""
@@ -304,6 +317,22 @@ class Transformer(nn.Module):
     def _layers(self, keep_cache, *args):
         return self.stack(keep_cache)(*args)
 
+    def _run_apart(self, layers, x, cache, *args):
+        """As `_layers` with a cache, one after the other instead of in a scan."""
+        block = Block(self.config, keep_cache=True, parent=None)
+        written = []
+        for i, params in enumerate(layers):
+            own = Cache(
+                cache.keys[i],
+                cache.values[i],
+                cache.later_keys[i],
+                cache.later_values[i],
+                cache.recent,
+            )
+            x, pair = block.apply({"params": params}, x, own, *args)
+            written.append(pair)
+        return x, tuple(zip(*written, strict=True))
+
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -313,12 +342,16 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         index: int | Int[Array, ""] = 0,
         keep_cache: bool = False,
+        layers: tuple[Any, ...] | None = None,
     ) -> tuple[Float[Array, "B T width"], Cache | None]:
         """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
 
         With `cache` the tokens attend to its slots too, and the cache comes back with them
         written among its later slots. Without, `keep_cache=True` returns a cache of just these T
         slots.
+
+        layers: `unstack_layers` of the parameters, which are then used in place of the stacked
+        ones; needs a cache that is unstacked too.
         """
         c = self.config
         batch, length = tokens.shape
@@ -355,8 +388,11 @@ class Transformer(nn.Module):
             )
         keep = keep_cache or cache is not None
         stacked = None if cache is None else cache.replace(recent=None)
-        offset = index if cache is None else index - cache.keys.shape[3]
-        x, written = self._layers(keep, x, stacked, start, positions, mask, offset)
+        offset = index if cache is None else index - cache.prompt_slots
+        if layers is None:
+            x, written = self._layers(keep, x, stacked, start, positions, mask, offset)
+        else:
+            x, written = self._run_apart(layers, x, stacked, start, positions, mask, offset)
         new_cache = None
         if keep:
             tail = window[:, window.shape[1] - c.token_shift :]
@@ -392,6 +428,18 @@ class Transformer(nn.Module):
         features = jnp.zeros((*tokens.shape, c.num_features), bool) if c.num_features else None
         hidden, _ = self(tokens, jnp.zeros(tokens.shape[:1], jnp.int32), features=features)
         return self.logits(hidden), self.value(hidden)
+
+
+def unstack_layers(params) -> tuple[Any, ...]:
+    """The parameters of each layer apart.
+
+    A loop that runs the stacked layers copies the matrices of each before it uses them, where the
+    compiler cannot multiply by a part of an array, as on a CPU: three times the memory traffic of
+    decoding. Take them apart outside of the loop.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
 
 
 def init_params(model: Transformer, key: Array):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from atommem_jax import loss, sharding
 from atommem_jax import prompt as prompting
 from atommem_jax.grammar import Grammar
-from atommem_jax.model import Transformer
+from atommem_jax.model import Transformer, unstack_layers
 from atommem_jax.types import Response
 
 _MASKED = -1e30
@@ -31,6 +31,7 @@ class SamplerConfig:
     constrained: bool = True  # only tokens that the grammar allows
     top_p: float = 1.0
     score_chunk: int = 0  # response tokens whose logits exist at a time while scoring; 0 for all
+    unstack: bool = False  # decode with the layers apart, see `model.unstack_layers`
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -139,6 +140,10 @@ def generate(
             features=_features(agent, prompt, prompt),
             keep_cache=True,
         )
+    cache = cache.extend(limit)
+    layers = None
+    if config.unstack:
+        layers, cache = unstack_layers(params), cache.unstack()
     last = hidden[:, -1]
     values = model.apply({"params": params}, last, method="value")
     empty = jnp.full((batch, limit), pad, jnp.int32)
@@ -170,13 +175,14 @@ def generate(
             features=_features(agent, prompt, token[:, None]),
             cache=cache,
             index=prompt_width + position,
+            layers=layers,
         )
         return position + 1, hidden[:, 0], cache, state, done, tokens, log_probs
 
     carry = (
         jnp.zeros((), jnp.int32),
         last,
-        cache.extend(limit),
+        cache,
         jax.vmap(grammar.start)(phase),
         skip,
         empty,

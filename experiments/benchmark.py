@@ -3,6 +3,7 @@
     python experiments/benchmark.py --suite=memory,rollout,train,task --json=runs/benchmark.json
     python experiments/benchmark.py --checkpoint=runs/demo --suite=rollout,train
     python experiments/benchmark.py --suite=growth --plot=runs/growth.png
+    python experiments/benchmark.py --suite=decode --pretrained=SmolLM2-135M-Instruct.Q4_1.gguf
 
 | suite | ours | peers |
 |---|---|---|
@@ -10,6 +11,7 @@
 | rollout | the jitted episode | the same agent driven from the host; PyTorch with FAISS |
 | train | one PPO update | PyTorch, eager and compiled |
 | task | the validity table | |
+| decode | prefill and decoding of a published model | transformers, llama.cpp |
 | growth | a turn against slots, trajectories, entry length; an episode against turns | |
 
 Peers do the same work, and tests hold that they get the same results. Contestants take turns in
@@ -49,6 +51,12 @@ TRAJECTORIES = absl_flags.DEFINE_integer(
 _LOAD = memory_suite.Load()
 TORCH_COMPILE = absl_flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile; compiling takes minutes on two cores."
+)
+PRETRAINED = absl_flags.DEFINE_string(
+    "pretrained", None, "Weights of suite decode: a .gguf file or a Hugging Face directory."
+)
+PAD_TOKEN = absl_flags.DEFINE_string(
+    "pad_token", "<|endoftext|>", "Of the tokenizer of suite decode."
 )
 SLOTS = absl_flags.DEFINE_integer("slots", _LOAD.slots, "Of suite memory.", lower_bound=1)
 ENTRY_LENGTH = absl_flags.DEFINE_integer(
@@ -118,6 +126,8 @@ def read_options() -> suites.Options:
         episodes=validity.EPISODES.value,
         plot=PLOT.value,
         torch_compile=TORCH_COMPILE.value,
+        pretrained=PRETRAINED.value,
+        pad_token=PAD_TOKEN.value,
     )
 
 

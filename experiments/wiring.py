@@ -198,7 +198,8 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         response_length=r.response_length,
         constrained=r.constrained,
         top_p=r.top_p,
-        score_chunk=r.get("score_chunk", 0),  # older runs have none
+        score_chunk=r.get("score_chunk", 0),  # older runs have none of these
+        unstack=r.get("unstack", False),
     )
     return Parts(
         config=config,

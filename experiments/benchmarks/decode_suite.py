@@ -1,0 +1,302 @@
+"""Suite `decode`: a published model, prefilled and decoded, against what people run it with.
+
+| peer | what |
+|---|---|
+| transformers | `generate` of Hugging Face transformers, PyTorch on the CPU, the same weights |
+| llama_cpp | llama.cpp through `llama-cpp-python`: the same weights, as float32 GGUF |
+
+Needs `--pretrained`, a .gguf file or a Hugging Face directory. All decode greedily in float32, and
+go on behind the end of a text, so that every contestant takes the same number of steps. Ours is
+`sampling.generate`, the function that rollouts call. Three things are measured: prefill, decoding
+at several batch sizes, and what the grammar of the actions adds to a step.
+
+What a step at batch 1 must read, all weights once, is set against the bandwidth that this machine
+reaches when it reads as much memory and does nothing else.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atommem_jax import chat, gguf, pretrained, protocol, published, sampling
+from atommem_jax.grammar import compile_grammar
+from atommem_jax.model import Transformer, count_params
+from atommem_jax.sampling import Agent, SamplerConfig
+from atommem_jax.types import Phase
+from experiments.benchmarks import timing
+
+PREFILL = (8, 512)  # rows, tokens
+PROMPT, STEPS = 128, 64
+BATCHES = (1, 8, 32)
+SHOWN = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model that all contestants run.
+
+    Attributes:
+      path: where its weights are.
+      agent: ours, with the paper's actions and free text between them.
+      params: float32, on one device.
+    """
+
+    path: pathlib.Path
+    agent: Agent
+    params: Any
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a decoded token must read, whatever the batch."""
+        return 4 * count_params(self.params)
+
+
+def load(path: str, pad_token: str | None = None) -> Subject:
+    """Reads weights and tokenizer. Raises PublishedError for what cannot be read."""
+    config, params = pretrained.load(path)
+    if pathlib.Path(path).suffix == ".gguf":
+        tokenizer = gguf.open_model(path).read_tokenizer(config.vocab_size, pad_token=pad_token)
+    else:
+        tokenizer = published.read_tokenizer(path, config.vocab_size, pad_token=pad_token)
+    actions = protocol.atommem(SHOWN, free_text=True)
+    grammar = compile_grammar(actions, tokenizer, max_actions=8, max_text=64)
+    agent = Agent(
+        # No token ends a row: every contestant takes as many steps.
+        grammar=dataclasses.replace(grammar, eos_id=-1),
+        template=chat.template(tokenizer, actions),
+        model=Transformer(dataclasses.replace(config, pad_id=tokenizer.pad_id)),
+        sampler=SamplerConfig(STEPS, constrained=False),
+    )
+    return Subject(pathlib.Path(path), agent, params)
+
+
+def make_prompts(rows: int, length: int, vocab_size: int) -> np.ndarray:
+    """int32 [rows, length] of any tokens."""
+    return np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Contestants
+
+
+class Ours:
+    """Prefill and decode as rollouts do them."""
+
+    def __init__(self, subject: Subject):
+        self._subject = subject
+
+    def prefill(self, prompts: np.ndarray) -> timing.Contestant:
+        tokens, params = jnp.asarray(prompts), self._subject.params
+        run = functools.partial(_prefill, self._subject.agent, params, tokens)
+        return timing.Contestant(lambda _: jax.block_until_ready(run()))
+
+    def generate(self, prompts: np.ndarray, *, constrained: bool = False) -> timing.Contestant:
+        agent = self._subject.agent
+        sampler = dataclasses.replace(agent.sampler, constrained=constrained)
+        agent = agent.replace(sampler=sampler)
+        tokens, params = jnp.asarray(prompts), self._subject.params
+        run = functools.partial(_generate, agent, params, tokens)
+        return timing.Contestant(lambda _: np.asarray(run()))
+
+
+@jax.jit
+def _prefill(agent: Agent, params, tokens) -> jax.Array:
+    """Logits of the last token [B, V], and the cache."""
+    start = jnp.zeros(tokens.shape[:1], jnp.int32)
+    variables = {"params": params}
+    hidden, cache = agent.model.apply(variables, tokens, start, keep_cache=True)
+    return agent.model.apply(variables, hidden[:, -1], method="logits"), cache
+
+
+@jax.jit
+def _generate(agent: Agent, params, tokens) -> jax.Array:
+    rows, length = tokens.shape
+    return sampling.generate(
+        agent,
+        params,
+        tokens,
+        jnp.full((rows,), length, jnp.int32),
+        jnp.full((rows,), int(Phase.READING), jnp.int32),
+        jax.random.split(jax.random.key(0), rows),
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((rows,), bool),
+    ).tokens
+
+
+class Transformers:
+    """Hugging Face `generate`; raises ImportError where it is not installed."""
+
+    def __init__(self, subject: Subject):
+        import torch
+        import transformers
+
+        self._torch = torch
+        path = subject.path
+        place, more = (
+            (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+        )
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, **more
+        )
+        self._model = model.eval()
+        self._model.generation_config.eos_token_id = None
+
+    def prefill(self, prompts: np.ndarray) -> timing.Contestant:
+        ids = self._torch.tensor(prompts, dtype=self._torch.long)
+
+        def run(_: Any) -> None:
+            with self._torch.inference_mode():
+                self._model(ids, use_cache=True, logits_to_keep=1)
+
+        return timing.with_torch_threads(timing.Contestant(run), timing.count_cores())
+
+    def generate(self, prompts: np.ndarray) -> timing.Contestant:
+        ids = self._torch.tensor(prompts, dtype=self._torch.long)
+
+        def run(_: Any) -> np.ndarray:
+            with self._torch.inference_mode():
+                out = self._model.generate(
+                    ids,
+                    attention_mask=self._torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=STEPS,
+                    min_new_tokens=STEPS,
+                    pad_token_id=0,
+                )
+            return out[:, ids.shape[1] :].numpy()
+
+        return timing.with_torch_threads(timing.Contestant(run), timing.count_cores())
+
+
+class LlamaCpp:
+    """llama.cpp with one sequence; raises ImportError where it is not installed."""
+
+    def __init__(self, subject: Subject):
+        import llama_cpp
+
+        self._folder = tempfile.TemporaryDirectory()
+        path = pathlib.Path(self._folder.name) / "float32.gguf"
+        _write_float32(subject.path, path)
+        self._model = llama_cpp.Llama(
+            str(path),
+            n_ctx=PROMPT + STEPS,
+            n_threads=timing.count_cores(),
+            n_threads_batch=timing.count_cores(),
+            verbose=False,
+        )
+
+    def generate(self, prompts: np.ndarray) -> timing.Contestant:
+        (row,) = prompts.tolist()
+
+        def run(_: Any) -> np.ndarray:
+            self._model.reset()
+            self._model.eval(row)
+            found = []
+            for _step in range(STEPS):
+                token = int(np.argmax(self._model.scores[self._model.n_tokens - 1]))
+                found.append(token)
+                if len(found) < STEPS:
+                    self._model.eval([token])
+            return np.asarray([found])
+
+        return timing.Contestant(run)
+
+
+def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
+    """The same GGUF file with its tensors as float32; raises ImportError without package gguf."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, reader.get_field("general.architecture").contents())
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        element = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=element)
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        writer.add_tensor(tensor.name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+def run(subject: Subject, *, runs: int) -> timing.Result:
+    """All comparisons, by name: `prefill`, `decode_1` and so on of each peer, and `grammar`."""
+    peers, results = _make_peers(subject)
+    ours, vocabulary = Ours(subject), subject.agent.model.config.vocab_size
+    prompts = make_prompts(*PREFILL, vocabulary)
+    contestants = {"ours": ours.prefill(prompts)}
+    contestants |= {
+        name: peer.prefill(prompts) for name, peer in peers.items() if hasattr(peer, "prefill")
+    }
+    seconds = timing.measure(contestants, runs=runs, label="prefill")
+    for name in contestants.keys() - {"ours"}:
+        results[f"{name}.prefill"] = timing.compare(
+            seconds["ours"], seconds[name], work=float(prompts.size), unit="tokens"
+        )
+    for batch in BATCHES:
+        prompts = make_prompts(batch, PROMPT, vocabulary)
+        contestants = {"ours": ours.generate(prompts)}
+        for name, peer in peers.items():
+            if batch == 1 or name != "llama_cpp":
+                contestants[name] = peer.generate(prompts)
+        if batch == 8:
+            contestants["constrained"] = ours.generate(prompts, constrained=True)
+        seconds = timing.measure(contestants, runs=runs, label=f"decode, batch {batch}")
+        for name in contestants.keys() - {"ours", "constrained"}:
+            results[f"{name}.decode_{batch}"] = timing.compare(
+                seconds["ours"], seconds[name], work=float(batch * STEPS), unit="tokens"
+            )
+        if batch == 1:
+            results["bandwidth"] = _compare_bandwidth(subject, seconds["ours"], runs)
+        if batch == 8:
+            results["grammar"] = _compare_grammar(seconds)
+    return results
+
+
+def _make_peers(subject: Subject) -> tuple[dict[str, Any], timing.Result]:
+    peers, absent = {}, {}
+    for name, make in (("transformers", Transformers), ("llama_cpp", LlamaCpp)):
+        try:
+            peers[name] = make(subject)
+        except ImportError as error:
+            absent[name] = timing.missing(error)
+    return peers, absent
+
+
+def _compare_grammar(seconds: dict[str, list[float]]) -> timing.Result:
+    """What the mask adds to a whole generation, prefill included in both."""
+    pairs = zip(seconds["ours"], seconds["constrained"], strict=True)
+    shares = [constrained / free - 1 for free, constrained in pairs]
+    return {"share": statistics.median(shares), "shares": shares}
+
+
+def _compare_bandwidth(subject: Subject, seconds: list[float], runs: int) -> timing.Result:
+    """The rate at which weights are read at batch 1, and that at which memory can be read."""
+    words = jnp.ones((subject.weight_bytes // 4,), jnp.float32)
+    read = jax.jit(jnp.sum)
+    contestant = timing.Contestant(lambda _: jax.block_until_ready(read(words)))
+    limit = statistics.median(timing.measure({"read": contestant}, runs=runs)["read"])
+    step = statistics.median(seconds) / STEPS
+    return {
+        "unit": "GB a second",
+        "ours": subject.weight_bytes / step / 1e9,
+        "limit": subject.weight_bytes / limit / 1e9,
+        "share": limit / step,
+    }
