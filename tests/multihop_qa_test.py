@@ -541,7 +541,7 @@ def test_the_clean_teacher_answers_everything(tmp_path):
     parts = wiring.build(config, tokenizer)
     shape = episodes.fit_shape(examples, tokenizer)
     validation.validate(config)
-    validation.validate_shape(config, parts, shape)
+    validation.validate_shape(config, parts, shape, examples)
     batch = episodes.EncodedDataset(examples, tokenizer, shape).stack(range(len(examples)))
     policy = teacher.policy(teacher.TeacherConfig(), parts.script)
     played = jax.device_get(

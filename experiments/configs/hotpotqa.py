@@ -6,7 +6,8 @@
 One sentence a chunk, one question a sample, ten documents: sizes at which a small model can be
 trained from scratch, to try the machinery on real text. The paper's setting is
 `task.documents=200`, `task.questions=(1, 10)`, no limit but `task.chunk_words=2800` (about 4,000
-tokens), and a pretrained model with the budgets of `presets.py`.
+tokens), a teacher with `store_distractor=0` (else all of a chunk must fit into its turn),
+and a pretrained model with the budgets of `presets.py`.
 """
 
 from ml_collections import ConfigDict
