@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
         "shape" not in config,
         "this config names the sizes of a published model and no data (config.shape): it can be "
         "compiled with experiments/compile_report.py and not be trained yet; train "
-        "experiments/configs/synthetic.py or babi.py",
+        "experiments/configs/synthetic.py, babi.py or hotpotqa.py",
     )
     mesh = wiring.make_mesh(config)
     agreement.check_every_process(mesh)

@@ -166,12 +166,17 @@ def load_dataset(config: ConfigDict, data_root: str) -> episodes_lib.Dataset:
 def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> SentencePieceTokenizer:
     """The tokenizer stored beside the data set; trained on its train split the first time."""
     names = reserved_names(config)
-    mark = hashlib.sha256(repr((config.tokenizer.vocab_size, names)).encode()).hexdigest()[:12]
+    coverage = config.tokenizer.get("character_coverage", 1.0)  # most tasks name none
+    settings = (config.tokenizer.vocab_size, names) + ((coverage,) if coverage < 1.0 else ())
+    mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     path = pathlib.Path(dataset.directory) / f"tokenizer-{mark}.bin"
     if path.exists():
         return SentencePieceTokenizer.from_bytes(path.read_bytes())
     tokenizer = SentencePieceTokenizer.train(
-        episodes_lib.tokenizer_texts(dataset), config.tokenizer.vocab_size, names
+        episodes_lib.tokenizer_texts(dataset),
+        config.tokenizer.vocab_size,
+        names,
+        character_coverage=coverage,
     )
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     aside.write_bytes(tokenizer.to_bytes())

@@ -104,8 +104,8 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
     """Writes the data set that `task` describes under `data_root`, unless it is there already.
 
     Args:
-      task: `name` is the family, 'synthetic' or 'babi'; the rest are fields of its config class,
-        `SyntheticConfig` or `BabiConfig`.
+      task: `name` is the family, 'synthetic', 'babi' or 'multihop_qa'; the rest are fields of its
+        config class, `SyntheticConfig`, `BabiConfig` or `MultihopQaConfig`.
       data_root: directory of all prepared data sets; made where it does not exist. Processes that
         share it on one machine wait for each other.
 
@@ -146,7 +146,11 @@ def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
         from atommem_jax.tasks import babi
 
         return babi.BabiConfig, babi.make_builder
-    raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi'.")
+    if name == "multihop_qa":
+        from atommem_jax.tasks import multihop_qa
+
+        return multihop_qa.MultihopQaConfig, multihop_qa.make_builder
+    raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa'.")
 
 
 @contextlib.contextmanager
