@@ -25,6 +25,7 @@ A host without an accelerator can be split into several devices (`--config.mesh.
 small models then use all cores, and the laptop runs the code path of the pod.
 """
 
+import contextvars
 import dataclasses
 import functools
 import math
@@ -370,24 +371,32 @@ class Layout:
             f"a divisor of {units} for mesh.{axis}"
         )
 
-    def constrain(self, tree: Any) -> Any:
-        """Inside a program: keeps parameters, gradients or moments where `TRAINING` puts them."""
+    def constrain(self, tree: Any, *, by_replica: bool = False) -> Any:
+        """Inside a program: keeps parameters, gradients or moments where `TRAINING` puts them.
+
+        by_replica: every leaf has a leading axis of replicas, as what `sharding.by_replica` gives.
+        """
         mesh = _partitioned()
         if mesh is None:
             return tree
         axes = _partitioned_axes(mesh)
         rules = {name: _present(axis, axes) for name, axis in TRAINING.items()}
+        leading = (DATA,) if by_replica else ()
 
         def place(path, leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            spec = self._spec(name, leaf.shape, mesh, rules)
-            return jax.lax.with_sharding_constraint(leaf, spec)
+            spec = self._spec(name, leaf.shape[len(leading) :], mesh, rules)
+            return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*leading, *spec))
 
         return jax.tree_util.tree_map_with_path(place, tree)
 
 
 # ---------------------------------------------------------------------------------------------
 # Inside a program
+
+
+_in_replica = contextvars.ContextVar("in_replica", default=False)
+"""Whether what is being traced is the part of one replica, see `by_replica`."""
 
 
 def _automatic_axes(mesh: Any) -> list[str]:
@@ -397,8 +406,9 @@ def _automatic_axes(mesh: Any) -> list[str]:
 
 
 def _partitioned_axes(mesh: Any) -> list[str]:
-    """Those of them that have more than one device."""
-    return [name for name in _automatic_axes(mesh) if mesh.shape[name] > 1]
+    """Those of them that have more than one device, and that a dimension may lie over here."""
+    taken = (DATA,) if _in_replica.get() else ()
+    return [name for name in _automatic_axes(mesh) if mesh.shape[name] > 1 and name not in taken]
 
 
 def _partitioned() -> Any | None:
@@ -455,15 +465,53 @@ def by_hand(function: Callable[..., Any], *, specs: Sequence[Any], out: Any) -> 
     if mesh is None:
         return function
     # Axes of one device are named too: what is not named is summed over in the backward pass.
-    axes = _automatic_axes(mesh)
+    names = _automatic_axes(mesh)
+    axes = [name for name in names if name != DATA or not _in_replica.get()]
     return jax.shard_map(
         function,
         mesh=mesh,
-        axis_names=set(axes),
+        axis_names=set(names),
         in_specs=tuple(_logical_spec(logical, axes) for logical in specs),
         out_specs=_logical_spec(out, axes),
         check_vma=False,
     )
+
+
+def count_replicas() -> int:
+    """Replicas of the parameters that the program being traced is partitioned over."""
+    mesh = _partitioned()
+    return mesh.shape[DATA] if mesh is not None and DATA in _partitioned_axes(mesh) else 1
+
+
+def by_replica(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`function` of each replica's rows: what it returns gets a leading axis of replicas.
+
+    Rows, the leading axis of every leaf of its argument, must divide over `count_replicas`. What
+    is summed over rows in `function` stays on its replica: a loop that adds gradients up meets the
+    others only when it is over, and not in every round.
+    """
+    replicas = count_replicas()
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(replicas, x.shape[0] // replicas, *x.shape[1:])
+        rest = (None,) * (x.ndim - 2)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(DATA, _rows(), *rest))
+
+    def run(rows: Any) -> Any:
+        parts = jax.tree.map(split, rows)
+        token = _in_replica.set(True)
+        try:
+            return jax.vmap(function, spmd_axis_name=DATA)(parts)
+        finally:
+            _in_replica.reset(token)
+
+    return run
+
+
+def _rows() -> str | None:
+    """The axis that the rows of one replica lie over, if there is one."""
+    mesh = _partitioned()
+    return FSDP if mesh is not None and FSDP in _partitioned_axes(mesh) else None
 
 
 def data_parallel(

@@ -138,18 +138,24 @@ def accumulate_gradients(
             response_lengths=jnp.where(counts, part.response_lengths, 0),
         )
 
+    # Every replica adds up its own gradients: they meet once, and not in every micro-batch.
+    replicas = sharding.count_replicas() if rows % sharding.count_replicas() == 0 else 1
+
     def differentiate(width):
         def grad_fn(part):
             return jax.value_and_grad(loss_fn, has_aux=True)(params, part, width)
 
-        return grad_fn
+        return sharding.by_replica(grad_fn) if replicas > 1 else grad_fn
 
     (loss_shape, aux_shape), grad_shape = jax.eval_shape(
         lambda: differentiate(widths[-1])(slice_of(0))
     )
     del loss_shape
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shape, aux_shape))
-    place = layout.constrain if layout is not None else lambda grads: grads
+
+    def place(grads, by_replica=replicas > 1):
+        return grads if layout is None else layout.constrain(grads, by_replica=by_replica)
+
     zeros = (place(zeros[0]), zeros[1])
 
     def body(i, carry):
@@ -167,6 +173,10 @@ def accumulate_gradients(
 
     with jax.named_scope("microbatches"):
         grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
+    if replicas > 1:
+        grads, sums = jax.tree.map(lambda x: x.sum(axis=0), (grads, sums))
+        grads = place(grads, by_replica=False)
+        maxima = jax.tree.map(lambda x: x.max(axis=0), maxima)
     return grads, sums, maxima
 
 
