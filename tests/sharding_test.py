@@ -190,6 +190,23 @@ def test_no_weight_is_gathered_while_decoding():
         assert each.axes == ("tensor",), each
 
 
+@pytest.mark.relaxed_promotion  # Optax raises a float to a counter
+def test_replicas_meet_outside_of_the_loop_over_micro_batches():
+    mesh = sharding.make_mesh(2, 4, 1)
+    parts = make_parts()
+    config = parts.config.copy_and_resolve_references()
+    config.rl.episodes, config.rl.ppo.group_size = ROWS // 2, 2
+    config.rl.ppo.microbatch_rows = 2
+    program = lowering.programs(config, parts, tiny.make_shape(), mesh, ["update"])["update"]
+    traffic = hlo.read(program.lower().compile().as_text(), dict(mesh.shape), {"microbatches": 8})
+    inside = traffic.inside("microbatches")
+    assert {axis for each in inside for axis in each.axes} == {"fsdp"}
+    sums = [each for each in traffic.collectives if each.axes == ("data",)]
+    params = jax.tree.leaves(jax.eval_shape(make_params))
+    quarter = 4 * sum(leaf.size for leaf in params) // 4  # bytes of the gradients on a device
+    assert sum(each.payload for each in sums) >= quarter
+
+
 # ---------------------------------------------------------------------------------------------
 # Rules
 
