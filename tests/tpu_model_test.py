@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 )
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(
-    not HAS_LIBTPU, reason="libtpu is not installed: pip install -e '.[tpu]'"
+    not HAS_LIBTPU, reason="libtpu is not installed: make test-peers, or '.[tpu]'"
 )
 
 
