@@ -1,4 +1,4 @@
-"""Gradients against a plain computation over all rows, credit in literal numbers, and learning."""
+"""Gradients against a plain computation over all rows, and credit in literal numbers."""
 
 import functools
 
@@ -8,106 +8,25 @@ import numpy as np
 import optax
 import pytest
 
-from atommem_jax import optimizer as optimizer_lib
-from atommem_jax import rollout, sampling, sharding, trainer
+from atommem_jax import sampling, trainer
 from atommem_jax.optimizer import OptimizerConfig
-from atommem_jax.tasks import teacher
 from atommem_jax.trainer import PPOConfig
-from atommem_jax.types import EMPTY, ActionKind, Phase
+from atommem_jax.types import EMPTY
 from tests import tiny
-
-ROWS = 8
-ONE = jnp.float32(1.0)
-
-
-def agent():
-    return tiny.make_parts().agent
-
-
-@functools.cache
-def make_params():
-    return tiny.make_params(scale=0.1)
-
-
-@functools.cache
-def sample():
-    """Two groups of four trajectories; the value of a turn is noise."""
-    episodes, _ = tiny.make_episodes([0] * 4 + [1] * 4)
-    played = tiny.play(make_params(), episodes, np.arange(ROWS), seed=0)
-    values = np.random.default_rng(0).normal(size=played.turns.values.shape)
-    values = np.where(played.turns.live, values, 0.0).astype(np.float32)
-    return played.replace(turns=played.turns.replace(values=jnp.asarray(values)))
-
-
-@functools.cache
-def num_questions():
-    return jnp.asarray(tiny.make_episodes([0] * 4 + [1] * 4)[0].num_questions)
-
-
-def draw_rewards(seed=0):
-    """0 or 1 for each question; the second group is alike in everything."""
-    rewards = np.random.default_rng(seed).integers(0, 2, (ROWS, 2)).astype(np.float32)
-    rewards[:2, 0] = 0, 1  # the first group is not
-    rewards[4:] = 1
-    return jnp.asarray(np.where(np.arange(2) < np.asarray(num_questions())[:, None], rewards, 0.0))
-
-
-def _record(grads, total, params):
-    del params
-    return jax.tree.map(jnp.zeros_like, grads), jax.tree.map(jnp.add, total, grads)
-
-
-# Leaves the parameters where they are; its state is the sum of the gradients it was given.
-RECORDER = optax.GradientTransformation(
-    init=lambda params: jax.tree.map(jnp.zeros_like, params), update=_record
+from tests.updates import (
+    ONE,
+    RECORDER,
+    ROWS,
+    agent,
+    assert_close,
+    draw_rewards,
+    make_params,
+    new_state,
+    num_questions,
+    off_policy,
+    sample,
+    update,
 )
-
-
-def relax(optimizer):
-    """Optax mixes types and ranks; what calls it must not."""
-
-    def update(grads, state, params):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return optimizer.update(grads, state, params)
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def make_optimizer(total_steps=1, **config):
-    return relax(optimizer_lib.make_optimizer(OptimizerConfig(**config), total_steps))
-
-
-def new_state(optimizer, params=None):
-    params = make_params() if params is None else params
-    # Steps donate their state, and the parameters of these tests are shared.
-    state = optimizer_lib.create_state(jax.tree.map(jnp.copy, params), optimizer)
-    return sharding.replicate(state, sharding.single())  # where a step leaves it
-
-
-def update(state, trajectories, rewards, config, optimizer, reference=None, seed=0):
-    return trainer.update_step(
-        agent(),
-        state,
-        trajectories,
-        rewards,
-        num_questions(),
-        jax.random.key(seed),
-        ONE,
-        reference,
-        optimizer=optimizer,
-        config=config,
-    )
-
-
-def assert_close(ours, theirs, rtol=2e-4, atol=1e-6):
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
-    ):
-        size = float(np.abs(b).max())
-        np.testing.assert_allclose(
-            a, b, atol=rtol * size + atol, rtol=0, err_msg=jax.tree_util.keystr(path)
-        )
-
 
 # ---------------------------------------------------------------------------------------------
 # Packing
@@ -244,17 +163,6 @@ def straightforward_gradients(trajectories, advantages, *, low=0.2, high=0.28, d
         tokens = float(jnp.where(row.live, row.response_lengths, 0).sum())
         found.append((gradient(make_params(), row, advantages[b]), tokens))
     return found
-
-
-@functools.cache
-def off_policy():
-    """The sample with other behaviour log-probs, so that every clip is at work."""
-    played = sample()
-    noise = np.random.default_rng(2).normal(0.0, 0.5, played.turns.log_probs.shape)
-    shifted = jnp.where(
-        played.turns.log_probs != 0, played.turns.log_probs + noise.astype(np.float32), 0.0
-    )
-    return played.replace(turns=played.turns.replace(log_probs=shifted))
 
 
 def expected_advantages(rewards):
@@ -446,91 +354,6 @@ def test_gae_pays_each_question_at_the_turn_that_ends_it():
     np.testing.assert_allclose(advantages[1], [0.125, 0.25, 0.5, 0], atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------
-# Optimisers
-
-
-def updates_of(optimizer, params, grads, steps):
-    state, found = optimizer.init(params), []
-    step = jax.jit(optimizer.update)
-    for _ in range(steps):
-        change, state = step(grads, state, params)
-        found.append(change)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0, 0.025, 0.05, 0.075, *[0.1] * 9]),
-        (
-            "cosine",
-            [0, 0.025, 0.05, 0.075] + [0.05 * (1 + np.cos(np.pi * k / 8)) for k in range(9)],
-        ),
-    ],
-)
-def test_schedules_warm_up_and_end(schedule, expected):
-    optimizer = make_optimizer(12, learning_rate=0.1, schedule=schedule, warmup_steps=4)
-    params = {"w": jnp.ones((2, 2), jnp.float32)}
-    # With a constant gradient Adam moves by exactly the learning rate.
-    found = updates_of(optimizer, params, params, steps=13)
-    np.testing.assert_allclose([-u["w"][0, 0] for u in found], expected, atol=1e-5)
-
-
-def test_muon_turns_each_layer_and_leaves_the_rest_to_adam():
-    rng = np.random.default_rng(0)
-    params = {
-        "layers": {"query": {"kernel": jnp.zeros((2, 6, 4))}, "norm": {"scale": jnp.ones((2, 6))}},
-        "embedder": {"embedding": jnp.zeros((5, 6))},
-    }
-    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    optimizer = make_optimizer(
-        name="muon", learning_rate=0.1, adam_learning_rate=0.01, clip_norm=1e9
-    )
-    [found] = updates_of(optimizer, params, grads, steps=1)
-    for path in (("layers", "norm", "scale"), ("embedder", "embedding")):
-        ours, theirs = found, grads
-        for name in path:
-            ours, theirs = ours[name], theirs[name]
-        # Its first step, Nesterov momentum included, has one size for all entries.
-        np.testing.assert_allclose(np.abs(ours), np.abs(ours).max(), rtol=1e-4)
-        np.testing.assert_array_equal(np.sign(ours), -np.sign(theirs))
-        assert 0.01 <= np.abs(ours).max() < 0.02
-    for layer in range(2):
-        change = np.asarray(found["layers"]["query"]["kernel"][layer])
-        singular = np.linalg.svd(change, compute_uv=False)
-        assert singular.max() / singular.min() < 2.5, "not orthogonalised"
-        assert (change * np.asarray(grads["layers"]["query"]["kernel"][layer])).sum() < 0
-
-
-def test_large_gradients_are_clipped():
-    # One step of plain momentum-free Adam hides the scale: compare first moments instead.
-    optimizer = make_optimizer(clip_norm=1.0, b1=0.0)
-    params = {"w": jnp.zeros((2,))}
-    _, state = optimizer.update({"w": jnp.asarray([30.0, 40.0])}, optimizer.init(params), params)
-    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (2,)]
-    np.testing.assert_allclose(moments[0], [0.6, 0.8], rtol=1e-5)
-
-
-def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
-    params = {"w": jnp.asarray([1.0, 2.0])}
-    optimizer = make_optimizer()
-    state = optimizer_lib.create_state(params, optimizer)
-    bad = {"w": jnp.asarray([1.0, jnp.nan])}
-    good = {"w": jnp.asarray([1.0, -1.0])}
-    for step, in_a_row in [(1, 1), (2, 2)]:
-        state, metrics = optimizer_lib.apply_gradients(state, bad, optimizer)
-        assert (state.step, state.skipped, state.skipped_in_a_row) == (step, step, in_a_row)
-        assert metrics["skipped"] == 1
-        np.testing.assert_array_equal(state.params["w"], params["w"])
-    fresh = optimizer.init(params)
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh)
-    state, metrics = optimizer_lib.apply_gradients(state, good, optimizer)
-    assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 2, 0)
-    np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(2), rtol=1e-6)
-    assert (np.sign(state.params["w"] - params["w"]) == [-1, 1]).all()
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -548,107 +371,3 @@ def test_validate_names_the_field(config, message):
     type(config)().validate()
     with pytest.raises(ValueError, match=message):
         config.validate()
-
-
-# ---------------------------------------------------------------------------------------------
-# Learning
-
-
-@jax.jit
-def teach(setting, episodes, ids):
-    policy = teacher.policy(teacher.TeacherConfig(), tiny.make_parts().script)
-    return rollout.run(setting, policy, episodes, ids, jax.random.key(0))
-
-
-MUON = make_optimizer(name="muon", learning_rate=0.02, adam_learning_rate=0.01)
-
-
-def lesson(indices):
-    episodes, _ = tiny.make_episodes(indices)
-    ids = np.arange(len(indices), dtype=np.int32)
-    return teach(tiny.make_parts().setting(tiny.make_shape()), episodes, ids)
-
-
-def test_sft_overfits_one_batch_of_a_deterministic_teacher_without_recompiling():
-    taught = lesson([0, 1])
-    state = new_state(MUON, tiny.make_params())
-    keep = np.ones(2, bool)
-    losses = []
-    for step in range(110):
-        state, metrics = trainer.sft_step(agent(), state, taught, keep, optimizer=MUON, rows=32)
-        losses.append(float(metrics["loss"]))
-        if step == 0:
-            tokens = np.where(taught.turns.live, taught.turns.response_lengths, 0).sum()
-            assert int(metrics["tokens"]) == tokens
-            assert metrics["kept"] == 1
-    assert losses[0] > 0.5
-    assert losses[-1] < 0.02  # the clean teacher never draws: the floor is 0
-    # Other episodes, and one of them not kept: the same program.
-    other, keep = lesson([2, 3]), np.array([True, False])
-    warm = tiny.count_compilations()
-    state, metrics = trainer.sft_step(agent(), state, other, keep, optimizer=MUON, rows=32)
-    assert tiny.count_compilations() == warm
-    assert float(metrics["kept"]) == 0.5
-    assert np.isfinite(metrics["loss"])
-
-
-def test_sft_learns_nothing_from_what_is_not_kept():
-    taught = lesson([0, 1])
-    state = new_state(MUON, tiny.make_params())
-    state, metrics = trainer.sft_step(
-        agent(), state, taught, np.zeros(2, bool), optimizer=MUON, rows=32
-    )
-    assert metrics["tokens"] == 0
-    assert metrics["gradient_norm"] == 0
-    assert_close(state.params, tiny.make_params(), rtol=0, atol=0)
-
-
-ADAM = make_optimizer(learning_rate=0.01)
-BANDIT = PPOConfig(
-    group_size=4, minibatches=2, microbatch_rows=32, divide_by_std=True, entropy_coef=0.0
-)
-
-
-def pull(played):
-    """Share of the reading turns that begin with a note: a bandit with one arm per action."""
-    turns = played.turns
-    reading = turns.live & (turns.phase == Phase.READING)
-    noted = reading & (turns.actions.kind[..., 0] == ActionKind.SCRATCHPAD)
-    share = noted.sum(axis=1).astype(jnp.float32) / reading.sum(axis=1).astype(jnp.float32)
-    put = jnp.arange(2)[None] < num_questions()[:, None]
-    return jnp.where(put, share[:, None], 0.0)
-
-
-def test_ppo_raises_a_reward_it_can_reach_without_recompiling():
-    episodes, _ = tiny.make_episodes([0] * 4 + [1] * 4)
-    state = new_state(ADAM, tiny.make_params())
-    means, warm = [], None
-    for step in range(20):
-        played = tiny.play(state.params, episodes, ROWS * step + np.arange(ROWS), seed=1)
-        rewards = pull(played)
-        means.append(float(rewards[:, 0].mean()))
-        state, metrics = update(state, played, rewards, BANDIT, ADAM, seed=step)
-        assert metrics["log_prob_gap"] < 1e-5
-        assert metrics["skipped"] == 0
-        if step == 1:
-            warm = tiny.count_compilations()
-    assert tiny.count_compilations() == warm
-    assert np.mean(means[:3]) < 0.5
-    assert np.mean(means[-3:]) > 0.9
-    assert state.step == 40
-
-
-def test_a_reward_that_is_no_number_skips_the_step():
-    state = new_state(ADAM)
-    rewards = draw_rewards().at[0, 0].set(jnp.nan)
-    state, metrics = update(state, sample(), rewards, BANDIT, ADAM)
-    assert int(metrics["skipped"]) == int(state.skipped) > 0
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-    if state.skipped == 2:
-        assert_close(state.params, make_params(), rtol=0, atol=0)
-
-
-def test_the_gap_between_sampler_and_learner_is_seen():
-    _, metrics = update(new_state(ADAM), off_policy(), draw_rewards(), BANDIT, ADAM)
-    gap = np.abs(off_policy().turns.log_probs - sample().turns.log_probs)
-    assert 0.5 < metrics["log_prob_gap"] <= gap.max() + 1e-5
