@@ -93,6 +93,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
     # ------------------------------------------------------------------ agent, stages
     parts = wiring.build(config, tokenizer)
     validation.validate_shape(config, parts, shape, examples)
+    validation.validate_parameters(parts, mesh)
     plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
     validate = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
     last = sum(stage.steps for stage in plan)

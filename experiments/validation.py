@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atommem_jax import memory, workflows
 from atommem_jax.config import ConfigError, check
-from atommem_jax.model import ModelConfig
+from atommem_jax.model import ModelConfig, init_params
 from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.sampling import SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
@@ -139,6 +141,16 @@ def validate_devices(config: ConfigDict, data: int, fsdp: int = 1) -> None:
         f"rollout.group={group} does not divide the {share} trajectories of a device "
         f"({rollout} over {devices}); choose a divisor, or 0 for all at once",
     )
+
+
+def validate_parameters(parts: wiring.Parts, mesh: Mesh) -> None:
+    """Raises ConfigError for a parameter that does not divide over the mesh; allocates nothing."""
+    model = parts.agent.model
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    try:
+        model.config.layout.specs(shapes, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def validate_shape(
