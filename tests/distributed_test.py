@@ -4,7 +4,6 @@ Real processes on loopback, of which every run has four devices, so that all sha
 programs. Each waits for conditions, not for a time, and is killed when its test ends.
 """
 
-import math
 import pathlib
 import shutil
 import signal
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.metrics import MetricWriter, read_metrics
+from experiments.metrics import MetricWriter
 from tests import processes, runs
 
 DEVICES = 4
@@ -31,14 +30,6 @@ SETTINGS = {
 # devices are added in another order. Measured were 5e-7, between 1 x 4 and 2 x 2 devices and after
 # 2 x 2, 4 x 1 and 1 x 2 in turn.
 TOLERANCE = 1e-5
-
-TIMINGS = {
-    "seconds",
-    "rollout_seconds",
-    "update_seconds",
-    "tokens_per_second",
-    "trajectories_per_second",
-}
 
 
 @pytest.fixture(scope="module")
@@ -85,71 +76,24 @@ def pair(start, alone, tmp_path_factory):
     return workdir, printed
 
 
-def read_repeatable(workdir: pathlib.Path) -> list[dict]:
-    """The metrics without what a clock measured."""
-    return [
-        {name: value for name, value in record.items() if name not in TIMINGS}
-        for record in read_metrics(workdir)
-    ]
-
-
-def find_largest_difference(workdir: pathlib.Path, other: pathlib.Path) -> tuple[float, str]:
-    """Of all metrics of all steps, relative to the larger of the value and one; and where."""
-    found = (0.0, "")
-    for mine, theirs in zip(read_repeatable(workdir), read_repeatable(other), strict=True):
-        assert mine.keys() == theirs.keys()
-        assert (mine["step"], mine["stage"]) == (theirs["step"], theirs["stage"])
-        for name in mine.keys() - {"step", "stage"}:
-            gap = abs(mine[name] - theirs[name]) / max(1.0, abs(theirs[name]))
-            assert math.isfinite(gap), (mine["step"], name)
-            found = max(found, (gap, f"{name} of {mine['stage']} step {mine['step']}"))
-    return found
-
-
-def assert_same_state(workdir: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    """Bit for bit."""
-    mine, theirs = runs.read_state(workdir, step), runs.read_state(other, step)
-    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
-    for (path, x), y in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(theirs), strict=True):
-        assert x.dtype == y.dtype, path
-        assert x.tobytes() == y.tobytes(), path
-
-
-def has_logged(workdir: pathlib.Path, step: int, stage: str):
-    def reached() -> bool:
-        records = read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
-        return any(r["step"] >= step and r["stage"] == stage for r in records)
-
-    return reached
-
-
-def is_saving(workdir: pathlib.Path, after: int):
-    def reached() -> bool:
-        folders = (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")
-        return any(int(folder.name.split(".")[0]) > after for folder in folders)
-
-    return reached
-
-
-def list_steps(workdir: pathlib.Path) -> list[int]:
-    names = [path.name for path in (workdir / "checkpoints").iterdir()]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
 # ---------------------------------------------------------------------------------------------
 # Undisturbed
 
 
 def test_two_processes_train_like_one(alone, pair):
     workdir, _ = pair
-    lines = [(record["step"], record["stage"]) for record in read_repeatable(workdir)]
+    lines = [(record["step"], record["stage"]) for record in runs.read_repeatable(workdir)]
     assert {step for step, stage in lines if stage != "eval"} == set(range(1, END + 1))
     assert len(lines) == len(set(lines)), "a line was written by both"
-    gap, where = find_largest_difference(workdir, alone)
+    gap, where = runs.find_largest_difference(
+        runs.read_repeatable(workdir), runs.read_repeatable(alone)
+    )
     print(f"largest difference {gap:.1e}: {where}")
     assert gap < TOLERANCE, where
     # What the rollouts wrote is the same to the token.
-    for mine, theirs in zip(read_repeatable(workdir), read_repeatable(alone), strict=True):
+    for mine, theirs in zip(
+        runs.read_repeatable(workdir), runs.read_repeatable(alone), strict=True
+    ):
         for name in ("tokens", "turns", "em", "teacher_em", "kept", "f1", "episodes", "questions"):
             assert mine.get(name) == theirs.get(name)
     for step in (SFT_STEPS, END):
@@ -164,7 +108,7 @@ def test_only_the_first_process_writes(pair):
     assert printed.count(f"{DEVICES} cpu devices") == 1
     assert printed.count(f"sft step {SFT_STEPS}: EM") == 1
     assert len(list((workdir / "tensorboard").iterdir())) == 1
-    assert list_steps(workdir)[-1] == END
+    assert runs.list_steps(workdir)[-1] == END
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
@@ -190,24 +134,24 @@ def test_sigterm_and_kills_change_nothing_under_supervisors(start, pair, tmp_pat
 
     # SIGTERM to one supervisor: its process tells the other, all save the same step and end well.
     with start(2, tmp_path, *options, **shorter) as group:
-        group.wait_until(has_logged(tmp_path, 1, "sft"), "step 1")
+        group.wait_until(runs.has_logged(tmp_path, 1, "sft"), "step 1")
         group.signal(1, signal.SIGTERM)
         printed = group.finish()
-    (stopped,) = list_steps(tmp_path)[-1:]
+    (stopped,) = runs.list_steps(tmp_path)[-1:]
     assert f"SIGTERM: saved step {stopped} of {SFT_STEPS}" in printed
     assert "restart 1" not in printed
     assert 1 <= stopped < SFT_STEPS, "the signal came too late to test anything"
 
     with start(2, tmp_path, *options, **shorter) as group:
         # In the middle of a step: process 1 is lost.
-        group.wait_until(has_logged(tmp_path, stopped + 1, "sft"), "the step after")
+        group.wait_until(runs.has_logged(tmp_path, stopped + 1, "sft"), "the step after")
         kill_and_wait_for_the_other(group, 1)
         # In the middle of a save: process 0 is lost, and the coordinator with it.
         while True:
-            group.wait_until(is_saving(tmp_path, list_steps(tmp_path)[-1]), "a save")
+            group.wait_until(runs.is_saving(tmp_path, runs.list_steps(tmp_path)[-1]), "a save")
             main = processes.find_child(group.pid(0))
             processes.send(main, signal.SIGSTOP)
-            if is_saving(tmp_path, stopped)():  # and it stays so: process 0 ends a save
+            if runs.is_saving(tmp_path, stopped)():  # and it stays so: process 0 ends a save
                 break
             processes.send(main, signal.SIGCONT)
         kill_and_wait_for_the_other(group, 0)
@@ -215,9 +159,9 @@ def test_sigterm_and_kills_change_nothing_under_supervisors(start, pair, tmp_pat
     assert printed.count("the command was killed by SIGKILL") == 2
     assert printed.count(f"resuming {tmp_path} at step") >= 2
 
-    assert_same_state(tmp_path, reference, SFT_STEPS)
-    expected = [r for r in read_repeatable(reference) if r["step"] <= SFT_STEPS]
-    assert read_repeatable(tmp_path) == expected
+    runs.assert_same(runs.read_state(tmp_path, SFT_STEPS), runs.read_state(reference, SFT_STEPS))
+    expected = [r for r in runs.read_repeatable(reference) if r["step"] <= SFT_STEPS]
+    assert runs.read_repeatable(tmp_path) == expected
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
@@ -229,24 +173,26 @@ def test_two_then_four_then_one_process_continue_the_same_curve(start, pair, tmp
     reference, _ = pair
     # As two processes left it after SFT.
     shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
-    for step in list_steps(tmp_path):
+    for step in runs.list_steps(tmp_path):
         if step > SFT_STEPS:
             shutil.rmtree(tmp_path / "checkpoints" / str(step))
     with MetricWriter(tmp_path) as writer:
         writer.resume(SFT_STEPS)
 
     with start(4, tmp_path) as group:
-        group.wait_until(has_logged(tmp_path, SFT_STEPS + 1, "rl"), "a step of RL")
+        group.wait_until(runs.has_logged(tmp_path, SFT_STEPS + 1, "rl"), "a step of RL")
         group.signal(3, signal.SIGTERM)
         printed = group.finish()
-    stopped = list_steps(tmp_path)[-1]
+    stopped = runs.list_steps(tmp_path)[-1]
     assert f"resuming {tmp_path} at step {SFT_STEPS}" in printed
     assert f"SIGTERM: saved step {stopped} of {END}" in printed
     assert SFT_STEPS < stopped < END, "the signal came too late to test anything"
 
     with start(1, tmp_path, mesh__cpu_devices=2) as group:
         assert f"resuming {tmp_path} at step {stopped}" in group.finish()
-    gap, where = find_largest_difference(tmp_path, reference)
+    gap, where = runs.find_largest_difference(
+        runs.read_repeatable(tmp_path), runs.read_repeatable(reference)
+    )
     print(f"largest difference {gap:.1e}: {where}")
     assert gap < TOLERANCE, where
 

@@ -1,9 +1,12 @@
 """The smallest run of the scripts: sizes, processes, and what a run leaves behind."""
 
+import math
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from experiments.configs import synthetic
+from experiments.metrics import read_metrics
 from tests.conftest import COMPILATION_CACHE, ROOT
 
 SFT_STEPS, RL_STEPS = 6, 6
@@ -40,6 +44,15 @@ OVERRIDES = {
     "rl.ppo.kl_coef": 0.01,
     "eval.episodes": 8,
     "eval.batch_size": 8,
+}
+
+# What a clock measured; everything else of a repeated step must be the same.
+_TIMINGS = {
+    "seconds",
+    "rollout_seconds",
+    "update_seconds",
+    "tokens_per_second",
+    "trajectories_per_second",
 }
 
 # Apart from the cache of the test process itself: scripts have other devices, and one that is
@@ -94,3 +107,58 @@ def read_state(workdir: pathlib.Path, step: int) -> dict:
     leaves = checkpointer.metadata(folder).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), leaves)
     return checkpointer.restore(folder, restore_args=as_numpy)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Bit for bit, types included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype, path
+        assert x.tobytes() == y.tobytes(), path
+
+
+def list_steps(workdir: pathlib.Path) -> list[int]:
+    """The complete checkpoints, ascending."""
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_repeatable(workdir: pathlib.Path) -> list[dict]:
+    """The metrics without what a clock measured."""
+    return [
+        {name: value for name, value in record.items() if name not in _TIMINGS}
+        for record in read_metrics(workdir)
+    ]
+
+
+def find_largest_difference(ours: list[dict], theirs: list[dict]) -> tuple[float, str]:
+    """Of all metrics of all steps, relative to the larger of the value and one; and where."""
+    found = (0.0, "")
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        assert (mine["step"], mine["stage"]) == (other["step"], other["stage"])
+        for name in mine.keys() - {"step", "stage"}:
+            gap = abs(mine[name] - other[name]) / max(1.0, abs(other[name]))
+            assert math.isfinite(gap), (mine["step"], name)
+            found = max(found, (gap, f"{name} of {mine['stage']} step {mine['step']}"))
+    return found
+
+
+def has_logged(workdir: pathlib.Path, step: int, stage: str) -> Callable[[], bool]:
+    """A moment: the metrics of this step have been written."""
+
+    def reached() -> bool:
+        records = read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+        return any(r["step"] >= step and r["stage"] == stage for r in records)
+
+    return reached
+
+
+def is_saving(workdir: pathlib.Path, after: int) -> Callable[[], bool]:
+    """A moment: a save of a step past `after` is under way."""
+
+    def reached() -> bool:
+        folders = (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")
+        return any(int(folder.name.split(".")[0]) > after for folder in folders)
+
+    return reached

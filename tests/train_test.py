@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atommem_jax import sharding
 from atommem_jax.config import ConfigError
 from atommem_jax.tasks.episodes import EpisodeShape
 from experiments import flags, stages, train, validation, wiring
@@ -21,15 +22,6 @@ from tests.conftest import COMPILATION_CACHE
 
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
-
-# What a clock measured; everything else of a repeated step must be the same.
-TIMINGS = {
-    "seconds",
-    "rollout_seconds",
-    "update_seconds",
-    "tokens_per_second",
-    "trajectories_per_second",
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +44,6 @@ def run_here(data_root, monkeypatch):
     return lambda config, workdir: train.train(config, str(workdir), str(data_root))
 
 
-def assert_same(a, b):
-    """Bit for bit, types included."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype, path
-        assert x.tobytes() == y.tobytes(), path
-
-
 def differ(a, b) -> bool:
     return any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -68,32 +52,10 @@ def differ(a, b) -> bool:
 # kill -9
 
 
-def has_logged(step: int, stage: str):
-    """A moment: the metrics of this step have been written."""
-
-    def reached(workdir: pathlib.Path) -> bool:
-        records = read_metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
-        return any(r["step"] >= step and r["stage"] == stage for r in records)
-
-    return reached
-
-
-def is_saving(after: int):
-    """A moment: a save of a step past `after` is under way."""
-
-    def reached(workdir: pathlib.Path) -> bool:
-        folders = (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")
-        return any(int(folder.name.split(".")[0]) > after for folder in folders)
-
-    return reached
-
-
-def start_and_end(
-    workdir: pathlib.Path, reached, delay: float, number: signal.Signals, arguments: list[str]
-) -> str:
+def start_and_end(reached, delay: float, number: signal.Signals, arguments: list[str]) -> str:
     """Sends a signal at a moment; returns what the run printed."""
     process = runs.start("train.py", *arguments)
-    while process.poll() is None and not reached(workdir):
+    while process.poll() is None and not reached():
         time.sleep(0.002)
     time.sleep(delay)
     process.send_signal(number)
@@ -109,33 +71,28 @@ def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
     rng = random.Random(0)
     arguments = [f"--workdir={tmp_path}", f"--data_root={data_root}", *runs.make_flags()]
     # SIGTERM saves the step under way, whether or not it is one to save at.
-    output = start_and_end(tmp_path, has_logged(1, "sft"), 0.0, signal.SIGTERM, arguments)
+    output = start_and_end(runs.has_logged(tmp_path, 1, "sft"), 0.0, signal.SIGTERM, arguments)
     stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert f"SIGTERM: saved step {stopped} of {END}; the same command goes on" in output
     assert stopped < SFT_END
     moments = [
-        (has_logged(SFT_END, "eval"), 0.0),  # SFT is over; its last save is not, or barely
-        (is_saving(after=SFT_END), 0.0),
-        (has_logged(SFT_END + rng.randint(3, 4), "rl"), rng.uniform(0, 0.05)),
+        # SFT is over; its last save is not, or barely.
+        (runs.has_logged(tmp_path, SFT_END, "eval"), 0.0),
+        (runs.is_saving(tmp_path, after=SFT_END), 0.0),
+        (runs.has_logged(tmp_path, SFT_END + rng.randint(3, 4), "rl"), rng.uniform(0, 0.05)),
     ]
     for reached, delay in moments:
-        start_and_end(tmp_path, reached, delay, signal.SIGKILL, arguments)
+        start_and_end(reached, delay, signal.SIGKILL, arguments)
     output = runs.run("train.py", *arguments)
     assert "resuming" in output
 
     # Optimiser, counters and the frozen reference are compared too.
     for step in (SFT_END, END):
-        assert_same(runs.read_state(tmp_path, step), runs.read_state(reference, step))
+        runs.assert_same(runs.read_state(tmp_path, step), runs.read_state(reference, step))
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
-    def repeatable(workdir):
-        return [
-            {name: value for name, value in record.items() if name not in TIMINGS}
-            for record in read_metrics(workdir)
-        ]
-
-    records = repeatable(tmp_path)
-    assert records == repeatable(reference)
+    records = runs.read_repeatable(tmp_path)
+    assert records == runs.read_repeatable(reference)
     lines = [(record["step"], record["stage"]) for record in records]
     assert len(lines) == len(set(lines))
     assert {step for step, stage in lines if stage != "eval"} == set(range(1, END + 1))
@@ -177,7 +134,7 @@ def test_every_promised_metric_is_logged(reference):
 def test_the_kl_is_to_the_policy_that_rl_started_from(reference):
     sft, rl = (runs.read_state(reference, step) for step in (SFT_END, END))
     assert "reference" not in sft
-    assert_same(rl["reference"], sft["train"]["params"])
+    runs.assert_same(rl["reference"], sft["train"]["params"])
     kl = [r["reference_kl"] for r in read_metrics(reference) if r["stage"] == "rl"]
     # k3 is never negative, and grows as the policy moves away.
     assert all(value > 0 for value in kl)
@@ -292,7 +249,7 @@ def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
     )
     assert f"it is now called {broken}.corrupt" in output
     assert f"resuming {tmp_path} at step {sound} of {END}" in output
-    assert_same(runs.read_state(tmp_path, END), runs.read_state(reference, END))
+    runs.assert_same(runs.read_state(tmp_path, END), runs.read_state(reference, END))
     assert {path.name for path in checkpoints.iterdir()} >= {f"{broken}.corrupt", str(broken)}
 
 
@@ -357,6 +314,22 @@ def test_batches_that_do_not_divide_over_devices_are_named(changed, devices, nam
     validation.validate_devices(runs.make_config(), devices)
     with pytest.raises(ConfigError) as caught:
         validation.validate_devices(runs.make_config(**changed), devices)
+    for words in named:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "named"),
+    [
+        ({"fsdp": 3}, ["model.width=16", "mesh.fsdp=3", "a divisor of 16"]),
+        ({"tensor": 4}, ["the vocabulary=454", "mesh.tensor=4", "a divisor of 454"]),
+    ],
+)
+def test_parameters_that_do_not_divide_over_devices_are_named(mesh, named):
+    parts = wiring.build(runs.make_config(), tiny.make_tokenizer())
+    validation.validate_parameters(parts, sharding.make_mesh(1, 2, 2))
+    with pytest.raises(ConfigError) as caught:
+        validation.validate_parameters(parts, sharding.make_mesh(1, **mesh))
     for words in named:
         assert words in str(caught.value)
 
