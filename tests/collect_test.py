@@ -628,6 +628,7 @@ def test_the_key_is_written_nowhere(collection):
         assert SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.relaxed_promotion  # optax's schedules
 def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
     folder, _, _ = collection
