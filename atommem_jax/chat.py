@@ -6,8 +6,12 @@ there: what stands before is the prefix of every prompt, what stands behind ends
 those of a rendered text only where BPE would have merged across a seam.
 
 The system message explains the memory and shows each action as the protocol writes it.
+
+A teacher behind a chat endpoint has no token ids in common with the agent: it gets the same turn as
+text (`messages`), and what it replies is spelled in the agent's tokens (`encode_reply`).
 """
 
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from atommem_jax.prompt import Template
-from atommem_jax.protocol import Protocol
+from atommem_jax.protocol import Protocol, Tag, spell
 from atommem_jax.tokenizer import HuggingFaceTokenizer, Tokenizer
-from atommem_jax.types import ActionKind, Phase
+from atommem_jax.types import ActionKind, Observation, Phase
 
 _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}turn\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -60,6 +64,97 @@ def _show(protocol: Protocol, kind: ActionKind) -> str:
 def task_message(phase: Phase) -> str:
     """The last line of a turn's message."""
     return _TASKS[phase]
+
+
+def _head(name: str) -> str:
+    return f"\n\n{name}:\n"
+
+
+def _list_messages(protocol: Protocol, body: str, phase: Phase) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": system_message(protocol)},
+        {"role": "user", "content": f"{body}\n\n{task_message(phase)}"},
+    ]
+
+
+def messages(
+    observation: Observation, protocol: Protocol, tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """What a turn shows as the messages of a chat, each with `role` and `content`.
+
+    With a chat template they are what the prompt's ids stand for. Other templates head the segments
+    with tokens of their own; here they have the same headers in words.
+
+    Args:
+      observation: of one turn, on the host; no leading axis.
+      protocol: the actions that the system message explains.
+      tokenizer: of the observation's ids.
+    """
+    o = observation
+    segments = [
+        *(("Question", *row) for row in zip(o.questions, o.question_lengths, strict=True)),
+        ("Scratchpad", o.scratchpad, o.scratchpad_length),
+        ("Query", o.query, o.query_length),
+        *(
+            (f"Memory {number}", *row)
+            for number, row in enumerate(zip(o.shown, o.shown_lengths, strict=True), start=1)
+        ),
+        ("Part of the document", o.chunk, o.chunk_length),
+    ]
+    body = "".join(
+        _head(name) + tokenizer.decode(np.asarray(ids)[: int(length)].tolist())
+        for name, ids, length in segments
+        if length > 0
+    )
+    return _list_messages(protocol, body, Phase(min(int(o.phase), Phase.FINAL)))
+
+
+def encode_reply(reply: str, protocol: Protocol, tokenizer: Tokenizer) -> list[int]:
+    """The ids of an assistant's text; its tags, and nothing else, may become reserved tokens.
+
+    Tags and targets are spelled as the protocol spells them for this tokenizer, and the text
+    between them is encoded apart, without the white space at its ends. Any other name of a reserved
+    token stays text, and so does a tag that has no place where it stands: a target elsewhere than
+    at the head of its action, a close tag of another action. Nothing is repaired: what was left
+    open, or aims at nothing, is just that when the ids are parsed.
+
+    What stands outside of actions is left out, as are thoughts in <think> at the beginning, unless
+    the protocol admits free text.
+
+    Raises ValueError for a lone surrogate in the text of an action.
+    """
+    if not protocol.free_text:
+        reply = re.sub(r"\A\s*<think>.*?(</think>|\Z)", "", reply, flags=re.DOTALL)
+    tags = {tag.open: tag for tag in protocol.tags}
+    begin = "|".join(re.escape(literal) for literal in tags)
+    ids: list[int] = []
+    place = 0
+    while found := re.compile(begin).search(reply, place):
+        ids += _encode_between(reply[place : found.start()], protocol, tokenizer)
+        tag = tags[found[0]]
+        # Another action may begin before this one is closed.
+        end = re.compile(f"{re.escape(tag.close)}|{begin}").search(reply, found.end())
+        text = reply[found.end() : end.start() if end else len(reply)]
+        ids += [*spell(tokenizer, tag.open), *_encode_inside(text, tag, protocol, tokenizer)]
+        place = end.start() if end else len(reply)
+        if end and end[0] == tag.close:
+            ids += spell(tokenizer, tag.close)
+            place = end.end()
+    return ids + _encode_between(reply[place:], protocol, tokenizer)
+
+
+def _encode_between(text: str, protocol: Protocol, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(text) if protocol.free_text else []
+
+
+def _encode_inside(text: str, tag: Tag, protocol: Protocol, tokenizer: Tokenizer) -> list[int]:
+    text = text.strip()
+    for target in protocol.write_targets(tag.kind):
+        rest = text.removeprefix(target)
+        # "Memory 12" does not aim at 1.
+        if rest != text and not (target[-1].isdigit() and rest[:1].isdigit()):
+            return [*spell(tokenizer, target), *tokenizer.encode(rest.strip())]
+    return tokenizer.encode(text)
 
 
 def render(
@@ -116,11 +211,8 @@ def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False
     names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token}
     prefixes, suffixes = set(), []
     for phase in _TASKS:
-        messages = [
-            {"role": "system", "content": system_message(protocol)},
-            {"role": "user", "content": f"{_PLACEHOLDER}\n\n{task_message(phase)}"},
-        ]
-        text = render(tokenizer.chat_template, messages, names=names, thinking=thinking)
+        said = _list_messages(protocol, _PLACEHOLDER, phase)
+        text = render(tokenizer.chat_template, said, names=names, thinking=thinking)
         before, found, after = text.partition(_PLACEHOLDER)
         if not found:
             raise ValueError(
@@ -146,7 +238,7 @@ def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False
         )
 
     def header(name: str) -> list[int]:
-        return tokenizer.encode(f"\n\n{name}:\n")
+        return tokenizer.encode(_head(name))
 
     is_text = np.array([bool(piece) for piece in tokenizer.token_bytes])
     return Template(

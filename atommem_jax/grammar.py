@@ -79,11 +79,16 @@ class Grammar:
         all False: after eos it holds pad alone; where the turn cannot end well any more (which a
         masked turn with a budget of at least `min_tokens` never meets) it holds eos alone.
         """
+        return self._allowed_classes(state, remaining)[self.classes]
+
+    def _allowed_classes(
+        self, state: Int[Array, ""], remaining: int | Int[Array, ""]
+    ) -> Bool[Array, " C"]:
         base, count = state % self.num_states, state // self.num_states
         room = jnp.minimum(self.max_actions - count, 2)
         admitted = self.need[room, base] <= remaining - 1
         cut_off = jnp.arange(self.step.shape[1]) == self.classes[self.eos_id]
-        return jnp.where(admitted.any(), admitted, cut_off)[self.classes]
+        return jnp.where(admitted.any(), admitted, cut_off)
 
     def states(self, phase: int | Int[Array, ""], response: Int[Array, " R"]) -> Int[Array, " R"]:
         """The state before each token of `response`."""
@@ -97,6 +102,21 @@ class Grammar:
         """The mask under which each token of `response` was drawn with a budget of R."""
         remaining = response.shape[0] - jnp.arange(response.shape[0], dtype=jnp.int32)
         return jax.vmap(self.allowed)(self.states(phase, response), remaining)
+
+    def admits(
+        self,
+        phase: int | Int[Array, ""],
+        response: Int[Array, " R"],
+        length: int | Int[Array, ""],
+    ) -> Bool[Array, ""]:
+        """Whether masks with a budget of R would have allowed each of the first `length` tokens.
+
+        For responses that were not drawn under masks: others have no probability under them.
+        """
+        position = jnp.arange(response.shape[0], dtype=jnp.int32)
+        remaining = response.shape[0] - position
+        allowed = jax.vmap(self._allowed_classes)(self.states(phase, response), remaining)
+        return jnp.all(allowed[position, self.classes[response]] | (position >= length))
 
     def parse(self, response: Int[Array, " R"], length: int | Int[Array, ""]) -> Actions:
         """The actions written in the first `length` tokens, up to eos or pad.

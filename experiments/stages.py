@@ -22,7 +22,7 @@ from atommem_jax import sharding, trainer
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
-from experiments import wiring
+from experiments import collected, wiring
 
 # Streams of randomness, folded into the config's seed: no two of them share a key.
 _INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)
@@ -108,24 +108,42 @@ class _Stage:
 
 
 class Sft(_Stage):
-    """Supervised fine-tuning on fresh trajectories of a scripted teacher."""
+    """Supervised fine-tuning: on fresh trajectories of a scripted teacher, or collected ones."""
 
     name = "sft"
 
     def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape):
         super().__init__(parts, mesh, examples, shape, "sft")
         self.optimizer = wiring.make_optimizer(self.config.optimizer, self.steps)
+        self.lessons = None
+        if self.config.data:
+            self.lessons = collected.Collection(
+                self.config.data, parts, parts.setting(shape), self.config.min_reward
+            )
+            return
         rates = wiring.subconfig(teacher.TeacherConfig, parts.config.teacher)
         self.play = wiring.make_scripted_player(parts, shape, rates, mesh)
         self.seed = self.key(_TEACHER)
 
+    def batches(self) -> Any:
+        """This stage's resumable stream: of `EpisodeBatch`, or of `collected.Lessons`."""
+        if self.lessons is None:
+            return super().batches()
+        return self.lessons.batches(
+            batch_size=self.config.episodes, seed=2 * self.parts.config.seed, rows=self.rows()
+        )
+
     def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
-        """Teacher rollout, reward, one optimiser step."""
-        episodes = sharding.shard(batch.episodes, self.mesh)
-        trajectories = self.play(episodes, self.ids(step, self.config.episodes), self.seed)
-        rewards = self.score(trajectories, batch.aliases)
-        counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
-        keep = rewards.sum(axis=1) / counts >= self.config.min_reward
+        """Teacher rollout and reward, or what was collected; then one optimiser step."""
+        if self.lessons is None:
+            episodes = sharding.shard(batch.episodes, self.mesh)
+            trajectories = self.play(episodes, self.ids(step, self.config.episodes), self.seed)
+            rewards = self.score(trajectories, batch.aliases).sum(axis=1)
+            counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
+        else:
+            trajectories, rewards, counts = batch
+            trajectories = sharding.shard(trajectories, self.mesh)
+        keep = rewards / counts >= self.config.min_reward
         train, metrics = trainer.sft_step(
             self.agent,
             state["train"],

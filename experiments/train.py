@@ -1,6 +1,8 @@
-"""Trains an agent: SFT on a scripted teacher's trajectories, then RL on its own.
+"""Trains an agent: SFT on a teacher's trajectories, then RL on its own.
 
     python experiments/train.py --config=experiments/configs/synthetic.py --workdir=runs/mine
+
+The teacher is scripted, or one whose trajectories `collect.py` has written to `config.sft.data`.
 
 Killed at any moment, the same command resumes from the last checkpoint and ends with the same
 parameters, bit for bit. Metrics go to <workdir>/metrics.jsonl and <workdir>/tensorboard. SIGTERM,
@@ -101,6 +103,8 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
         f"{mesh.size} {jax.devices()[0].platform} devices; "
         f"{len(examples)} training samples; vocabulary {tokenizer.vocab_size}; {shape}"
     )
+    if plan[0].lessons is not None:
+        say(f"sft.data: {plan[0].lessons}")
 
     # ------------------------------------------------------------------ resume
     with (

@@ -167,17 +167,19 @@ def validate_shape(
             limit >= least,
             f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
         )
-    longest, actions = _longest_turn(parts, shape, examples)
-    check(
-        limit >= longest,
-        f"rollout.response_length={limit}: a reading turn of the teacher may take {longest} "
-        f"tokens, {actions} actions; raise it, or lower what a chunk holds",
-    )
-    check(
-        config.rollout.max_actions >= actions,
-        f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to {actions} "
-        "actions a turn; raise it, or lower what a chunk holds",
-    )
+    # Of a collected teacher each turn is judged by itself, see `collected.find_learnable`.
+    if not config.sft.data or parts.workflow.program is not None:
+        longest, actions = _longest_turn(parts, shape, examples)
+        check(
+            limit >= longest,
+            f"rollout.response_length={limit}: a reading turn of the teacher may take {longest} "
+            f"tokens, {actions} actions; raise it, or lower what a chunk holds",
+        )
+        check(
+            config.rollout.max_actions >= actions,
+            f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to {actions} "
+            "actions a turn; raise it, or lower what a chunk holds",
+        )
     check(
         config.rollout.answer_length >= shape.answer_length,
         f"rollout.answer_length={config.rollout.answer_length}: an answer has "

@@ -1,7 +1,9 @@
 """Prompts in a chat format, against the text that the format's template renders to."""
 
 import functools
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import tokenizers
 from atommem_jax import chat
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
+from atommem_jax.grammar import compile_grammar
 from atommem_jax.tokenizer import HuggingFaceTokenizer, from_bytes
 from atommem_jax.types import ActionKind, Observation, Phase
 from tests import tiny
@@ -40,6 +43,7 @@ def train_bpe() -> tokenizers.Tokenizer:
     return bpe
 
 
+@functools.cache
 def make_tokenizer(chat_template=CHATML, **names) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(
         train_bpe(),
@@ -59,8 +63,7 @@ def pad(tokenizer, texts, width):
     return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
-def assemble(tokenizer, template, phase, *, questions, scratchpad, query, shown, chunk):
-    """The prompt's ids, padding cut off."""
+def observe(tokenizer, phase, *, questions, scratchpad, query, shown, chunk) -> Observation:
     texts = {"questions": questions, "shown": shown}
     fields = {}
     for name, rows in texts.items():
@@ -72,10 +75,15 @@ def assemble(tokenizer, template, phase, *, questions, scratchpad, query, shown,
     for name, text in [("scratchpad", scratchpad), ("query", query), ("chunk", chunk)]:
         tokens, lengths = pad(tokenizer, [text], 60)
         fields[name], fields[f"{name}_length"] = tokens[0], lengths[0]
-    observation = Observation(phase=jnp.int32(phase), **fields)
+    return Observation(phase=jnp.int32(phase), **fields)
+
+
+def assemble(tokenizer, template, phase, **shows):
+    """The prompt's ids, padding cut off."""
+    observation = observe(tokenizer, phase, **shows)
     width = prompting.width(
         template,
-        questions=len(questions),
+        questions=len(shows["questions"]),
         question_length=60,
         scratchpad_length=60,
         query_length=60,
@@ -181,3 +189,180 @@ def test_a_template_that_does_not_serve_is_refused(chat_template, message):
 def test_a_tokenizer_trained_here_has_no_chat_format():
     with pytest.raises(ValueError, match="without a chat template"):
         chat.template(tiny.make_tokenizer(), protocol_lib.compact(SHOWN))
+
+
+# ---------------------------------------------------------------------------------------------
+# The same as messages, and replies
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_messages_are_the_text_of_the_prompt(phase):
+    tokenizer = make_tokenizer()
+    protocol = protocol_lib.atommem(SHOWN)
+    template = chat.template(tokenizer, protocol)
+    shows = {
+        "questions": ["Who?", "Où est-ce?"],
+        "scratchpad": "",
+        "query": "a \N{SNOWMAN} and <|end|>",
+        "shown": ["one\n\nentry", ""],
+        "chunk": "It rains in Kalo.",
+    }
+    system, user = chat.messages(observe(tokenizer, phase, **shows), protocol, tokenizer)
+    assert (system["role"], user["role"]) == ("system", "user")
+    ids = assemble(tokenizer, template, phase, **shows)
+    assert spell(tokenizer, ids) == (
+        f"<|begin|>system\n{system['content']}<|end|>\n<|begin|>user\n{user['content']}<|end|>\n"
+        "<|begin|>assistant\n<think></think>"
+    )
+    # What the assembled prompt holds between its prefix and its suffix.
+    suffix = template.suffix[phase]
+    end = len(ids) - int((suffix != template.pad_id).sum())
+    body = tokenizer.decode(ids[template.prefix.shape[0] : end])
+    assert user["content"] == f"{body}\n\n{chat.task_message(phase)}"
+
+
+def test_messages_of_a_compact_prompt_have_headers_in_words():
+    tokenizer = tiny.make_tokenizer()
+    observation = observe(
+        tokenizer,
+        Phase.READING,
+        questions=["Who?", ""],
+        scratchpad="a note",
+        query="Anna",
+        shown=["", "Anna works."],
+        chunk="It rains.",
+    )
+    _, user = chat.messages(observation, protocol_lib.compact(SHOWN), tokenizer)
+    assert user["content"] == (
+        "\n\nQuestion:\nWho?\n\nScratchpad:\na note\n\nQuery:\nAnna\n\nMemory 2:\nAnna works."
+        f"\n\nPart of the document:\nIt rains.\n\n{chat.task_message(Phase.READING)}"
+    )
+
+
+@functools.cache
+def make_grammar(protocol, tokenizer):
+    return compile_grammar(protocol, tokenizer, max_actions=4, max_text=40)
+
+
+@jax.jit
+def parse(grammar, ids, length):
+    return grammar.parse(ids, length)
+
+
+def read(reply, protocol, tokenizer):
+    """(kind, target, text, well formed) of the actions that are parsed."""
+    ids = [*chat.encode_reply(reply, protocol, tokenizer), tokenizer.eos_id]
+    row = np.pad(ids, (0, 120 - len(ids)), constant_values=tokenizer.pad_id).astype(np.int32)
+    actions = jax.device_get(parse(make_grammar(protocol, tokenizer), row, np.int32(len(ids))))
+    return [
+        (
+            ActionKind(int(actions.kind[i])).name,
+            int(actions.target[i]),
+            tokenizer.decode(actions.text[i, : int(actions.length[i])].tolist()),
+            bool(actions.well_formed[i]),
+        )
+        for i in range(int(actions.count))
+    ]
+
+
+@pytest.mark.parametrize("name", ["compact", "atommem"])
+def test_a_reply_is_read_as_it_was_meant(name):
+    tokenizer = tiny.make_tokenizer() if name == "compact" else make_tokenizer()
+    protocol = protocol_lib.find(name, tiny.make_config().memory.shown)
+    create, read_, update, delete = (
+        protocol.find_tag(kind)
+        for kind in (ActionKind.CREATE, ActionKind.READ, ActionKind.UPDATE, ActionKind.DELETE)
+    )
+    target = protocol.write_targets(ActionKind.UPDATE)[1]
+    gone = protocol.write_targets(ActionKind.DELETE)[2]
+    reply = (
+        f"I think:\n{create.open} Anna works. {create.close}\n{read_.open}Bo{read_.close}"
+        f"{update.open}{target} Cy\nworks{update.close} so {delete.open}{gone}{delete.close} bye"
+    )
+    assert read(reply, protocol, tokenizer) == [
+        ("CREATE", 0, "Anna works.", True),
+        ("READ", 0, "Bo", True),
+        ("UPDATE", 2, "Cy\nworks", True),
+        ("DELETE", 3, "", True),
+    ]
+
+
+def test_a_scripted_turn_survives_the_way_through_text():
+    """Its ids come back one for one: the teacher writes what the agent would."""
+    tokenizer, reserved = tiny.make_tokenizer(), tiny.make_tokenizer().reserved
+    fact = tiny.make_examples()[0]["chunks"][0][0]["text"]
+    ids = [
+        *tiny.spell_action(ActionKind.READ, tokenizer.encode("Anna")),
+        *tiny.spell_action(ActionKind.UPDATE, tokenizer.encode(fact), target=2),
+        *tiny.spell_action(ActionKind.DELETE, target=4),
+        *tiny.spell_action(ActionKind.CREATE, tokenizer.encode(fact)),
+    ]
+    names = {i: name for name, i in reserved.items()}
+    text = f"<read>Anna<end><update><2>{fact}<end><delete><4><end><create>{fact}<end>"
+    assert "".join(names.get(i, "") for i in ids) == re.sub("Anna|" + re.escape(fact), "", text)
+    assert chat.encode_reply(text, protocol_lib.compact(4), tokenizer) == ids
+
+
+def test_only_tags_in_their_place_become_reserved_tokens():
+    tokenizer = tiny.make_tokenizer()
+    reserved = tokenizer.reserved
+    protocol = protocol_lib.compact(4)
+    text = "see <1> and <question> and </s> and <pad> and <0x41>"
+    ids = chat.encode_reply(f"<create>{text}<end> <end> <2>", protocol, tokenizer)
+    assert ids == [reserved["<create>"], *tokenizer.encode(text), reserved["<end>"]]
+    free = protocol_lib.compact(4, free_text=True)
+    around = chat.encode_reply("<2> <end><answer>x<end><chunk>", free, tokenizer)
+    control = {*reserved.values(), tokenizer.eos_id, tokenizer.pad_id}
+    assert [i for i in around if i in control] == [reserved["<answer>"], reserved["<end>"]]
+    # A chat model's control tokens are no part of the protocol at all.
+    pretrained = make_tokenizer()
+    ids = chat.encode_reply(
+        "<answer><|end|><|begin|></answer>", protocol_lib.atommem(SHOWN), pretrained
+    )
+    assert not {*pretrained.reserved.values(), pretrained.eos_id, pretrained.pad_id} & {*ids}
+    assert spell(pretrained, ids) == "<answer><|end|><|begin|></answer>"
+
+
+@pytest.mark.parametrize("name", ["compact", "atommem"])
+def test_a_malformed_action_stays_malformed(name):
+    tokenizer = tiny.make_tokenizer() if name == "compact" else make_tokenizer()
+    protocol = protocol_lib.find(name, 4)
+    create, answer, update, delete = (
+        protocol.find_tag(kind)
+        for kind in (ActionKind.CREATE, ActionKind.ANSWER, ActionKind.UPDATE, ActionKind.DELETE)
+    )
+    one = protocol.write_targets(ActionKind.DELETE)[0]
+    assert read(f"{create.open}a {answer.open}b{answer.close}", protocol, tokenizer) == [
+        ("CREATE", 0, "a", False),
+        ("ANSWER", 0, "b", True),
+    ]
+    assert read(f"{answer.open}never closed", protocol, tokenizer) == [
+        ("ANSWER", 0, "never closed", False)
+    ]
+    assert read(f"{update.open}no target{update.close}", protocol, tokenizer)[0][3] is False
+    assert read(f"{delete.open}{one} text{delete.close}", protocol, tokenizer)[0][3] is False
+    assert read("no action at all", protocol, tokenizer) == []
+    assert read("", protocol, tokenizer) == []
+
+
+def test_a_number_is_read_to_its_end():
+    protocol = protocol_lib.atommem(12)
+    tokenizer = make_tokenizer()
+    reply = "<delete_memory>Memory 12</delete_memory><delete_memory>Memory 1</delete_memory>"
+    assert [action[1:] for action in read(reply, protocol, tokenizer)] == [
+        (12, "", True),
+        (1, "", True),
+    ]
+    # Beyond what is shown it is a sound action that aims at nothing.
+    far = read("<update_memory>Memory 13: x</update_memory>", protocol, tokenizer)
+    assert [action[:2] for action in far] == [("UPDATE", 0)]
+
+
+def test_thoughts_are_no_actions_unless_text_is_free():
+    tokenizer = make_tokenizer()
+    reply = "<think>\n<answer>no</answer></think>\n<answer>yes</answer>"
+    strict, free = (protocol_lib.atommem(SHOWN, free_text=free) for free in (False, True))
+    assert read(reply, strict, tokenizer) == [("ANSWER", 0, "yes", True)]
+    assert read("<think><answer>no</answer>", strict, tokenizer) == []
+    assert [action[2] for action in read(reply, free, tokenizer)] == ["no", "yes"]
+    assert spell(tokenizer, chat.encode_reply(reply, free, tokenizer)) == reply

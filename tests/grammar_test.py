@@ -210,10 +210,17 @@ def test_masks_admit_exactly_the_turns_of_the_reference_exhaustively(pieces):
     @jax.jit
     def admit(phase, responses):
         masks = jax.vmap(grammar.masks, (None, 0))(phase, responses)
-        return jnp.take_along_axis(masks, responses[:, :, None], 2).all((1, 2))
+        whole = jax.vmap(grammar.admits, (None, 0, None))(phase, responses, width)
+        begun = jax.vmap(grammar.admits, (None, 0, None))(phase, responses, 2)
+        return jnp.take_along_axis(masks, responses[:, :, None], 2)[..., 0], whole, begun
 
     phases = [phase for phase in PHASES if grammar.min_tokens(phase) <= width]
-    admitted = {phase: np.asarray(admit(phase, every)) for phase in phases}
+    admitted = {}
+    for phase in phases:
+        taken, whole, begun = map(np.asarray, admit(phase, every))
+        admitted[phase] = taken.all(1)
+        np.testing.assert_array_equal(whole, admitted[phase])
+        np.testing.assert_array_equal(begun, taken[:, :2].all(1))
     assert sum(map(np.sum, admitted.values())) > 1  # more than the empty turn
     ends = (every == tokenizer.eos_id).any(1) & (every[:, -1] <= tokenizer.eos_id)
     for phase in phases:

@@ -349,6 +349,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
     [
         ("train.py", ["--config", "--workdir", "--data_root"]),
         ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
+        ("collect.py", ["--config", "--base_url", "--model", "--out", "--split", "--data_root"]),
         ("demo.py", ["--config", "--workdir", "--baselines", "--data_root"]),
         (
             "benchmark.py",

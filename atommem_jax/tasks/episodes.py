@@ -504,8 +504,6 @@ def batches(
     Raises ValueError where `batch_size` is below 1 or larger than all samples of all epochs, or
     `rows` are none of a batch.
     """
-    import grain  # imported here: it takes over a second, and evaluation does without it
-
     rows = _check_rows(batch_size, rows)
     encoded = EncodedDataset(source, tokenizer, shape)
     if num_epochs is not None and len(source) * num_epochs < batch_size:
@@ -513,12 +511,36 @@ def batches(
             f"batch_size is {batch_size}, but {num_epochs} epochs of {len(source)} samples are "
             f"{len(source) * num_epochs}; lower batch_size or raise num_epochs."
         )
-    # Numbers are shuffled and batched, then each process encodes its own rows only.
-    order = grain.MapDataset.range(len(source))
+    return shuffled(
+        encoded.stack,
+        len(source),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        num_epochs=num_epochs,
+        rows=rows,
+    )
+
+
+def shuffled(
+    stack: Callable[[Int[np.ndarray, " rows"]], Any],
+    count: int,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    rows: Int[np.ndarray, " rows"],
+) -> Any:
+    """As `batches`, of any samples: `stack` makes a batch of some of the numbers below `count`."""
+    import grain  # imported here: it takes over a second, and evaluation does without it
+
+    # Numbers are shuffled and batched, then each process makes its own rows only.
+    order = grain.MapDataset.range(count)
     if shuffle:
         order = order.shuffle(seed=seed)
     order = order.repeat(num_epochs).batch(batch_size, drop_remainder=True)
-    samples = order.map(lambda indices: encoded.stack(indices[rows]))
+    samples = order.map(lambda indices: stack(indices[rows]))
     return iter(samples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
     config.teacher.answer_known = 0.96
 
     config.sft = ConfigDict()
+    config.sft.data = ""  # a folder of collect.py to learn from; '' for the scripted teacher
     config.sft.steps = 900
     config.sft.episodes = 8
     config.sft.min_reward = 0.5

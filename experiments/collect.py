@@ -1,0 +1,231 @@
+"""Collects trajectories of a teacher behind a chat endpoint, as data for SFT.
+
+    python experiments/collect.py --config=experiments/configs/synthetic.py \\
+        --base_url=http://localhost:8000/v1 --model=teacher --episodes=100 --out=runs/teacher
+    python experiments/train.py --config=experiments/configs/synthetic.py \\
+        --config.sft.data=runs/teacher --workdir=runs/mine
+
+Any server that speaks OpenAI's protocol serves. The teacher sees as text what the agent would see
+as tokens, and what it replies is parsed and applied as a reply of the agent is. Killed at any
+moment, the same command goes on; with more --episodes or --samples_per_episode it adds to what
+there is. The key of the API is read from an environment variable and written nowhere.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from atommem_jax.config import check
+from atommem_jax.tasks import episodes as episodes_lib
+from experiments import agents, agreement, collected, flags, validation, wiring
+from experiments.collecting import Player, Tally, collect
+from experiments.endpoint import Endpoint, Patience
+
+CONFIG = flags.define_config("experiments/configs/synthetic.py")
+BASE_URL = absl_flags.DEFINE_string(
+    "base_url", None, "Address of the server up to /chat/completions: http://localhost:8000/v1."
+)
+MODEL = absl_flags.DEFINE_string("model", None, "Name of the teacher on that server.")
+API_KEY_ENV = absl_flags.DEFINE_string(
+    "api_key_env",
+    "OPENAI_API_KEY",
+    "Environment variable that holds the key; none is sent where it is not set.",
+)
+OUT = absl_flags.DEFINE_string("out", None, "Folder of the trajectories.")
+SPLIT = absl_flags.DEFINE_string("split", "train", "Split of the task.")
+EPISODES = absl_flags.DEFINE_integer(
+    "episodes", 100, "How many of its first episodes; 0 for all.", lower_bound=0
+)
+SAMPLES = absl_flags.DEFINE_integer(
+    "samples_per_episode", 1, "Trajectories of each.", lower_bound=1
+)
+CONCURRENCY = absl_flags.DEFINE_integer(
+    "concurrency", 8, "Episodes played at once, one request each.", lower_bound=1
+)
+TEMPERATURE = absl_flags.DEFINE_float(
+    "temperature", 0.7, "Of sampling; below 0 it is left to the server."
+)
+MAX_TOKENS = absl_flags.DEFINE_integer(
+    "max_tokens", 1024, "Of a reply; 0 leaves it to the server.", lower_bound=0
+)
+EXTRA_BODY = absl_flags.DEFINE_string(
+    "extra_body", "{}", "More fields of every request, in JSON: '{\"top_p\": 0.9}'."
+)
+MIN_REWARD = absl_flags.DEFINE_float(
+    "min_reward",
+    0.5,
+    "From which reward on the summary counts a trajectory as kept; training has sft.min_reward.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+PRICE = absl_flags.DEFINE_list(
+    "price_per_million", [], "IN,OUT: of a million prompt and completion tokens."
+)
+TIMEOUT = absl_flags.DEFINE_float(
+    "timeout", Patience.timeout, "Seconds in which a request must be answered.", lower_bound=1e-3
+)
+RETRIES = absl_flags.DEFINE_integer(
+    "retries", Patience.retries, "Of a request that failed for a passing reason.", lower_bound=0
+)
+BACKOFF = absl_flags.DEFINE_float(
+    "backoff", Patience.backoff, "Seconds before the first retry; doubled each time.", lower_bound=0
+)
+LONGEST_WAIT = absl_flags.DEFINE_float(
+    "longest_wait", Patience.longest_wait, "Seconds between two attempts at most.", lower_bound=0
+)
+MAX_FAILURES = absl_flags.DEFINE_integer(
+    "max_failures", 10, "After how many failed episodes in a row to stop.", lower_bound=1
+)
+
+
+def main(argv) -> None:
+    """See the module docstring."""
+    # ------------------------------------------------------------------ flags
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
+    for flag in (BASE_URL, MODEL, OUT):
+        check(bool(flag.value), f"--{flag.name} is missing: pass it; see --help")
+    prices = _read_prices(PRICE.value)
+    options = _read_options()
+    endpoint = Endpoint(
+        BASE_URL.value,
+        MODEL.value,
+        api_key=_read_key(API_KEY_ENV),
+        options=options,
+        patience=Patience(TIMEOUT.value, RETRIES.value, BACKOFF.value, LONGEST_WAIT.value),
+    )
+    # ------------------------------------------------------------------ config, data
+    config = CONFIG.value
+    validation.validate(config)
+    check("shape" not in config, "this config names no data (config.shape); pass one with a task")
+    wiring.prepare_devices(1)
+    dataset = wiring.load_dataset(config, flags.DATA_ROOT.value)
+    examples = _choose(dataset, SPLIT.value, EPISODES.value)
+    parts = wiring.build(config, agents.load_tokenizer(config, dataset))
+    check(
+        parts.workflow.program is None,
+        f"workflow={config.workflow!r}: a program writes its reading turns, so that no teacher is "
+        "needed; collect with workflow='learned' or one of its ablations",
+    )
+    player = Player(parts, examples, endpoint)
+    # ------------------------------------------------------------------ loop
+    source = {
+        "split": SPLIT.value,
+        "model": MODEL.value,
+        **options,
+        **agreement.flatten(config.task, "task."),
+    }
+    with collected.Writer(
+        pathlib.Path(OUT.value), collected.describe_setting(parts), source
+    ) as writer:
+        tally = Tally(MIN_REWARD.value, prices)
+        for name in (collected.EPISODES, collected.FAILURES):
+            for record in writer.read(name):
+                tally.add(record)
+        try:
+            collect(
+                player,
+                writer,
+                tally,
+                samples=SAMPLES.value,
+                concurrency=CONCURRENCY.value,
+                max_failures=MAX_FAILURES.value,
+            )
+        except KeyboardInterrupt:
+            # Nothing is lost, and waiting for replies to come is of no use.
+            _finish(writer, tally)
+            os._exit(130)
+        except BaseException:
+            _finish(writer, tally)
+            raise
+        _finish(writer, tally)
+
+
+def _finish(writer: collected.Writer, tally: Tally) -> None:
+    """Writes and prints the summary."""
+    summary = tally.summarise()
+    collected.write_json(writer.folder / collected.SUMMARY, summary)
+    actions = ", ".join(
+        f"{kind} {counts['applied']} ({counts['invalid']})"
+        for kind, counts in summary["actions"].items()
+    )
+    cost = "" if summary["cost"] is None else f", cost {summary['cost']:.2f}"
+    print(
+        f"{summary['trajectories']} trajectories, {summary['kept']} kept (reward of "
+        f"{summary['min_reward']:g} or more), {summary['failures']} failed\n"
+        f"EM {summary['em']:.3f}, F1 {summary['f1']:.3f} over {summary['questions']} questions\n"
+        f"{summary['turns']} turns: {summary['turns_cut']} cut, "
+        f"{summary['turns_outside_grammar']} outside of the grammar\n"
+        f"actions applied (invalid): {actions}\n"
+        f"{summary['requests']} requests, {summary['prompt_tokens']:,} prompt tokens, "
+        f"{summary['completion_tokens']:,} completion tokens{cost}\n"
+        f"written to {writer.folder}",
+        flush=True,
+    )
+
+
+def _choose(
+    dataset: episodes_lib.Dataset, split: str, count: int
+) -> Sequence[episodes_lib.Example]:
+    check(
+        split in dataset.splits,
+        f"--split={split}: allowed are {', '.join(dataset.splits)}; pass one of them",
+    )
+    examples = dataset.split(split)
+    check(
+        count <= len(examples),
+        f"--episodes={count}: the split {split} has {len(examples)}; pass at most that many, or 0 "
+        "for all",
+    )
+    return examples[:count] if count else examples
+
+
+def _read_key(flag: absl_flags.FlagHolder) -> str | None:
+    key = os.environ.get(flag.value)
+    check(
+        bool(key) or not absl_flags.FLAGS[flag.name].present,
+        f"--api_key_env={flag.value}: this environment variable is not set; export the key in it, "
+        "or leave the flag out for a server that asks for none",
+    )
+    return key
+
+
+def _read_options() -> dict[str, Any]:
+    """The fields of a request besides model and messages."""
+    options: dict[str, Any] = {}
+    if TEMPERATURE.value >= 0:
+        options["temperature"] = TEMPERATURE.value
+    if MAX_TOKENS.value:
+        options["max_tokens"] = MAX_TOKENS.value
+    try:
+        extra = json.loads(EXTRA_BODY.value)
+    except ValueError:
+        extra = None
+    check(
+        isinstance(extra, dict) and not extra.keys() & {"model", "messages", "stream", "n"},
+        f"--extra_body={EXTRA_BODY.value}: allowed is a JSON object without model, messages, "
+        "stream and n; quote it for the shell",
+    )
+    return options | extra
+
+
+def _read_prices(values: Sequence[str]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    try:
+        prompt, completion = (float(value) for value in values)
+    except ValueError:
+        prompt = completion = -1.0
+    check(
+        prompt >= 0 and completion >= 0,
+        f"--price_per_million={','.join(values)}: allowed are two numbers of 0 or more; pass the "
+        "prices of a million prompt and completion tokens as IN,OUT",
+    )
+    return prompt, completion
+
+
+if __name__ == "__main__":
+    flags.run(main)

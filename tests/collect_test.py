@@ -1,0 +1,683 @@
+"""Collecting a teacher's trajectories: the client, the format, the script, and SFT on them.
+
+No server is asked but one in a thread of this process (`stub_endpoint`).
+"""
+
+import itertools
+import json
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atommem_jax import chat, rollout
+from atommem_jax.config import ConfigError
+from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.tasks import teacher
+from atommem_jax.types import Phase
+from experiments import collected, collecting, endpoint, train, wiring
+from experiments.collecting import Player, Tally
+from experiments.metrics import read_metrics
+from experiments.session import Session
+from tests import runs, tiny
+from tests.conftest import COMPILATION_CACHE
+from tests.stub_endpoint import Answer, Stub, complete, teach
+
+HELLO = [{"role": "user", "content": "hello"}]
+HASTY = endpoint.Patience(timeout=5.0, retries=3, backoff=0.001, longest_wait=0.2)
+SECRET = "sk-very-secret"
+
+# ---------------------------------------------------------------------------------------------
+# The client
+
+
+def ask(answers, patience=HASTY, **arguments):
+    """(the reply or what was raised, the stub) of one question; the last answer repeats."""
+    left = list(answers)
+    with Stub(lambda request: left.pop(0) if len(left) > 1 else left[0]) as stub:
+        client = endpoint.Endpoint(stub.url, "some/model", patience=patience, **arguments)
+        try:
+            return client.chat(HELLO), stub
+        except (endpoint.EndpointError, endpoint.OutOfRetriesError) as error:
+            return error, stub
+
+
+def test_a_request_is_what_the_protocol_asks_for():
+    options = {"temperature": 0.5, "max_tokens": 7}
+    reply, stub = ask([Answer("h\N{SNOWMAN}")], api_key=f" {SECRET}\n", options=options)
+    assert reply == endpoint.Reply("h\N{SNOWMAN}", False, 100, 10)
+    assert stub.requests == [{"model": "some/model", "messages": HELLO, **options}]
+    assert stub.keys == [f"Bearer {SECRET}"]
+    _, stub = ask([Answer()])
+    assert stub.keys == [None]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Answer(status=500),
+        Answer(status=429, headers={"Retry-After": "0.05"}),
+        Answer(status=503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+        Answer(status=503, headers={"Retry-After": "soon"}),
+        Answer(body=b'{"choices": [{"mess'),
+        Answer(body=b'{"choices": []}'),
+        Answer(body=b"[1]"),
+        Answer(hangs_up=True),
+        # Fewer bytes than were announced.
+        Answer(body=b"{}", headers={"Content-Length": "9", "Connection": "close"}),
+    ],
+    ids=lambda failure: f"{failure.status}{failure.body or ''}",
+)
+def test_what_passes_is_tried_again(failure):
+    reply, stub = ask([failure, failure, Answer("at last")])
+    assert isinstance(reply, endpoint.Reply), reply
+    assert reply.text == "at last"
+    assert len(stub.requests) == 3
+
+
+def test_a_server_that_says_nothing_is_left():
+    patience = endpoint.Patience(timeout=0.2, retries=1, backoff=0.0)
+    error, stub = ask([Answer(stalls=True)], patience)
+    assert isinstance(error, endpoint.OutOfRetriesError)
+    assert "no answer within 0.2 s; given up after 2 attempts" in str(error)
+    assert len(stub.requests) == 2
+
+
+def test_attempts_and_waits_are_bounded():
+    error, stub = ask([Answer(status=500, body=b"busy")])
+    assert isinstance(error, endpoint.OutOfRetriesError)
+    assert "status 500 'busy'; given up after 4 attempts" in str(error)
+    assert len(stub.requests) == 4
+    error, stub = ask([Answer(status=429, headers={"Retry-After": "86400"})])
+    assert "asks to wait 86400 s; given up after 1 attempts" in str(error)
+    assert len(stub.requests) == 1
+    with Stub(lambda request: Answer()) as stub:
+        pass
+    client = endpoint.Endpoint(stub.url, "m", patience=HASTY)
+    with pytest.raises(endpoint.OutOfRetriesError, match="connection failed"):
+        client.chat(HELLO)
+
+
+def test_waits_grow_with_jitter_and_are_never_shorter_than_asked():
+    client = endpoint.Endpoint(
+        "http://host/v1", "m", patience=endpoint.Patience(backoff=1.0, longest_wait=60.0)
+    )
+    for attempt, whole in enumerate([1, 2, 4, 8, 16, 32, 60, 60]):
+        waits = [client._find_wait(attempt, 0.0) for _ in range(50)]
+        assert whole / 2 <= min(waits) < max(waits) <= whole
+        assert client._find_wait(attempt, 70.0) == 70.0
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(400, "--max_tokens"), (401, "--api_key_env"), (404, "--base_url"), (307, "--base_url")],
+)
+def test_a_refusal_ends_at_once_and_says_what_to_do(status, advice):
+    body = f"<html>\n no such\nthing for {SECRET} {'x' * 1000}".encode()
+    headers = {"Location": "http://127.0.0.1:9/elsewhere"}
+    error, stub = ask([Answer(status=status, body=body, headers=headers)], api_key=SECRET)
+    assert isinstance(error, endpoint.EndpointError)
+    assert f"status {status}, '<html> no such thing for *** xxx" in str(error)
+    assert advice in str(error)
+    assert len(str(error)) < 700
+    assert SECRET not in str(error)
+    assert len(stub.requests) == 1
+
+
+def test_a_reply_may_be_empty_cut_or_odd():
+    reply, _ = ask([Answer(text=None)])
+    assert reply == endpoint.Reply("", False, 100, 10)
+    reply, _ = ask([Answer("abc", finish_reason="length")])
+    assert reply.cut
+    body = complete(Answer("a?b")).replace(b"?", b"\\ud800")
+    reply, _ = ask([Answer(body=body.replace(b'"usage"', b'"others"'))])
+    assert reply == endpoint.Reply("a?b", False, 0, 0)
+
+
+def test_a_bad_address_or_key_is_refused_without_quoting_the_key():
+    for url in ("localhost:8000/v1", "ftp://host", f"http://user:{SECRET}@host/v1"):
+        with pytest.raises(ConfigError, match="--base_url=") as info:
+            endpoint.Endpoint(url, "m")
+        assert SECRET not in str(info.value)
+    with pytest.raises(ConfigError, match="--api_key_env") as info:
+        endpoint.Endpoint("http://host/v1", "m", api_key=f"{SECRET}\nX-Other: 1")
+    assert SECRET not in str(info.value)
+
+
+def test_closing_ends_a_wait():
+    arrived = threading.Event()
+
+    def answer(request):
+        arrived.set()
+        return Answer(status=500, headers={"Retry-After": "3600"})
+
+    with Stub(answer) as stub:
+        patience = endpoint.Patience(longest_wait=7200.0)
+        client = endpoint.Endpoint(stub.url, "m", patience=patience)
+        raised = []
+
+        def wait():
+            with pytest.raises(endpoint.ClosedError) as info:
+                client.chat(HELLO)
+            raised.append(info)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        arrived.wait()
+        client.close()
+        thread.join()
+        assert len(raised) == len(stub.requests) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Playing and the format, against the jitted rollout
+
+
+class Scripted:
+    """An endpoint that says what it is told, one reply after the other."""
+
+    def __init__(self, replies):
+        self.replies, self.said = list(replies), []
+
+    def chat(self, messages):
+        self.said.append(messages)
+        reply = self.replies.pop(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return endpoint.Reply(*reply) if isinstance(reply, tuple) else reply
+
+    def close(self):
+        pass
+
+
+def list_examples() -> list:
+    return tiny.make_examples()[:3]
+
+
+def make_setting() -> rollout.Setting:
+    shape = episodes_lib.fit_shape(list_examples(), tiny.make_tokenizer())
+    return tiny.make_parts().setting(shape)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of each example the trajectory of a scripted teacher (a batch of one), and its aliases."""
+    policy = jax.jit(teacher.policy(teacher.SCRIPTED["clean"], tiny.make_parts().script))
+    shape = episodes_lib.fit_shape(list_examples(), tiny.make_tokenizer())
+    samples = episodes_lib.EncodedDataset(list_examples(), tiny.make_tokenizer(), shape)
+    played = []
+    for b in range(3):
+        episode, aliases = samples[b]
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], episode)
+        one = Session(
+            make_setting(), lambda view, keys, batch=batch: policy(view, batch, keys), episode
+        )
+        assert list(one.turns())
+        played.append((jax.device_get(one.trajectory()), aliases))
+    return played
+
+
+def spell(ids) -> str:
+    """The text of ids in which reserved tokens are written by name."""
+    tokenizer = tiny.make_tokenizer()
+    names = {i: name.encode() for name, i in tokenizer.reserved.items()}
+    pieces = [names.get(i, tokenizer.token_bytes[i]) for i in ids]
+    return b"".join(pieces).decode()
+
+
+def list_replies(trajectory) -> list[endpoint.Reply]:
+    """What a teacher would have to say for a trajectory to come about."""
+    rows = zip(trajectory.turns.response[0], trajectory.turns.response_lengths[0], strict=True)
+    return [endpoint.Reply(spell(row[:size].tolist()), False, 100, 10) for row, size in rows]
+
+
+@pytest.fixture(scope="module")
+def records(expected):
+    """The same three played through text."""
+    found = []
+    for b, (trajectory, _) in enumerate(expected):
+        said = Scripted(list_replies(trajectory))
+        found.append(Player(tiny.make_parts(), list_examples(), said).play((b, 0)))
+        assert not said.replies
+    return found
+
+
+def write(folder, records, **source):
+    setting = collected.describe_setting(tiny.make_parts())
+    with collected.Writer(folder, setting, source) as writer:
+        for record in records:
+            writer.append(collected.EPISODES, record)
+    return folder
+
+
+def test_a_batch_holds_what_was_played(expected, records, tmp_path):
+    data = collected.Collection(write(tmp_path, records), tiny.make_parts(), make_setting(), 0.0)
+    sizes = make_setting().config
+    order = [2, 0, 1]
+    batch = data.stack(order).trajectories
+    assert batch.id.tolist() == order
+    assert batch.turns.prompt.shape == (3, sizes.max_turns, sizes.prompt_width)
+    assert not batch.turns.scripted.any()
+    for row, b in enumerate(order):
+        turns = expected[b][0].turns
+        count = turns.live.shape[1]
+        assert batch.turns.live[row].tolist() == [t < count for t in range(sizes.max_turns)]
+        for name in (
+            *("phase", "chunk", "question", "prompt", "prompt_lengths", "response"),
+            *("response_lengths", "log_probs", "values"),
+        ):
+            found, whole = getattr(batch.turns, name)[row], getattr(turns, name)[0]
+            assert found.dtype == whole.dtype
+            np.testing.assert_array_equal(found[:count], whole, err_msg=name)
+
+
+def test_a_record_says_what_came_of_the_trajectory(expected, records):
+    for b, (record, (trajectory, aliases)) in enumerate(zip(records, expected, strict=True)):
+        turns = trajectory.turns.live.shape[1]
+        assert (record["example"], record["sample"]) == (b, 0)
+        assert record["em"] == record["f1"] == [1.0] * len(aliases)
+        assert record["reward"] == 1.0
+        assert record["answers"] == [accepted[0] for accepted in aliases]
+        assert len(record["turns"]) == turns
+        assert record["usage"] == {
+            "requests": turns,
+            "prompt_tokens": 100 * turns,
+            "completion_tokens": 10 * turns,
+        }
+        applied = trajectory.turns.report.applied[0].sum(axis=0)
+        assert list(record["applied"].values()) == applied[1:].tolist()
+        assert not any(record["invalid"].values())
+        assert all(turn["admitted"] and not turn["cut"] for turn in record["turns"])
+        assert json.loads(json.dumps(record)) == record
+
+
+def test_replies_that_break_the_rules_are_played_and_not_learned(tmp_path):
+    """What each reply does is known: the protocol is compact, responses have 14 tokens."""
+    example = tiny.make_examples()[0]  # six chunks, two questions
+    replies = [
+        "<create>" + example["chunks"][0][0]["text"],  # never closed
+        "<create>" + "Drurvin " * 40 + "<end>",  # longer than a response
+        "<update><3> Anna<end>",  # nothing is shown
+        "no action",
+        ("<create>Anna", True, 1, 1),  # the server cut it
+        " words <create>Anna<end>\nwords ",
+        "<create>no<end>",  # not while answering
+        "<answer>" + example["questions"][1]["aliases"][0] + "<end>",
+    ]
+    replies = [r if isinstance(r, tuple) else (r, False, 100, 10) for r in replies]
+    record = Player(tiny.make_parts(), list_examples(), Scripted(replies)).play((0, 0))
+    assert record["em"] == [0.0, 1.0]
+    turns = record["turns"]
+    assert [turn["cut"] for turn in turns] == [i in (1, 4) for i in range(8)]
+    # An update of what is not shown is well formed; an empty reading turn is a turn.
+    assert [turn["admitted"] for turn in turns] == [i in (2, 3, 5, 7) for i in range(8)]
+    assert [len(turn["response"]) for turn in turns][1] == 14
+    assert {turn["response"][-1] for turn in turns} == {tiny.make_tokenizer().eos_id}
+    assert record["applied"]["create"] == 1
+    assert record["invalid"]["create"] == 3 + 1
+    assert record["invalid"]["update"] == 1
+    assert record["usage"] == {"requests": 8, "prompt_tokens": 701, "completion_tokens": 71}
+
+    data = collected.Collection(write(tmp_path, [record]), tiny.make_parts(), make_setting(), 0.5)
+    learned = data.stack([0]).trajectories.turns
+    np.testing.assert_array_equal(learned.live[0, :8], True)
+    np.testing.assert_array_equal(
+        learned.scripted[0, :8], [i not in (2, 3, 5, 7) for i in range(8)]
+    )
+    assert "4 of their 8 turns can be learned" in str(data)
+
+
+def test_the_teacher_sees_the_turn_as_text(expected, records):
+    said = Scripted(list_replies(expected[0][0]))
+    Player(tiny.make_parts(), list_examples(), said).play((0, 0))
+    example = tiny.make_examples()[0]
+    questions = "".join(f"\n\nQuestion:\n{q['text']}" for q in example["questions"])
+    chunk = example["chunks"][0][0]["text"]
+    assert said.said[0] == [
+        {
+            "role": "system",
+            "content": chat.system_message(wiring.find_protocol(tiny.make_config())),
+        },
+        {
+            "role": "user",
+            "content": f"{questions}\n\nPart of the document:\n{chunk}\n\n"
+            f"{chat.task_message(Phase.READING)}",
+        },
+    ]
+    assert f"\n\nQuery:\n{example['focus']}\n\nMemory 1:\n{chunk}" in said.said[1][1]["content"]
+    assert "Part of the document" not in said.said[-1][1]["content"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def test_batches_are_of_the_seed_and_resume_and_are_shared(records, tmp_path):
+    folder = write(tmp_path, [dict(r, sample=s) for s in range(3) for r in records])
+    data = collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)
+    assert len(data) == 9
+
+    def draw(count, seed=3, rows=range(4), state=None):
+        stream = data.batches(batch_size=4, seed=seed, rows=np.asarray(rows))
+        if state is not None:
+            stream.set_state(state)
+        return [next(stream).trajectories.id.tolist() for _ in range(count)], stream.get_state()
+
+    whole, _ = draw(9)
+    assert sorted(itertools.chain(*whole)) == sorted(list(range(9)) * 4)  # 4 epochs
+    assert draw(9, seed=4)[0] != whole
+    assert draw(9, rows=[1, 2])[0] == [batch[1:3] for batch in whole]
+    _, state = draw(5)
+    assert draw(4, state=json.loads(json.dumps(state)))[0] == whole[5:]
+    assert draw(4, rows=[0], state=state)[0] == [batch[:1] for batch in whole[5:]]
+
+    write(folder, [dict(records[0], sample=7)])
+    data = collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)
+    with pytest.raises(ConfigError, match=r"sft\.data=.* has changed since the checkpoint"):
+        draw(1, state=state)
+
+
+def test_only_rewarded_trajectories_are_kept(records, tmp_path):
+    worse = dict(records[1], em=[0.0, 1.0, 0.0], reward=1 / 3)
+    folder = write(tmp_path, [records[0], worse, dict(records[2], em=[0.0, 1.0], reward=0.5)])
+    data = collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)
+    assert len(data) == 2
+    assert str(data).startswith("2 of 3 trajectories of ")
+    lessons = data.stack([1, 0])
+    np.testing.assert_array_equal(lessons.rewards, [1.0, len(records[0]["em"])])
+    np.testing.assert_array_equal(lessons.counts, [2.0, len(records[0]["em"])])
+    folder = write(tmp_path / "bad", [worse])
+    with pytest.raises(ConfigError, match=r"of 1 trajectories 0 have .*lower sft\.min_reward"):
+        collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)
+
+
+def test_data_of_another_agent_is_refused_by_field(records, tmp_path):
+    folder = write(tmp_path, records)
+    config = tiny.make_config().copy_and_resolve_references()
+    config.memory.slots, config.rollout.response_length = 5, 16
+    parts = wiring.build(config, tiny.make_tokenizer())
+    with pytest.raises(
+        ConfigError,
+        match=r"another agent: memory\.slots=5 \(collected with 6\); "
+        r"rollout\.response_length=16 \(collected with 14\)\. Pass",
+    ):
+        collected.Collection(folder, parts, parts.setting(tiny.make_shape()), 0.5)
+    with pytest.raises(ConfigError, match=r"collection\.json cannot be read"):
+        collected.Collection(tmp_path / "none", tiny.make_parts(), make_setting(), 0.5)
+    short = episodes_lib.fit_shape(
+        [dict(e, chunks=e["chunks"][:1]) for e in tiny.make_examples()], tiny.make_tokenizer()
+    )
+    with pytest.raises(ConfigError, match=r"example 0 has \d+ turns; .* have at most \d+"):
+        collected.Collection(folder, tiny.make_parts(), tiny.make_parts().setting(short), 0.5)
+
+
+def test_a_torn_line_is_dropped_and_a_broken_one_named(records, tmp_path):
+    folder = write(tmp_path, records[:1])
+    path = folder / collected.EPISODES
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:50])
+    assert len(collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)) == 1
+    write(folder, [])
+    assert path.read_bytes() == whole
+    for broken in (b"{}\n", whole.replace(b'"fingerprint": "', b'"fingerprint": "0')):
+        path.write_bytes(whole + broken)
+        with pytest.raises(ConfigError, match=r"episodes\.jsonl, line 2 .*emove the line"):
+            collected.Collection(folder, tiny.make_parts(), make_setting(), 0.5)
+
+
+def test_a_folder_belongs_to_one_collection_and_one_writer(tmp_path):
+    setting = collected.describe_setting(tiny.make_parts())
+    with (
+        collected.Writer(tmp_path, setting, {"model": "a"}),
+        pytest.raises(ConfigError, match="is being written to by another process"),
+    ):
+        collected.Writer(tmp_path, setting, {"model": "a"})
+    for changed, source, message in (
+        ({}, {"model": "b"}, r"model='b' \(collected with 'a'\)"),
+        ({"prompt": "chat"}, {"model": "a"}, r"prompt='chat' \(collected with 'compact'\)"),
+    ):
+        with pytest.raises(ConfigError, match=rf"another collection: {message}\. Pass"):
+            collected.Writer(tmp_path, setting | changed, source)
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def collect_here(player, folder, *, samples=1, concurrency=2, max_failures=2):
+    tally = Tally(0.5, (1.0, 10.0))
+    setting = collected.describe_setting(tiny.make_parts())
+    with collected.Writer(folder, setting, {}) as writer:
+        for name in (collected.EPISODES, collected.FAILURES):
+            for record in writer.read(name):
+                tally.add(record)
+        try:
+            collecting.collect(
+                player,
+                writer,
+                tally,
+                samples=samples,
+                concurrency=concurrency,
+                max_failures=max_failures,
+            )
+        except ConfigError as error:
+            return tally.summarise(), str(error)
+    return tally.summarise(), None
+
+
+def test_failures_are_counted_paid_and_made_good(expected, tmp_path):
+    replies = [list_replies(trajectory) for trajectory, _ in expected]
+    down = endpoint.OutOfRetriesError("it is down")
+
+    def player(*said):
+        return Player(tiny.make_parts(), list_examples(), Scripted(itertools.chain(*said)))
+
+    first = player(replies[0][:3], [down], replies[1], replies[2])
+    summary, error = collect_here(first, tmp_path, concurrency=1)
+    assert error is None
+    assert (summary["trajectories"], summary["kept"], summary["failures"]) == (2, 2, 1)
+    assert summary["requests"] == 3 + len(replies[1]) + len(replies[2])
+    assert summary["cost"] == pytest.approx(summary["requests"] * (100 + 10 * 10) / 1e6)
+    # The same command plays what has failed, and nothing else.
+    summary, error = collect_here(player(replies[0]), tmp_path, concurrency=1)
+    assert error is None
+    turns = sum(map(len, replies))
+    assert (summary["trajectories"], summary["failures"], summary["em"]) == (3, 0, 1.0)
+    assert (summary["turns"], summary["requests"]) == (turns, 3 + turns)
+    # Nothing is left; then one more sample of each.
+    assert collect_here(player([]), tmp_path)[0] == summary
+    summary, _ = collect_here(player(*replies), tmp_path, samples=2, concurrency=1)
+    assert (summary["trajectories"], summary["turns"]) == (6, 2 * turns)
+
+
+def test_a_server_that_is_down_or_refuses_ends_the_run(tmp_path):
+    down = endpoint.OutOfRetriesError("it is down")
+    player = Player(tiny.make_parts(), list_examples(), Scripted([down] * 9))
+    summary, error = collect_here(player, tmp_path / "down", concurrency=1)
+    assert "2 episodes in a row failed (--max_failures), the last one with: it is down" in error
+    assert (summary["trajectories"], summary["failures"]) == (0, 2)
+    refused = endpoint.EndpointError("status 401. Put a valid key")
+    player = Player(tiny.make_parts(), list_examples(), Scripted([refused] * 9))
+    summary, error = collect_here(player, tmp_path / "refused")
+    assert error == "status 401. Put a valid key"
+    assert (summary["trajectories"], summary["failures"]) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# The script, killed and resumed, and training on what it wrote
+
+EPISODES = 12
+
+
+def fail_at_times():
+    """Answers of the rule-based teacher, with a failure of each kind among the first."""
+    failures = [
+        Answer(status=500),
+        Answer(status=429, headers={"Retry-After": "0.02"}),
+        Answer(body=b"{"),
+        Answer(stalls=True),
+    ]
+    lock = threading.Lock()
+
+    def answer(request):
+        with lock:
+            failed = failures.pop() if failures else None
+        return failed or Answer(teach(request["messages"]))
+
+    return answer
+
+
+def make_command(stub, folder, data_root, *more):
+    return [
+        f"--base_url={stub.url}",
+        "--model=stub",
+        f"--episodes={EPISODES}",
+        f"--out={folder}",
+        f"--data_root={data_root}",
+        "--timeout=2",
+        "--backoff=0.001",
+        "--price_per_million=1,10",
+        *runs.make_flags(),
+        *more,
+    ]
+
+
+def read_lines(folder) -> list[dict]:
+    lines = (folder / collected.EPISODES).read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda r: (r["example"], r["sample"]))
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory, data_root):
+    """(folder, what the last run printed, requests of all runs) of a run that was killed once."""
+    folder = tmp_path_factory.mktemp("teacher")
+    reached = threading.Event()
+    usual = fail_at_times()
+
+    def answer(request):
+        lines = folder / collected.EPISODES
+        if not reached.is_set() and lines.exists() and lines.read_bytes().count(b"\n") >= 3:
+            reached.set()
+        return usual(request)
+
+    os.environ["STUB_KEY"] = SECRET
+    try:
+        with Stub(answer) as stub:
+            command = make_command(stub, folder, data_root, "--api_key_env=STUB_KEY")
+            process = runs.start("collect.py", *command)
+            while process.poll() is None and not reached.wait(0.01):
+                pass
+            process.send_signal(signal.SIGKILL)
+            output = b"".join(process.communicate()).decode()
+            assert process.returncode == -signal.SIGKILL, f"ended by itself:\n{output[-3000:]}"
+            before = (folder / collected.EPISODES).read_bytes()
+            with (folder / collected.EPISODES).open("ab") as file:
+                file.write(before[:100])
+            printed = runs.run("collect.py", *command)
+            assert (folder / collected.EPISODES).read_bytes().startswith(before)
+            assert set(stub.keys) == {f"Bearer {SECRET}"}
+    finally:
+        del os.environ["STUB_KEY"]
+    return folder, output + printed, stub.requests
+
+
+def test_a_killed_run_goes_on_to_the_same_trajectories(collection):
+    folder, printed, requests = collection
+    records = read_lines(folder)
+    assert [(r["example"], r["sample"]) for r in records] == [(e, 0) for e in range(EPISODES)]
+    assert f"{EPISODES} trajectories" in printed
+    about = json.loads((folder / collected.ABOUT).read_text())
+    assert {r["fingerprint"] for r in records} == {collected.digest(about["setting"])}
+    # A teacher that draws nothing says the same to the same, whatever failed before.
+    for record in records[:3]:
+        for turn in record["turns"]:
+            assert any(teach(r["messages"]) == turn["reply"] for r in requests)
+    fields = [set(request) for request in requests]
+    assert all(f == {"model", "messages", "temperature", "max_tokens"} for f in fields)
+
+
+def test_the_summary_adds_up(collection):
+    folder, _, _ = collection
+    records = read_lines(folder)
+    summary = json.loads((folder / collected.SUMMARY).read_text())
+    turns = sum(len(record["turns"]) for record in records)
+    rewards = [np.mean(record["em"]) for record in records]
+    assert summary["trajectories"] == EPISODES
+    assert summary["kept"] == sum(reward >= 0.5 for reward in rewards)
+    assert summary["em"] == pytest.approx(np.mean([*itertools.chain(*(r["em"] for r in records))]))
+    assert summary["em"] > 0.5, "the stub is a good teacher"
+    assert (summary["turns"], summary["requests"], summary["failures"]) == (turns, turns, 0)
+    assert summary["prompt_tokens"] == 100 * turns
+    assert summary["cost"] == pytest.approx(turns * (100 + 10 * 10) / 1e6)
+    assert summary["actions"]["answer"]["applied"] == summary["questions"]
+
+
+def test_the_key_is_written_nowhere(collection):
+    folder, printed, _ = collection
+    assert SECRET not in printed
+    for path in folder.iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.relaxed_promotion  # optax's schedules
+def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
+    folder, _, _ = collection
+    steps = 12
+    config = runs.make_config(
+        sft__data=str(folder),
+        sft__steps=steps,
+        sft__min_reward=0.5,
+        sft__eval_every=steps,
+        sft__save_every=steps,
+        sft__eighths=(8,),  # one program instead of two
+        sft__optimizer__name="adamw",
+        sft__optimizer__warmup_steps=0,
+        rl__steps=0,
+    )
+    train.train(config, str(tmp_path), str(data_root))
+    records = read_lines(folder)
+    kept = [r for r in records if r["reward"] >= 0.5]
+    assert f"sft.data: {len(kept)} of {EPISODES} trajectories of {folder} kept" in (
+        capsys.readouterr().out
+    )
+    metrics = [r for r in read_metrics(tmp_path) if r["stage"] == "sft"]
+    assert len(metrics) == steps
+    assert all(record["kept"] == 1.0 for record in metrics)
+    assert all(np.isfinite(record["loss"]) for record in metrics)
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    # Every token of every turn that can be learned, and no other.
+    learned = {
+        r["example"]: sum(len(t["response"]) for t in r["turns"] if t["admitted"] and not t["cut"])
+        for r in kept
+    }
+    batch = config.sft.episodes
+    assert min(learned.values()) * batch <= metrics[0]["tokens"] <= max(learned.values()) * batch
+    total = sum(record["tokens"] for record in metrics)
+    epochs, rest = divmod(steps * batch, len(kept))
+    assert epochs * sum(learned.values()) <= total
+    assert total <= (epochs + bool(rest)) * sum(learned.values())
+
+    wider = runs.make_config(sft__data=str(folder), memory__entry_length=9)
+    with pytest.raises(ConfigError, match=r"memory\.entry_length=9 \(collected with 8\)"):
+        train.train(wider, str(tmp_path / "other"), str(data_root))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=m"], "collect.py: --base_url is missing: pass it"),
+        (["--base_url=http://h/v1", "--model=m", "--out=x", "--price_per_million=1"], "IN,OUT"),
+    ],
+)
+def test_a_mistake_ends_the_script_before_anything_is_read(arguments, message):
+    assert message in runs.run("collect.py", *arguments, status=2)
