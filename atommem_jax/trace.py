@@ -64,17 +64,23 @@ class Replay:
 # Playing again
 
 
-def replay(setting: rollout.Setting, trajectories: Trajectory, episodes: Episode) -> Replay:
+def replay(
+    setting: rollout.Setting,
+    trajectories: Trajectory,
+    episodes: Episode,
+    start: MemoryState | None = None,
+) -> Replay:
     """Plays recorded trajectories [B] again, without their policy.
 
     Args:
       setting: the one they were played in.
       trajectories: with fields [B, ...], on the host or on one device.
       episodes: theirs, in the same order.
+      start: what was remembered before the first turn, with fields [B, ...]; None for nothing.
 
-    Raises ValueError where the record is not reproduced: another setting, or another episode.
+    Raises ValueError where the record is not reproduced: another setting, episode or start.
     """
-    turns, played, reached = _replay(setting, trajectories.turns, episodes)
+    turns, played, reached = _replay(setting, trajectories.turns, episodes, start)
     record, again = jax.device_get((trajectories.turns, turns))
     live = record.live
     for field in ("phase", "chunk", "question", "shown", "shown_entries", "occupancy"):
@@ -96,12 +102,11 @@ def replay(setting: rollout.Setting, trajectories: Trajectory, episodes: Episode
 
 
 @jax.jit
-@functools.partial(jax.vmap, in_axes=(None, 0, 0))
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
 def _replay(
-    setting: rollout.Setting, turns: Turns, episode: Episode
+    setting: rollout.Setting, turns: Turns, episode: Episode, start: MemoryState | None
 ) -> tuple[Turns, Replay, MemoryState]:
     """(the record made again, what it lacked, memory at the end) of one trajectory."""
-    wide = dataclasses.replace(setting.grammar, max_text=turns.response.shape[1])
 
     def play(env, row: Turns):
         seen, view, _ = rollout.begin_turn(setting, env, episode)
@@ -124,23 +129,31 @@ def _replay(
             shown_entries=view.observation.shown,
             occupancy=memory.occupancy(seen.memory),
         )
-        permitted = jnp.asarray(rollout.PERMITTED)[env.phase]
-        fates, slots, *ousted = _apply_one_by_one(setting, seen.memory, actions, permitted)
-        lacked = Replay(
-            before=_drop_keys(seen.memory),
-            after=_drop_keys(ended.memory),
-            fates=fates,
-            slots=slots,
-            ousted=ousted[0],
-            ousted_lengths=ousted[1],
-            permitted=permitted,
-            written=wide.parse(row.response, row.response_lengths).text,
-        )
+        lacked = _recover(setting, seen.memory, ended.memory, again)
         env = jax.tree.map(lambda new, old: jnp.where(row.live, new, old), ended, env)
         return env, (again, lacked)
 
-    env, (again, lacked) = jax.lax.scan(play, rollout.start(setting, episode), turns)
+    env, (again, lacked) = jax.lax.scan(play, rollout.start(setting, episode, start), turns)
     return again, lacked, env.memory
+
+
+def _recover(
+    setting: rollout.Setting, before: MemoryState, after: MemoryState, turn: Turns
+) -> Replay:
+    """What the record of one turn lacks; no leading axes."""
+    wide = dataclasses.replace(setting.grammar, max_text=turn.response.shape[-1])
+    permitted = jnp.asarray(rollout.PERMITTED)[turn.phase]
+    fates, slots, *ousted = _apply_one_by_one(setting, before, turn.actions, permitted)
+    return Replay(
+        before=_drop_keys(before),
+        after=_drop_keys(after),
+        fates=fates,
+        slots=slots,
+        ousted=ousted[0],
+        ousted_lengths=ousted[1],
+        permitted=permitted,
+        written=wide.parse(turn.response, turn.response_lengths).text,
+    )
 
 
 def _apply_one_by_one(
@@ -184,7 +197,8 @@ def _check_same(field: str, recorded, replayed, live=None) -> None:
         raise ValueError(
             f"{field}: trajectory {where[0]} recorded what its replay does not reproduce "
             f"({int(rows.sum())} values differ); allowed is the setting and the episode that it "
-            "was played with. Pass both as they were for the rollout."
+            "was played with, and the memory that it started from. Pass them as they were for the "
+            "rollout."
         )
 
 
@@ -198,6 +212,7 @@ def describe(
     episodes: Episode,
     tokenizer: Tokenizer,
     aliases: Sequence[Sequence[Sequence[str]]],
+    start: MemoryState | None = None,
 ) -> list[Data]:
     """One dictionary an episode, of nothing but what JSON knows.
 
@@ -206,44 +221,116 @@ def describe(
       trajectories: with fields [B, ...].
       episodes: theirs, in the same order.
       tokenizer: of the run.
-      aliases: [b][q] -> accepted answers.
+      aliases: [b][q] -> accepted answers; none where it is not known which are right.
+      start: what was remembered before the first turn, with fields [B, ...]; None for nothing.
 
     Returns:
-      Per episode `episode`, `trajectory` (their ids), `em`, `chunks`, `slots`, `questions` (text,
-      gold, answer, em) and `turns`. A turn holds `phase`, `chunk` and `question` (numbers or
-      None), `scripted`, `query`, `shown`, `response` as generated, `actions` with what became of
-      each, `changes` of the table and of the `scratchpad`, and `entries`, their number before and
-      after. The table starts empty: applying the changes of all turns up to one gives it there.
+      Per episode `episode`, `trajectory` (their ids), `em`, `chunks`, `slots`, `start`, `questions`
+      (text, gold, answer, em) and `turns`. A turn holds `phase`, `chunk` and `question` (numbers
+      or None), `scripted`, `query`, `shown`, `response` as generated, `actions` with what became
+      of each, `changes` of the table and of the `scratchpad`, and `entries`, their number before
+      and after. `start` lists the entries before the first turn (slot, text): applying the changes
+      of all turns up to one gives the table there. An `em` is None where nothing is known to be
+      right.
 
     Raises ValueError as `replay` does.
     """
-    trajectories, episodes = jax.device_get((trajectories, episodes))
-    played = replay(setting, trajectories, episodes)
+    trajectories, episodes, start = jax.device_get((trajectories, episodes, start))
+    played = replay(setting, trajectories, episodes, start)
     answers, lengths = np.asarray(trajectories.answers), np.asarray(trajectories.answer_lengths)
     texts = evaluate.decode_answers(answers, lengths, tokenizer.decode)
     described = []
     for b, accepted in enumerate(aliases):
-        trajectory, episode, lacked = jax.tree.map(
-            lambda x, b=b: x[b], (trajectories, episodes, played)
+        trajectory, episode, lacked, table = jax.tree.map(
+            lambda x, b=b: x[b], (trajectories, episodes, played, start)
         )
-        questions = _describe_questions(episode, texts[b], accepted, tokenizer)
         live = np.flatnonzero(trajectory.turns.live)
         turns = [jax.tree.map(lambda x, t=t: x[t], (trajectory.turns, lacked)) for t in live]
         described.append(
-            {
-                "episode": int(episode.id),
-                "trajectory": int(trajectory.id),
-                "em": float(np.mean([question["em"] for question in questions])),
-                "slots": setting.config.slots,
-                "chunks": [
-                    tokenizer.decode(episode.chunks[c, : episode.chunk_lengths[c]].tolist())
-                    for c in range(int(episode.num_chunks))
-                ],
-                "questions": questions,
-                "turns": [_Describer(setting, tokenizer, *turn).describe() for turn in turns],
-            }
+            describe_episode(
+                setting,
+                episode,
+                tokenizer,
+                trajectory=int(trajectory.id),
+                answers=texts[b],
+                aliases=accepted,
+                turns=[_Describer(setting, tokenizer, *turn).describe() for turn in turns],
+                start=table,
+            )
         )
     return described
+
+
+def describe_turn(
+    setting: rollout.Setting,
+    tokenizer: Tokenizer,
+    before: MemoryState,
+    after: MemoryState,
+    turn: Turns,
+) -> Data:
+    """One turn as `describe` gives it, while its episode goes on.
+
+    Args:
+      setting: the one that it was played in.
+      tokenizer: of the run.
+      before: memory as the turn saw it, after retrieval.
+      after: memory after its actions.
+      turn: its record; like both memories without leading axes.
+    """
+    turn, lacked = jax.device_get((turn, _recover_jit(setting, before, after, turn)))
+    return _Describer(setting, tokenizer, turn, lacked).describe()
+
+
+_recover_jit = jax.jit(_recover)
+
+
+def describe_episode(
+    setting: rollout.Setting,
+    episode: Episode,
+    tokenizer: Tokenizer,
+    *,
+    trajectory: int,
+    answers: Sequence[str],
+    aliases: Sequence[Sequence[str]],
+    turns: list[Data],
+    start: MemoryState | None = None,
+) -> Data:
+    """The dictionary of one episode; see `describe`.
+
+    Args:
+      setting: the one that it was played in.
+      episode: without a leading axis, on the host.
+      tokenizer: of the run.
+      trajectory: its id.
+      answers: one a question; '' where none was given.
+      aliases: [q] -> accepted answers.
+      turns: of `describe_turn`.
+      start: memory before the first turn, without a leading axis; None for nothing.
+    """
+    questions = _describe_questions(episode, answers, aliases, tokenizer)
+    scores = [question["em"] for question in questions if question["em"] is not None]
+    return {
+        "episode": int(episode.id),
+        "trajectory": trajectory,
+        "em": float(np.mean(scores)) if scores else None,
+        "slots": setting.config.slots,
+        "start": [] if start is None else describe_table(start, tokenizer),
+        "chunks": [
+            tokenizer.decode(episode.chunks[c, : episode.chunk_lengths[c]].tolist())
+            for c in range(int(episode.num_chunks))
+        ],
+        "questions": questions,
+        "turns": turns,
+    }
+
+
+def describe_table(state: MemoryState, tokenizer: Tokenizer) -> list[Data]:
+    """The entries of a memory without a leading axis: `slot` and `text`, by slot."""
+    entries, lengths, valid = jax.device_get((state.entries, state.lengths, state.valid))
+    return [
+        {"slot": int(slot), "text": tokenizer.decode(entries[slot, : lengths[slot]].tolist())}
+        for slot in np.flatnonzero(valid)
+    ]
 
 
 def _describe_questions(
@@ -256,7 +343,7 @@ def _describe_questions(
             ),
             "gold": list(gold),
             "answer": answers[q],
-            "em": float(reward.exact_match(answers[q], gold)),
+            "em": float(reward.exact_match(answers[q], gold)) if gold else None,
         }
         for q, gold in enumerate(accepted)
     ]

@@ -19,19 +19,35 @@ from atommem_jax import distributed, sharding
 from atommem_jax import evaluate as evaluation
 from atommem_jax import tokenizer as tokenizer_lib
 from atommem_jax.checkpoint import Checkpointer, CheckpointError
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, check, check_path
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import HuggingFaceTokenizer, Tokenizer
-from experiments import wiring
+from experiments import validation, wiring
+
+OVERRIDABLE = ("memory", "rollout")
+"""Sections of a config that say how an agent plays, and nothing of its parameters."""
 
 
 class Loaded:
-    """An agent from a checkpoint, ready to play."""
+    """An agent from a checkpoint, ready to play.
 
-    def __init__(self, workdir: str, step: int, parts: wiring.Parts, params: Any, mesh: Mesh):
+    `trained_shape` is that of the episodes it was trained on; None where the checkpoint does not
+    say, as those of `convert.py`.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        step: int,
+        parts: wiring.Parts,
+        params: Any,
+        mesh: Mesh,
+        trained_shape: episodes_lib.EpisodeShape | None = None,
+    ):
         self.workdir, self.step, self.parts = workdir, step, parts
         self.params, self.mesh = params, mesh
+        self.trained_shape = trained_shape
         self._players: dict[Any, Any] = {}
         self._shapes: dict[tuple[str, ...], episodes_lib.EpisodeShape] = {}
 
@@ -58,17 +74,21 @@ class Loaded:
         return self._shapes[splits]
 
 
-def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
+def load(
+    path: str, which: str = "last", cpu_devices: int = 2, settings: Sequence[str] = ()
+) -> Loaded:
     """Reads config, tokenizer and parameters, onto the devices there are here.
 
-    Raises ConfigError where there is no such checkpoint.
+    settings: see `override`.
+
+    Raises ConfigError where there is no such checkpoint, or a setting cannot be.
     """
     wiring.prepare_devices(cpu_devices)
     folder, which = _find(path, which)
     try:
         with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
             step = _choose(checkpointer, which)
-            config = checkpointer.restore_config(step)
+            config = override(checkpointer.restore_config(step), settings)
             mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
             parts = wiring.build(config, tokenizer)
@@ -82,7 +102,58 @@ def load(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
             )
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    return Loaded(str(folder.parent), restored.step, parts, restored.state["train"]["params"], mesh)
+    if settings:
+        validation.validate_turns(config, parts)
+    shape = restored.progress.get("shape")
+    return Loaded(
+        str(folder.parent),
+        restored.step,
+        parts,
+        restored.state["train"]["params"],
+        mesh,
+        episodes_lib.EpisodeShape(**shape) if shape else None,
+    )
+
+
+def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+    """A copy of a checkpoint's config with other sizes; parameters do not depend on them.
+
+    settings: texts such as "memory.entry_length=64", of fields in `OVERRIDABLE` sections.
+
+    Raises ConfigError for another section or field, or a value out of range.
+    """
+    if not settings:
+        return config
+    config = config.copy_and_resolve_references().lock()
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        section = path.partition(".")[0]
+        check(
+            bool(equals) and section in OVERRIDABLE,
+            f"--set={setting}: allowed is FIELD=VALUE, of a field of {' or '.join(OVERRIDABLE)}, "
+            "such as memory.entry_length=64",
+        )
+        check_path(config, path)
+        field = path.partition(".")[2]
+        check(bool(field), f"--set={setting}: {section} is a section; name one of its fields")
+        config[section][field] = _parse_like(config[section][field], text, setting)
+    validation.validate_play(config)
+    return config
+
+
+def _parse_like(old: Any, text: str, setting: str) -> Any:
+    """The value that a text spells, of the type of another value."""
+    if isinstance(old, bool):
+        words = {"true": True, "false": False}
+        check(text.lower() in words, f"--set={setting}: allowed is true or false")
+        return words[text.lower()]
+    kind = type(old)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(
+            f"--set={setting}: {text!r} is no {kind.__name__}; it was {old!r}"
+        ) from None
 
 
 def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> Tokenizer:

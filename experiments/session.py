@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atommem_jax import rollout
+from atommem_jax import attention, rollout
 from atommem_jax.sampling import Agent
 from atommem_jax.types import Episode, MemoryState, Phase, Response, Trajectory, Turns, View
+
+WIDTHS = 4
+"""Into how many prompt widths `model_responder` sorts prompts."""
 
 Respond = Callable[[View, jax.Array], Response]
 """(view [1], key [1]) -> response [1] of one turn."""
@@ -86,9 +89,30 @@ class Session:
 
 
 def model_responder(agent: Agent, params, temperature: float) -> Respond:
-    """The policy of a model; 0 is greedy."""
+    """The policy of a model; 0 is greedy.
+
+    The prompt width must hold the longest prompt, and most are shorter: their padding is cut to one
+    of a few widths, each of which is compiled when it is first needed.
+    """
     heat = jnp.asarray(temperature, jnp.float32)
-    return lambda view, keys: _generate(agent, params, view, keys, heat)
+
+    def respond(view: View, keys: jax.Array) -> Response:
+        width = choose_width(agent, view.prompt.shape[1], int(view.prompt_length[0]))
+        cut = view.replace(prompt=view.prompt[:, view.prompt.shape[1] - width :])
+        return _generate(agent, params, cut, keys, heat)
+
+    return respond
+
+
+def choose_width(agent: Agent, prompt_width: int, length: int) -> int:
+    """The least of `WIDTHS` even parts of `prompt_width` that holds `length` tokens."""
+    multiple = attention.row_multiple(agent.model.config.attention, prompt_width)
+    for part in range(1, WIDTHS):
+        width = -(-prompt_width * part // WIDTHS)
+        width = -(-width // multiple) * multiple
+        if length <= width <= prompt_width:
+            return width
+    return prompt_width
 
 
 @jax.jit

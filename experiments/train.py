@@ -18,6 +18,7 @@ A run may go on with another number of processes or devices. `supervise.py` rest
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -173,7 +174,11 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
                         config=config,
                         tokenizer=tokenizer.to_bytes(),
                         data_state=iterator.get_state(),
-                        progress={"stage": stage.name, "stage_step": done},
+                        progress={
+                            "stage": stage.name,
+                            "stage_step": done,
+                            "shape": dataclasses.asdict(shape),
+                        },
                         metrics=results,
                     )
                 if stopping:

@@ -29,14 +29,12 @@ def validate(config: ConfigDict) -> None:
         wiring.subconfig(OptimizerConfig, config.rl.optimizer).validate("rl.optimizer")
         wiring.subconfig(PPOConfig, config.rl.ppo).validate("rl.ppo")
         check_eighths(config.sft.eighths, "sft.eighths")
-        r = config.rollout
-        SamplerConfig(r.response_length, r.constrained, r.top_p, r.score_chunk).validate()
         model = config.model.to_dict()
         model.pop("match_features")
         ModelConfig(vocab_size=1, **model).validate()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _validate_memory(config)
+    validate_play(config)
     _validate_sizes(config)
     check(
         config.prompt in ("compact", "chat"),
@@ -48,12 +46,6 @@ def validate(config: ConfigDict) -> None:
         "has others; set model.match_features=False",
     )
     check(
-        config.rollout.param_dtype in ("float32", config.model.dtype),
-        f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32' and "
-        f"model.dtype={config.model.dtype!r}; anything else would sample from another model than "
-        "the one that learns",
-    )
-    check(
         workflow.program is None or config.rl.ppo.estimator == "group",
         f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
         f"workflow={config.workflow!r} has turns that a program writes; use "
@@ -61,6 +53,26 @@ def validate(config: ConfigDict) -> None:
     )
     check(config.rl.temperature > 0, _message("rl.temperature", config, "above 0"))
     check(0 <= config.sft.min_reward <= 1, _message("sft.min_reward", config, "0 to 1"))
+
+
+def validate_play(config: ConfigDict) -> None:
+    """Raises ConfigError for sizes of `memory` or `rollout` that nothing can be played with."""
+    r, dtype = config.rollout, config.model.dtype
+    score_chunk, param_dtype = r.get("score_chunk", 0), r.get("param_dtype", "float32")  # if older
+    try:
+        SamplerConfig(r.response_length, r.constrained, r.top_p, score_chunk).validate()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    check(
+        param_dtype in ("float32", dtype),
+        f"rollout.param_dtype={param_dtype!r}: allowed are 'float32' and model.dtype={dtype!r}; "
+        "anything else would sample from another model than the one that learns",
+    )
+    for name in ("max_actions", "answer_length"):
+        check(r[name] >= 1, _message(f"rollout.{name}", config, "at least 1"))
+    for name in ("read_budget", "answer_read_budget", "group"):
+        check(r[name] >= 0, _message(f"rollout.{name}", config, "0 or more"))
+    _validate_memory(config)
 
 
 def _validate_memory(config: ConfigDict) -> None:
@@ -85,8 +97,6 @@ def _validate_sizes(config: ConfigDict) -> None:
         "sft.eval_every",
         "rl.save_every",
         "rl.eval_every",
-        "rollout.max_actions",
-        "rollout.answer_length",
         "eval.episodes",
         "eval.batch_size",
         "mesh.cpu_devices",
@@ -99,9 +109,6 @@ def _validate_sizes(config: ConfigDict) -> None:
     for path in (
         "sft.steps",
         "rl.steps",
-        "rollout.read_budget",
-        "rollout.answer_read_budget",
-        "rollout.group",
         "mesh.data",
     ):
         check(_get(config, path) >= 0, _message(path, config, "0 or more"))
@@ -160,13 +167,8 @@ def validate_shape(
     examples: Sequence[episodes_lib.Example],
 ) -> None:
     """Token budgets against the data. Raises ConfigError naming field and least value."""
+    validate_turns(config, parts)
     limit = config.rollout.response_length
-    for phase in (Phase.READING, Phase.ANSWERING, Phase.FINAL):
-        least = parts.agent.grammar.min_tokens(phase)
-        check(
-            limit >= least,
-            f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
-        )
     # Of a collected teacher each turn is judged by itself, see `collected.find_learnable`.
     if not config.sft.data or parts.workflow.program is not None:
         longest, actions = _longest_turn(parts, shape, examples)
@@ -185,6 +187,17 @@ def validate_shape(
         f"rollout.answer_length={config.rollout.answer_length}: an answer has "
         f"{shape.answer_length} tokens; raise it",
     )
+
+
+def validate_turns(config: ConfigDict, parts: wiring.Parts) -> None:
+    """A response must have room for the shortest turn. Raises ConfigError as `validate_shape`."""
+    limit = config.rollout.response_length
+    for phase in (Phase.READING, Phase.ANSWERING, Phase.FINAL):
+        least = parts.agent.grammar.min_tokens(phase)
+        check(
+            limit >= least,
+            f"rollout.response_length={limit}: a turn while {phase.name} needs {least}",
+        )
 
 
 def _longest_turn(

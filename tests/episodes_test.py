@@ -224,6 +224,30 @@ def test_no_examples_have_no_shape():
         episodes.fit_shape([], Words())
 
 
+def test_a_document_without_questions_and_questions_without_one():
+    words = Words()
+    shape = episodes.fit_shape([EXAMPLE], words)
+    question = {**EXAMPLE["questions"][0], "needs": []}
+    whole = episodes.encode(EXAMPLE, words, shape)
+    read, asked, empty = (
+        {**EXAMPLE, **changes}
+        for changes in (
+            {"questions": []},
+            {"chunks": [], "questions": [question]},
+            {"chunks": [], "questions": [{**question, "text": ""}]},
+        )
+    )
+    read, asked = (episodes.encode(e, words, shape, partial=True) for e in (read, asked))
+    assert (int(read.num_chunks), int(read.num_questions)) == (int(whole.num_chunks), 0)
+    assert (int(asked.num_chunks), int(asked.num_questions)) == (0, 1)
+    np.testing.assert_array_equal(read.chunks, whole.chunks)
+    np.testing.assert_array_equal(read.question_lengths, 0)
+    np.testing.assert_array_equal(asked.chunk_lengths, 0)
+    np.testing.assert_array_equal(asked.questions[0], whole.questions[0])
+    with pytest.raises(ValueError, match="questions has no text, or one without any token"):
+        episodes.encode(empty, words, shape, partial=True)
+
+
 def _train_bpe(texts: list[str]) -> tokenizer_lib.HuggingFaceTokenizer:
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -358,6 +358,23 @@ def test_a_filter_that_leaves_nothing_says_so(browser, tmp_path):
     assert browser.read_log() == []
 
 
+def test_what_nobody_scored_carries_no_marks(browser, tmp_path):
+    story = make_story(1, right=True, turns=1) | {"em": None}
+    story["start"] = [{"slot": 1, "text": "kept before"}]
+    story["questions"][0] |= {"em": None, "gold": []}
+    page = report.write(tmp_path, [report_test.make_run()], report.Traces([story], {}))
+    browser.open(page)
+    assert "kept before" in browser.text("#table")
+    browser.press(RIGHT)
+    assert "kept before" in browser.text("#table")
+    told = browser.text("#episode-list") + browser.text("#timeline") + browser.text("#did")
+    for mark in ("\u2713", "\u2717", "right", "wrong", "gold"):
+        assert mark not in told
+    assert "gold" not in browser.text("#questions")
+    assert not browser.run("document.querySelector('#only-wrong').checkVisibility()")
+    assert browser.read_log() == []
+
+
 def test_the_address_names_episode_and_turn(browser, page):
     browser.open(page, "#episode=12&turn=3")
     assert "Episode 12" in browser.text("#questions")

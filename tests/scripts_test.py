@@ -12,6 +12,7 @@ import pytest
 
 from atommem_jax.checkpoint import Checkpointer
 from atommem_jax.config import ConfigError
+from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
 from atommem_jax.tokenizer import SentencePieceTokenizer
 from experiments import agents, train, validity, wiring
@@ -242,6 +243,14 @@ def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
         assert_equal(loaded.params, saved)
 
 
+def test_a_checkpoint_says_what_its_episodes_were_like(demo, data_root):
+    loaded = agents.load(str(demo[0]))
+    train_split = wiring.load_dataset(loaded.parts.config, str(data_root)).split("train")
+    shape = episodes_lib.fit_shape(train_split, loaded.parts.tokenizer)
+    assert loaded.trained_shape == shape
+    assert (shape.facts, shape.questions) == (1, 2)
+
+
 def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
     workdir, _ = demo
     with (
@@ -359,6 +368,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
         ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
         ("convert.py", ["--source", "--target", "--to", "--dtype", "--tokenizer", "--config"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
+        ("answer.py", ["--checkpoint", "--document", "--question", "--interactive", "--set"]),
     ],
 )
 def test_help_lists_the_flags(script, names):

@@ -33,13 +33,15 @@
   const field = (name, ...children) =>
     element("div", { class: "field" }, element("h5", {}, name), ...children);
   const badge = (kind, text) => element("span", { class: `badge ${kind}` }, text);
-  const isWrong = (e) => e.em < 1;
+  // A score is null where nobody knows what is right, as of questions that a person asked.
+  const isWrong = (e) => e.em !== null && e.em < 1;
+  const hasGold = (e) => e.questions.some((q) => q.em !== null);
 
   // ------------------------------------------------------------------ what follows from the data
 
   /** The table after turn `last` of an episode: slot -> text. */
   function foldTable(e, last) {
-    const table = new Map();
+    const table = new Map((e.start || []).map(({ slot, text }) => [slot, text]));
     for (const { changes } of e.turns.slice(0, last + 1)) {
       for (const { slot, after } of changes) {
         if (after === null) table.delete(slot);
@@ -73,19 +75,26 @@
     byId("episode-list").replaceChildren(
       ...rows.map((i) => {
         const e = episodes[i];
+        const count = e.questions.length;
         const right = e.questions.filter((q) => q.em === 1).length;
-        const mark = isWrong(e) ? "\u2717" : "\u2713";
+        const [name, mark, told, score] = !hasGold(e)
+          ? ["unscored", "\u00b7", `${count} asked`, `${count}`]
+          : [
+              ...(isWrong(e) ? ["wrong", "\u2717"] : ["right", "\u2713"]),
+              `${right} of ${count} answers right`,
+              `${right}/${count}`,
+            ];
         const button = element(
           "button",
           {
             type: "button",
-            class: isWrong(e) ? "wrong" : "right",
+            class: name,
             "data-episode": i,
-            "aria-label": `episode ${e.episode}: ${right} of ${e.questions.length} answers right`,
+            "aria-label": `episode ${e.episode}: ${told}`,
           },
           element("span", { class: "mark", "aria-hidden": "true" }, mark),
           ` ${e.episode} `,
-          element("small", {}, `${right}/${e.questions.length}`),
+          element("small", {}, score),
         );
         button.addEventListener("click", () => show(i, 0));
         return element("li", {}, button);
@@ -95,10 +104,12 @@
       ? `${rows.length} of ${episodes.length} episodes`
       : "No traced episode has a wrong answer.";
     byId("viewer").hidden = !rows.length;
+    byId("only-wrong").closest("label").hidden = !episodes.some(hasGold);
   }
 
   function renderQuestions() {
     const e = episodes[episode];
+    const scored = hasGold(e);
     const rows = e.questions.map((q, i) => {
       const current = e.turns[turn].question === i;
       const answer = q.answer ? quote(q.answer) : element("span", { class: "none" }, "no answer");
@@ -108,16 +119,16 @@
         element("th", { scope: "row" }, `${i + 1}`),
         element("td", {}, quote(q.text), current ? element("small", {}, " put in this turn") : null),
         element("td", { "data-title": "answer" }, answer),
-        element("td", { "data-title": "gold" }, q.gold.join(" / ")),
-        element("td", {}, verdict(q)),
+        scored ? element("td", { "data-title": "gold" }, q.gold.join(" / ")) : null,
+        scored ? element("td", {}, verdict(q)) : null,
       );
     });
-    const titles = ["", "question", "answer", "gold", ""];
+    const titles = ["", "question", "answer", ...(scored ? ["gold", ""] : [])];
     const head = titles.map((title) => element("th", { scope: "col" }, title));
     byId("questions").replaceChildren(
       element(
         "table",
-        { class: "questions" },
+        { class: scored ? "questions" : "questions unscored" },
         element("caption", {}, `Episode ${e.episode}, trajectory ${e.trajectory}`),
         element("thead", {}, element("tr", {}, ...head)),
         element("tbody", {}, ...rows),
@@ -126,7 +137,7 @@
   }
 
   const verdict = (q) =>
-    q.em === 1 ? badge("right", "\u2713 right") : badge("wrong", "\u2717 wrong");
+    q.em === null ? null : q.em === 1 ? badge("right", "\u2713 right") : badge("wrong", "\u2717 wrong");
 
   // ------------------------------------------------------------------ turns
 
@@ -136,12 +147,13 @@
       ...e.turns.map((one, t) => {
         const applied = one.actions.filter((a) => a.fates.includes("applied"));
         const ended = endedQuestion(e, t);
+        const em = ended === null ? null : e.questions[ended].em;
         let text = applied.map((a) => LETTERS[a.kind]).join("");
-        if (ended !== null) text = e.questions[ended].em === 1 ? "\u2713" : "\u2717";
+        if (em !== null) text = em === 1 ? "\u2713" : "\u2717";
         const refused = one.actions.length > applied.length;
         const told = applied.map((a) => a.kind).join(", ") || "nothing applied";
         const classes = [one.phase === "reading" ? "reading" : "answering"];
-        if (ended !== null) classes.push(e.questions[ended].em === 1 ? "right" : "wrong");
+        if (em !== null) classes.push(em === 1 ? "right" : "wrong");
         if (refused) classes.push("refused");
         if (one.scripted) classes.push("scripted");
         const button = element(
@@ -252,7 +264,7 @@
       "div",
       { class: "answer" },
       element("p", {}, element("b", {}, "answer "), given, " ", verdict(q)),
-      element("p", {}, element("b", {}, "gold "), q.gold.join(" / ")),
+      q.em === null ? null : element("p", {}, element("b", {}, "gold "), q.gold.join(" / ")),
     );
   }
 

@@ -230,8 +230,8 @@ class _Tokens(NamedTuple):
         )
 
 
-class _TextEncoder:
-    """A tokenizer's `encode` with a memory: short sentences recur thousands of times."""
+class TextEncoder:
+    """A tokenizer's `encode` as texts in a row need it; remembers, as sentences recur often."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._encode = tokenizer.encode
@@ -251,14 +251,14 @@ class _TextEncoder:
         return self._known[text]
 
 
-def _tokenize(example: Example, encode_text: _TextEncoder) -> _Tokens:
+def _tokenize(example: Example, encode_text: TextEncoder, partial: bool = False) -> _Tokens:
     chunks = [
         [encode_text(fact["text"], first=u == 0) for u, fact in enumerate(chunk)]
         for chunk in example["chunks"]
     ]
     questions = [encode_text(question["text"]) for question in example["questions"]]
     for name, texts in [("chunks", _concatenate(chunks)), ("questions", questions)]:
-        if not texts or not all(texts):
+        if not (texts or partial) or not all(texts):
             raise ValueError(
                 f"example {example['id']}: {name} has no text, or one without any token; allowed: "
                 "one or more texts, none empty. Correct the data set's builder."
@@ -280,7 +280,7 @@ def fit_shape(examples: Iterable[Example], tokenizer: Tokenizer) -> EpisodeShape
 
     Raises ValueError where there are none, or where one has no facts or questions.
     """
-    encode_text = _TextEncoder(tokenizer)
+    encode_text = TextEncoder(tokenizer)
     fitted = None
     for example in examples:
         shape = _tokenize(example, encode_text).shape(example)
@@ -297,7 +297,7 @@ def longest_support(
 
     cap: tokens to which the text of each fact is cut.
     """
-    encode_text = _TextEncoder(tokenizer)
+    encode_text = TextEncoder(tokenizer)
     tokens = facts = 0
     for example in examples:
         for chunk in example["chunks"]:
@@ -307,22 +307,29 @@ def longest_support(
     return tokens, facts
 
 
-def encode(example: Example, tokenizer: Tokenizer, shape: EpisodeShape) -> Episode:
+def encode(
+    example: Example, tokenizer: Tokenizer, shape: EpisodeShape, *, partial: bool = False
+) -> Episode:
     """Makes one example an Episode with NumPy leaves (int32, bool), padded to `shape`.
 
     The tokens of a chunk are those of its facts, one after the other, so that each fact is an
     exact span; a fact that follows another one begins with the space between them. A note is
     encoded alone. Where there is no fact, category is EMPTY.
 
+    partial: it may lack chunks, or questions: a document that is read before anyone asks, and a
+      question about what was read before.
+
     Raises ValueError, naming the field and both sizes, where the example does not fit `shape`,
     and where a fact number is none of the example's.
     """
-    return _encode(example, _TextEncoder(tokenizer), shape)
+    return _encode(example, TextEncoder(tokenizer), shape, partial)
 
 
-def _encode(example: Example, encode_text: _TextEncoder, shape: EpisodeShape) -> Episode:
+def _encode(
+    example: Example, encode_text: TextEncoder, shape: EpisodeShape, partial: bool = False
+) -> Episode:
     pad_id = encode_text.pad_id
-    tokens = _tokenize(example, encode_text)
+    tokens = _tokenize(example, encode_text, partial)
     _check_fits(example, tokens.shape(example), shape)
     chunks = [_concatenate(chunk) for chunk in tokens.chunks]
     # Any: the leaves are NumPy's, Episode says JAX's; a batch goes to the devices later, as one.
@@ -341,7 +348,7 @@ def _encode(example: Example, encode_text: _TextEncoder, shape: EpisodeShape) ->
 def _annotate(
     example: Example,
     tokens: _Tokens,
-    encode_text: _TextEncoder,
+    encode_text: TextEncoder,
     shape: EpisodeShape,
 ) -> Annotations:
     pad_id = encode_text.pad_id
@@ -454,7 +461,7 @@ class EncodedDataset(Sequence[tuple[Episode, list[list[str]]]]):
         cache_bytes: int = 1 << 30,
     ):
         self._source = source
-        self._encode_text = _TextEncoder(tokenizer)
+        self._encode_text = TextEncoder(tokenizer)
         self._shape = shape
         self._room = cache_bytes
         self._cache: dict[int, tuple[Episode, list[list[str]]]] = {}

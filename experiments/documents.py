@@ -1,0 +1,199 @@
+"""A person's documents: text files, split into the parts that an agent reads one by one.
+
+Any UTF-8 text will do: prose, Markdown, what is extracted from a PDF. Nothing of it is lost or
+moved: the words of all parts, in order, are the words of the text.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from atommem_jax.config import ConfigError, check
+
+Measure = Callable[[str], int]
+"""Tokens of a text, wherever in a part it stands."""
+
+_BOM = b"\xef\xbb\xbf"
+_ABBREVIATIONS = re.compile(
+    r"(?:approx|cf|ch|dept|dr|eq|esp|est|figs?|gen|jr|mrs?|ms|mt|pp|prof|rev|sec|sr|st|vol|vs)"
+    r"|(?:\w\.)*[^\W\d_]",  # initials
+    re.IGNORECASE,
+)
+_BREAK = re.compile(
+    r"""
+    # A stop, what closes with it, and white space; stops of Chinese need none.
+    (?P<stop> [.!?\u2026]+ ["'\u2019\u201d\u00bb)\]*_]* \s+ )
+    | [\u3002\uff01\uff1f\uff61] [\u2019\u201d\u300d\u300f\uff09]* \s*
+    # An empty line.
+    | \n [^\S\n]* \n \s*
+    # Before an item, a quotation, a table, a heading or code in Markdown; after a heading or a row.
+    | \n (?= [^\S\n]* (?: \#{1,6}\s | [-*+\u2022]\s | \d{1,3}[.)]\s | [|>] | ``` ) )
+    | ^ [^\S\n]* (?: \#{1,6}\s | \| ) [^\n]* \n \s*
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is read in one turn."""
+
+    sentences: tuple[str, ...]  # as a data set's chunk is made of facts
+    cut: int = 0  # how many pieces it has of sentences that are longer than a part may be
+
+
+def read(path: str) -> str:
+    """The text of a file, with `\\n` for line ends and page breaks.
+
+    Raises ConfigError where there is none.
+    """
+    flag, file = f"--document={path}", pathlib.Path(path)
+    check(not file.is_dir(), f"{flag}: is a folder; pass a text file, one flag for each of several")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{flag}: {error.strerror}; pass the path of a text file") from error
+    check(
+        not data.startswith(b"%PDF"),
+        f"{flag}: is a PDF; allowed is UTF-8 text: extract it first, as with pdftotext",
+    )
+    try:
+        text = data.removeprefix(_BOM).decode()
+    except UnicodeDecodeError as error:
+        at = error.start + len(data) - len(data.removeprefix(_BOM))
+        raise ConfigError(
+            f"{flag}: byte {data[at]:#04x} at offset {at} is not UTF-8 ({error.reason}); allowed "
+            "is UTF-8 text: convert it, as with iconv --from-code=LATIN1 --to-code=UTF-8"
+        ) from None
+    check(
+        bool(text.strip()),
+        f"{flag}: holds no text, but {len(data)} bytes of white space; pass a file with some",
+    )
+    return re.sub(r"\r\n?|\f", "\n", text)
+
+
+def split(text: str, measure: Measure, *, limit: int, most: int | None = None) -> list[Part]:
+    """The parts of a text: as many whole sentences each as there is room for.
+
+    A sentence of more than `limit` tokens is cut, between words where it can be.
+
+    Args:
+      text: of a document.
+      measure: how many tokens a text takes. What takes none is left out.
+      limit: tokens that a part may have.
+      most: sentences a part; their white space becomes single spaces. None for any number, kept
+        with the white space between them as one text.
+
+    Raises ValueError where a single character takes more than `limit`.
+    """
+    tidy = str.strip if most is None else _collapse
+    pieces: list[tuple[str, bool]] = []
+    for sentence in sentences(text):
+        cut = list(_cut(sentence, lambda raw: measure(tidy(raw)) <= limit, limit))
+        pieces += [(raw, len(cut) > 1) for raw in cut if measure(tidy(raw))]
+    parts, first = [], 0
+    while first < len(pieces):
+        rest = [raw for raw, _ in pieces[first : first + (most or limit)]]
+        raws = _take_whole(rest, measure, limit) if most is None else _take(rest, measure, limit)
+        last = first + len(raws)
+        texts = (tidy("".join(raws)),) if most is None else tuple(map(tidy, raws))
+        parts.append(Part(texts, sum(is_cut for _, is_cut in pieces[first:last])))
+        first = last
+    return parts
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _take(raws: Sequence[str], measure: Measure, limit: int) -> Sequence[str]:
+    """The first of some pieces that fit one by one; never none."""
+    totals = itertools.accumulate(measure(_collapse(raw)) for raw in raws)
+    count = sum(1 for _ in itertools.takewhile(lambda total: total <= limit, totals))
+    return raws[: max(count, 1)]
+
+
+def _take_whole(raws: Sequence[str], measure: Measure, limit: int) -> Sequence[str]:
+    """The first of some pieces that fit as one text; never none."""
+    count, total = 1, measure(raws[0])
+    while count < len(raws) and total + measure(raws[count]) <= limit:
+        total += measure(raws[count])
+        count += 1
+    while count > 1 and measure("".join(raws[:count]).strip()) > limit:
+        count -= 1  # together they may take a token more than one by one
+    return raws[:count]
+
+
+def sentences(text: str) -> list[str]:
+    """The text, cut where a sentence, a paragraph, a heading or an item of a list ends.
+
+    White space stays with what stands before it: joined, they are the text again.
+    """
+    found, start = [], 0
+    for match in _BREAK.finditer(text):
+        if match.end() > start and not _goes_on(text, match):
+            found.append(text[start : match.end()])
+            start = match.end()
+    return [*found, text[start:]] if start < len(text) else found
+
+
+def _goes_on(text: str, match: re.Match[str]) -> bool:
+    """Whether the sentence does, after what looks like its end."""
+    stop = match["stop"]
+    if stop is None or re.search(r"\n\s*\n", stop):
+        return False
+    if text[match.end() : match.end() + 1].islower():
+        return True
+    if not re.fullmatch(r"\.\s+", stop):
+        return False
+    line = text[max(0, match.start() - 24) : match.start()].rpartition("\n")[2]
+    if re.fullmatch(r"\s*\d{1,3}", line):
+        return True  # the number of an item
+    word = re.split(r"[\s(\[\"'\u2018\u201c]", line)[-1]
+    return _ABBREVIATIONS.fullmatch(word) is not None
+
+
+def _cut(sentence: str, fits: Callable[[str], bool], limit: int) -> Iterator[str]:
+    """Pieces that fit, each as long as can be; joined, they are the sentence again."""
+    if len(sentence) < 16 * limit and fits(sentence):
+        yield sentence
+        return
+    ends = [match.end() for match in re.finditer(r"\s*\S+\s*", sentence)] or [len(sentence)]
+    start = word = 0
+    while start < len(sentence):
+        count = _count_fitting(sentence, start, ends, word, fits)
+        if count:
+            word += count
+            stop = ends[word - 1]
+        else:  # not even a word
+            letters = range(start + 1, ends[word] + 1)
+            stop = start + _count_fitting(sentence, start, letters, 0, fits)
+        if stop == start:
+            raise ValueError(f"limit={limit}: the character {sentence[start]!r} takes more tokens")
+        yield sentence[start:stop]
+        start = stop
+
+
+def _count_fitting(
+    text: str, start: int, ends: Sequence[int], first: int, fits: Callable[[str], bool]
+) -> int:
+    """How many of `ends`, from `first` on, the longest piece that fits goes past; 0 for none.
+
+    Tries few before many: what is measured is never much longer than what fits.
+    """
+
+    def holds(count: int) -> bool:
+        return fits(text[start : ends[first + count - 1]])
+
+    most = len(ends) - first
+    good, bad, step = 0, most + 1, 1
+    while good < most and bad > most:
+        tried = min(good + step, most)
+        good, bad = (tried, bad) if holds(tried) else (good, tried)
+        step *= 2
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if holds(middle) else (good, middle)
+    return good
