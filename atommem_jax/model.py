@@ -11,6 +11,9 @@ its rotary position is 0. That one integer per row gives positions and the atten
 Two input features serve models trained from scratch and are off for pretrained ones:
 `token_shift` adds the embeddings of the previous tokens (a learned gate per channel), and
 `num_features` projects flags that the prompt computes for each token (see `prompt.match`).
+
+With `lora` matrices get a low-rank branch beside them, see `Adapter` and `lora`; without, nothing
+of it is there.
 """
 
 import dataclasses
@@ -26,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax import attention, sharding
+from atommem_jax.lora import LAYERS, SUFFIX, LoraConfig
 from atommem_jax.sharding import constrain
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -63,6 +67,7 @@ class ModelConfig:
     remat_policy: str = "full"  # a key of REMAT_POLICIES
     attention: str = "auto"  # one of attention.IMPLEMENTATIONS, for whole rows
     dtype: str = "float32"  # of activations; parameters, norms, softmax and logits are float32
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # adapters; none by default
 
     def validate(self) -> None:
         """Raises ValueError, naming the fields that disagree."""
@@ -111,6 +116,22 @@ class ModelConfig:
                 )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
+        self.lora.validate(tuple(self.matrices), self.dtype)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Path -> (in, out) of the matrices that can be adapted; of one layer, where stacked."""
+        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        inputs = dict.fromkeys(LAYERS, self.width) | {"out": heads, "down": self.mlp_width}
+        outputs = {
+            **{"query": heads, "key": kv_heads, "value": kv_heads, "out": self.width},
+            **{"gate": self.mlp_width, "up": self.mlp_width, "down": self.width},
+        }
+        shapes = {f"layers/{name}": (inputs[name], outputs[name]) for name in LAYERS}
+        shapes["embedder"] = (self.vocab_size, self.width)
+        if not self.tie_embeddings:
+            shapes["head"] = (self.width, self.vocab_size)
+        return shapes
 
     @property
     def rope_width(self) -> int:
@@ -182,6 +203,54 @@ def _dense(features: int, dtype: str, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=_dot_general, name=name)
 
 
+class Adapter(nn.Module):
+    """The branch (alpha / rank) (x A) B of a matrix; their product is never made.
+
+    A [in, rank] is normal and B [rank, out] zero. Both are kept in float32 and used in the dtype of
+    what they are applied to, as the matrix is.
+    """
+
+    shape: tuple[int, int]  # of the matrix
+    config: LoraConfig
+    deviation: float  # of A
+
+    def setup(self):
+        rank = self.config.rank
+        self.a = self.param("a", nn.initializers.normal(self.deviation), (self.shape[0], rank))
+        self.b = self.param("b", nn.initializers.zeros, (rank, self.shape[1]))
+
+    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        narrow = constrain(_product(x, self.a), "rows", None, None)
+        return _product(narrow, self.b) * self.config.scale
+
+    def lookup(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T out"]:
+        """For a one-hot x: the matrix is a table."""
+        narrow = jnp.take(constrain(self.a.astype(dtype), "vocab", None), ids, axis=0)
+        return _product(constrain(narrow, "rows", None, None), self.b) * self.config.scale
+
+    def logits(
+        self, x: Float[Array, "*batch width"], *, transposed: bool
+    ) -> Float[Array, "*batch V"]:
+        """For a readout, float32; `transposed` where the matrix is the table of the embeddings."""
+        first, second = (self.b.T, self.a.T) if transposed else (self.a, self.b)
+        narrow = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(narrow, second) * self.config.scale
+
+
+def _product(x: Float[Array, "B T in"], matrix: Float[Array, "in out"]) -> Float[Array, "B T out"]:
+    return _dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _adapter(config: ModelConfig, path: str) -> Adapter | None:
+    """The adapter of the matrix at `path`, within the module that has it; None without one."""
+    if not config.lora.adapts(path):
+        return None
+    shape = config.matrices[path]
+    # What A gives is of the size of one channel of its input; a token is one-hot.
+    deviation = 1.0 if path == "embedder" else shape[0] ** -0.5
+    return Adapter(shape, config.lora, deviation, name=path.rpartition("/")[2] + SUFFIX)
+
+
 def _gather(table: Array, axes: tuple[str, str]) -> Array:
     """A table whole in its width on every device, gathered after its cast and not before."""
     table = constrain(table, *axes)
@@ -246,10 +315,15 @@ class Block(nn.Module):
             y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
             return constrain(y, "rows", "heads", None, None)
 
+        def dense(features, name):
+            adapter = _adapter(c, f"layers/{name}")
+            whole = _dense(features, c.dtype, name)
+            return whole if adapter is None else lambda y: whole(y) + adapter(y)
+
         h = norm(name="attention_norm")(x)
-        q = heads(_dense(c.num_heads * c.head_width, c.dtype, "query")(h), c.num_heads)
-        k = heads(_dense(c.num_kv_heads * c.head_width, c.dtype, "key")(h), c.num_kv_heads)
-        v = heads(_dense(c.num_kv_heads * c.head_width, c.dtype, "value")(h), c.num_kv_heads)
+        q = heads(dense(c.num_heads * c.head_width, "query")(h), c.num_heads)
+        k = heads(dense(c.num_kv_heads * c.head_width, "key")(h), c.num_kv_heads)
+        v = heads(dense(c.num_kv_heads * c.head_width, "value")(h), c.num_kv_heads)
         if c.qk_norm:
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
         frequencies = rotary_frequencies(c)
@@ -262,12 +336,12 @@ class Block(nn.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
             attended = attention.attend(q, (cache.keys, k), (cache.values, v), mask)
         attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        x = x + _dense(c.width, c.dtype, "out")(attended)
+        x = x + dense(c.width, "out")(attended)
 
         h = norm(name="mlp_norm")(x)
-        gate = constrain(nn.silu(_dense(c.mlp_width, c.dtype, "gate")(h)), "rows", None, "mlp")
-        up = constrain(_dense(c.mlp_width, c.dtype, "up")(h), "rows", None, "mlp")
-        x = constrain(x + _dense(c.width, c.dtype, "down")(gate * up), "rows", None, None)
+        gate = constrain(nn.silu(dense(c.mlp_width, "gate")(h)), "rows", None, "mlp")
+        up = constrain(dense(c.mlp_width, "up")(h), "rows", None, "mlp")
+        x = constrain(x + dense(c.width, "down")(gate * up), "rows", None, None)
         return x, ((k, v) if self.keep_cache else None)
 
 
@@ -287,6 +361,7 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(c.width**-0.5),
             name="embedder",
         )
+        self.embedder_lora = _adapter(c, "embedder")
         if c.token_shift:
             self.shift = self.param("shift", nn.initializers.zeros, (c.token_shift, c.width))
         if c.num_features:
@@ -311,6 +386,7 @@ class Transformer(nn.Module):
             self.head = self.param(
                 "head", nn.initializers.normal(c.width**-0.5), (c.width, c.vocab_size)
             )
+            self.head_lora = _adapter(c, "head")
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")
 
     @nn.compact
@@ -364,6 +440,8 @@ class Transformer(nn.Module):
         # Looked up in a table that is whole in its width: cheaper than to move what it gives.
         table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
         embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
+        if self.embedder_lora is not None:
+            embedded = embedded + self.embedder_lora.lookup(window, c.dtype)
         if c.token_shift:  # padding is masked everywhere else, and a published id for it is used
             embedded = embedded * (window != c.pad_id)[..., None].astype(embedded.dtype)
         x = embedded[:, c.token_shift :]
@@ -416,6 +494,10 @@ class Transformer(nn.Module):
         """float32 logits. Who reads out in pieces passes the same `readout` with each."""
         readout = self.readout(hidden.dtype) if readout is None else readout
         out = jnp.matmul(hidden, readout, preferred_element_type=jnp.float32)
+        tied = self.config.tie_embeddings
+        adapter = self.embedder_lora if tied else self.head_lora
+        if adapter is not None:
+            out = out + adapter.logits(hidden, transposed=tied)
         return constrain(out, "rows", *(None,) * (out.ndim - 2), "vocab")
 
     def value(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
@@ -445,6 +527,11 @@ def unstack_layers(params) -> tuple[Any, ...]:
 
 def _turn_matrices(params):
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, params)
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The plain model, for parameters that were merged; `model` itself where it is one."""
+    return Transformer(dataclasses.replace(model.config, lora=LoraConfig()))
 
 
 def init_params(model: Transformer, key: Array):

@@ -5,6 +5,8 @@ Hugging Face keeps every layer apart and matrices as [out, in]; we stack the lay
 out]. A stack is made on the devices and filled layer by layer: each device's part is read from the
 file alone, and the host never holds more than one tensor. `save` goes the other way, file by file.
 
+`save_adapters` writes low-rank adapters alone, in the layout of PEFT.
+
 The value head is ours. It lies beside the published tensors in value_head.safetensors, where
 nobody else looks, and is zero where there is no such file.
 """
@@ -35,6 +37,7 @@ from atommem_jax.published import PublishedError
 from atommem_jax.tokenizer import HuggingFaceTokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -527,6 +530,69 @@ def save(
         _write_json(folder / published.CONFIG_FILE, fields)
         for file in [*files, VALUE_HEAD_FILE]:  # safetensors lets nobody else read what it writes
             shutil.copymode(folder / published.CONFIG_FILE, folder / file)
+
+
+def save_adapters(
+    directory: str | os.PathLike[str],
+    params: Any,
+    config: ModelConfig,
+    *,
+    base: str = "",
+    dtype: str = "float32",
+) -> None:
+    """Writes low-rank adapters as PEFT reads them, and the value head beside them.
+
+    Every process calls it; the first one writes.
+
+    Args:
+      directory: made if needed; files of the same names are replaced.
+      params: the trainable ones, see `lora.partition`.
+      config: of the model, with its `lora`.
+      base: name or path of the published model, for whoever reads.
+      dtype: of what is written, 'float32' or 'bfloat16'; the value head stays float32.
+
+    Raises PublishedError for adapters that PEFT does not apply as we do.
+    """
+    _check_dtype(dtype)
+    published.format_config(config, dtype=dtype)  # refuses what is not published
+    leaves, lora = _flatten(params), config.lora
+    paths = [path for path in config.matrices if lora.adapts(path)]
+    if config.tie_embeddings and "embedder" in paths:
+        raise PublishedError(
+            "lora.targets: the adapter of embedder reads out too, as model.tie_embeddings=True "
+            "says, and PEFT's would only embed; export the merged model, or train without it"
+        )
+    held: dict[str, np.ndarray] = {}
+    for path in paths:
+        ours = {"embedder": "embedder/embedding", "head": "head"}.get(path, f"{path}/kernel")
+        tensor = _BY_PATH[ours]
+        for i in range(config.num_layers if tensor.stacked else 1):
+            name = tensor.name.format(i).removesuffix(".weight")
+            for part in ("a", "b"):
+                host = _fetch(leaves[f"{path}_lora/{part}"], i if tensor.stacked else None)
+                kind = (
+                    f"lora_embedding_{part.upper()}"
+                    if path == "embedder"
+                    else (f"lora_{part.upper()}.weight")
+                )
+                held[f"base_model.model.{name}.{kind}"] = host.T
+    head = {n: np.ascontiguousarray(_fetch(leaves[o]).T) for o, n in _VALUE_HEAD.items()}
+    if jax.process_index() != 0:
+        return
+    folder = pathlib.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: np.ascontiguousarray(x.astype(_DTYPES[dtype])) for name, x in held.items()}
+    safetensors.numpy.save_file(held, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    safetensors.numpy.save_file(head, folder / VALUE_HEAD_FILE)
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in held})
+    fields = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base},
+        **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
+        **{"target_modules": targets, "fan_in_fan_out": False, "inference_mode": True},
+    }
+    _write_json(folder / ADAPTER_CONFIG_FILE, fields)
+    for file in (ADAPTER_FILE, VALUE_HEAD_FILE):  # safetensors lets nobody else read what it writes
+        shutil.copymode(folder / ADAPTER_CONFIG_FILE, folder / file)
 
 
 def _shape(leaves: Mapping[str, Any], name: str) -> list[int] | str:

@@ -46,6 +46,18 @@ BATCH = (DATA, FSDP)
 _AXES = (DATA, FSDP, TENSOR)
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # Of adapters A follows the input of its matrix and B the output; the rank is whole everywhere.
+    (r"embedder_lora/a", ("vocab", None)),
+    (r"layers/(query|key|value|gate|up)_lora/a", (None, "embed", None)),
+    (r"layers/out_lora/a", (None, "heads", None)),
+    (r"layers/down_lora/a", (None, "mlp", None)),
+    (r"head_lora/a", ("embed", None)),
+    (r"layers/query_lora/b", (None, None, "heads")),
+    (r"layers/(key|value)_lora/b", (None, None, "kv_heads")),
+    (r"layers/(gate|up)_lora/b", (None, None, "mlp")),
+    (r"layers/(out|down)_lora/b", (None, None, "embed")),
+    (r"embedder_lora/b", (None, "embed")),
+    (r"head_lora/b", (None, "vocab")),
     (r"embedder/embedding", ("vocab", "embed")),
     (r"head", ("embed", "vocab")),
     (r"layers/query/kernel", (None, "embed", "heads")),

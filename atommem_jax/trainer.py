@@ -11,6 +11,9 @@ padding. Turns that
 never took place, and with a pure policy-gradient loss those of groups whose advantages are all
 zero, cost nothing; no row is ever dropped, and the denominators count every generated token,
 packed or not. So the result equals that of the unpacked batch.
+
+With adapters (`lora`) the train state holds the trainable part alone, and the frozen one is passed
+beside it: only the first is differentiated.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from atommem_jax import advantage, attention, loss, sampling, sharding
+from atommem_jax import advantage, attention, lora, loss, sampling, sharding
 from atommem_jax.optimizer import TrainState, apply_gradients
 from atommem_jax.sampling import Agent
 from atommem_jax.types import EMPTY, Batch, Trajectory
@@ -162,7 +165,7 @@ def accumulate_gradients(
         grads, (sums, maxima) = carry
         longest = lengths[order[i * rows]]
         (_, (new_sums, new_maxima)), new_grads = jax.lax.switch(
-            jnp.sum(longest > jnp.asarray(widths[:-1])),
+            jnp.sum(longest > jnp.asarray(widths[:-1], jnp.int32)),
             [differentiate(width) for width in widths],
             slice_of(i),
         )
@@ -274,6 +277,7 @@ def sft_step(
     state: TrainState,
     trajectories: Trajectory,
     keep: Bool[Array, " B"],
+    frozen: PyTree | None = None,
     *,
     optimizer: optax.GradientTransformation,
     rows: int,
@@ -283,12 +287,13 @@ def sft_step(
     """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
 
     Trajectories and `keep` are sharded over `mesh` (None: the first device alone), the rest is
-    replicated. `rows` is the size of a micro-batch on each device.
+    replicated. `rows` is the size of a micro-batch on each device. `frozen` are the parameters
+    beside those of the state, see `lora.partition`.
     """
 
     mesh = mesh or sharding.single()
 
-    def step(agent, params, trajectories, keep):
+    def step(agent, params, frozen, trajectories, keep):
         batch = make_batch(trajectories)
         kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
         batch = batch.replace(weights=jnp.where(kept[:, None], batch.weights, 0.0))
@@ -296,6 +301,7 @@ def sft_step(
         denominator = jnp.maximum(tokens, 1.0)
 
         def loss_fn(params, part: Batch, width: int):
+            params = lora.join(params, frozen)
             scores = _score(agent, params, part, jnp.ones((), jnp.float32), width)
             value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
             metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
@@ -319,10 +325,10 @@ def sft_step(
     gradients = sharding.replicated(
         step,
         mesh,
-        sharded=(False, False, True, True),
+        sharded=(False, False, False, True, True),
         sharded_out=(False, False),
     )
-    grads, metrics = gradients(agent, state.params, trajectories, keep)
+    grads, metrics = gradients(agent, state.params, frozen, trajectories, keep)
     state, extra = apply_gradients(state, grads, optimizer)
     state = _keep_in_place(agent, state, mesh)
     return state, {
@@ -380,10 +386,17 @@ def turn_advantages(
 
 
 def _ppo_loss(
-    config: PPOConfig, agent: Agent, temperature, denominators, params, part: Batch, width: int
+    config: PPOConfig,
+    agent: Agent,
+    temperature,
+    frozen,
+    denominators,
+    params,
+    part: Batch,
+    width: int,
 ):
     tokens, turns = denominators
-    scores = _score(agent, params, part, temperature, width)
+    scores = _score(agent, lora.join(params, frozen), part, temperature, width)
     value, metrics = loss.ppo_loss(
         scores.log_probs,
         part.old_log_probs,
@@ -447,6 +460,7 @@ def update_step(
     key: PRNGKeyArray,
     temperature: Float[Array, ""],
     reference: PyTree | None = None,
+    frozen: PyTree | None = None,
     *,
     optimizer: optax.GradientTransformation,
     config: PPOConfig,
@@ -458,8 +472,9 @@ def update_step(
     order: siblings are spread, and the mini-batches do not depend on the number of devices.
 
     Trajectories (siblings adjacent), rewards and num_questions are sharded over `mesh` (None: the
-    first device alone), the rest is replicated. `reference` holds frozen parameters, needed with
-    `kl_coef`; `key` deals the mini-batches.
+    first device alone), the rest is replicated. `reference` holds the parameters that the KL is to,
+    needed with `kl_coef`; `key` deals the mini-batches. `frozen` are the parameters beside those of
+    the state, and of the reference, see `lora.partition`.
 
     Returns:
       The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
@@ -480,19 +495,27 @@ def update_step(
             "three, or mesh.data"
         )
 
-    def update(agent, state, reference, trajectories, rewards, num_questions, key, temperature):
+    def update(
+        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
+    ):
         size, max_turns = trajectories.turns.live.shape
         advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
         batch = make_batch(trajectories, advantages, returns)
         if config.kl_coef:
             batch = batch.replace(
                 ref_log_probs=reference_log_probs(
-                    agent, reference, batch, temperature, config.microbatch_rows
+                    agent,
+                    lora.join(reference, frozen),
+                    batch,
+                    temperature,
+                    config.microbatch_rows,
                 )
             )
 
         def one_minibatch(state, chosen):
-            return _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
+            return _minibatch_step(
+                config, optimizer, agent, temperature, frozen, state, batch, chosen
+            )
 
         def one_epoch(state, epoch):
             rows = _deal(
@@ -511,11 +534,11 @@ def update_step(
     run = sharding.replicated(
         update,
         mesh,
-        sharded=(False, False, False, True, True, True, False, False),
+        sharded=(False, False, False, False, True, True, True, False, False),
         sharded_out=(False, False, False),
     )
     state, metrics, shape = run(
-        agent, state, reference, trajectories, rewards, num_questions, key, temperature
+        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
     )
     state = _keep_in_place(agent, state, mesh)
     gap = metrics.pop("log_prob_gap")[0, 0]
@@ -543,7 +566,7 @@ def _deal(
     return rows.reshape(minibatches, blocks * max_turns)
 
 
-def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen):
+def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch, chosen):
     """One optimiser step on the rows `chosen` of every device."""
     # A single mini-batch is the batch: rows are ordered later.
     part = batch if config.minibatches == 1 else jax.tree.map(lambda x: x[chosen], batch)
@@ -557,7 +580,7 @@ def _minibatch_step(config, optimizer, agent, temperature, state, batch, chosen)
     if not config.needs_every_row:
         active &= jnp.any(part.advantages != 0, axis=1)
     denominators = (tokens, jnp.maximum(turns, 1.0))
-    loss_fn = functools.partial(_ppo_loss, config, agent, temperature, denominators)
+    loss_fn = functools.partial(_ppo_loss, config, agent, temperature, frozen, denominators)
     grads, sums, maxima = accumulate_gradients(
         loss_fn,
         state.params,

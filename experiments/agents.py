@@ -3,10 +3,11 @@
 Without flags, so that every script can use it.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +16,12 @@ import tqdm
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import distributed, sharding
+from atommem_jax import distributed, lora, sharding
 from atommem_jax import evaluate as evaluation
 from atommem_jax import tokenizer as tokenizer_lib
-from atommem_jax.checkpoint import Checkpointer, CheckpointError
+from atommem_jax.checkpoint import Checkpointer, CheckpointError, Restored
 from atommem_jax.config import ConfigError, check, check_path
-from atommem_jax.model import init_params
+from atommem_jax.model import init_params, without_adapters
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import HuggingFaceTokenizer, Tokenizer
 from experiments import validation, wiring
@@ -75,27 +76,80 @@ class Loaded:
 
 
 def load(
-    path: str, which: str = "last", cpu_devices: int = 2, settings: Sequence[str] = ()
+    path: str,
+    which: str = "last",
+    cpu_devices: int = 2,
+    *,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, Any] | None = None,
+    base: str = "",
+    settings: Sequence[str] = (),
 ) -> Loaded:
     """Reads config, tokenizer and parameters, onto the devices there are here.
 
-    settings: see `override`.
+    Adapters come merged into their base: what is returned is a plain model.
 
-    Raises ConfigError where there is no such checkpoint, or a setting cannot be.
+    Args:
+      path: a workdir, its checkpoints folder, or one step in it.
+      which: step of a workdir: 'last', 'best' or a number.
+      cpu_devices: into how many a host without an accelerator is split.
+      mesh: where the parameters go; by default on devices that share an evaluation batch.
+      rules: how they lie there, see `sharding.Layout`; by default whole on every device.
+      base: what adapters were trained on, where it is no longer at the run's `init_from`.
+      settings: see `override`.
+
+    Raises ConfigError where there is no such checkpoint, the base of its adapters is not there or
+    is another one, or a setting cannot be.
     """
+    found, restored = _restore(path, which, cpu_devices, mesh, rules or {}, settings)
+    if not found.parts.agent.model.config.lora.rank:
+        return found
+    base = base or restored.config.init_from
+    below = _load_base(base, found.workdir, cpu_devices, found.mesh, rules or {})
+    params = _merge(found, below, base, restored)
+    agent = found.parts.agent.replace(model=without_adapters(found.parts.agent.model))
+    parts = dataclasses.replace(found.parts, agent=agent)
+    return Loaded(found.workdir, found.step, parts, params, found.mesh, found.trained_shape)
+
+
+def load_adapters(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
+    """Reads what was trained of a run with adapters, without its base: nothing that can play.
+
+    Raises ConfigError where there is no such checkpoint, or all parameters were trained.
+    """
+    found, _ = _restore(path, which, cpu_devices, None, {})
+    check(
+        found.parts.agent.model.config.lora.rank > 0,
+        f"{path} has no adapters: lora.rank=0 trains all parameters; export it whole",
+    )
+    return found
+
+
+def _restore(
+    path: str,
+    which: str,
+    cpu_devices: int,
+    mesh: Mesh | None,
+    rules: Mapping[str, Any],
+    settings: Sequence[str] = (),
+) -> tuple[Loaded, Restored]:
+    """What a checkpoint holds: all parameters, or the trainable ones beside a base."""
     wiring.prepare_devices(cpu_devices)
     folder, which = _find(path, which)
     try:
         with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
             step = _choose(checkpointer, which)
             config = override(checkpointer.restore_config(step), settings)
-            mesh = sharding.make_mesh(_count_devices(config.eval.batch_size))
+            mesh = mesh or sharding.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
             parts = wiring.build(config, tokenizer)
-            shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
-            whole = jax.NamedSharding(mesh, jax.P())
+            model = parts.agent.model
+            shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+            shapes, _ = lora.partition(shapes, model.config.lora)
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                shapes,
+                model.config.layout.shardings(shapes, mesh, rules),
             )
             restored = checkpointer.restore(
                 step, abstract_state={"train": {"params": abstract}}, partial=True
@@ -104,15 +158,10 @@ def load(
         raise ConfigError(str(error)) from error
     if settings:
         validation.validate_turns(config, parts)
+    params = restored.state["train"]["params"]
     shape = restored.progress.get("shape")
-    return Loaded(
-        str(folder.parent),
-        restored.step,
-        parts,
-        restored.state["train"]["params"],
-        mesh,
-        episodes_lib.EpisodeShape(**shape) if shape else None,
-    )
+    trained = episodes_lib.EpisodeShape(**shape) if shape else None
+    return Loaded(str(folder.parent), restored.step, parts, params, mesh, trained), restored
 
 
 def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
@@ -154,6 +203,46 @@ def _parse_like(old: Any, text: str, setting: str) -> Any:
         raise ConfigError(
             f"--set={setting}: {text!r} is no {kind.__name__}; it was {old!r}"
         ) from None
+
+
+def _load_base(
+    base: str, workdir: str, cpu_devices: int, mesh: Mesh, rules: Mapping[str, Any]
+) -> Any:
+    """The parameters that the adapters of a run were trained on."""
+    try:
+        return load(base, cpu_devices=cpu_devices, mesh=mesh, rules=rules).params
+    except ConfigError as error:
+        raise ConfigError(
+            f"{workdir} holds adapters of init_from={base}, which cannot be read: {error}"
+        ) from error
+
+
+def _merge(adapters: Loaded, below: Any, base: str, restored: Restored) -> Any:
+    """Base and adapters as parameters of a plain model, where those of the base lie."""
+    config = adapters.parts.agent.model.config.lora
+    where = jax.tree.map(lambda x: x.sharding, below)
+    _, frozen = lora.partition(below, config)
+    check_base(base, lora.fingerprint(frozen), restored, adapters.workdir)
+
+    def merge(trained: Any, frozen: Any) -> Any:
+        frozen = wiring.cast_matrices(frozen, config.base_dtype)  # what was trained on
+        return lora.merge(lora.join(trained, frozen), config)
+
+    return jax.jit(merge, out_shardings=where)(adapters.params, frozen)
+
+
+def check_base(base: str, fingerprint: str, restored: Restored, workdir: str) -> None:
+    """Raises ConfigError unless the adapters that were saved belong to this base.
+
+    base: where it was read from, for the error; fingerprint: of it, see `lora.fingerprint`.
+    """
+    saved = restored.progress.get("base")
+    check(
+        saved == fingerprint,
+        f"init_from={base} has the fingerprint {fingerprint}, but step {restored.step} of "
+        f"{workdir} holds adapters of a base with the fingerprint {saved}; pass the checkpoint "
+        "that they were trained on",
+    )
 
 
 def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> Tokenizer:

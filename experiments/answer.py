@@ -145,7 +145,7 @@ def run(options: Options, lines: Iterable[str] = ()) -> list[Answer]:
     started = time.perf_counter()
     _check_options(options)
     texts = [documents.read(path) for path in options.documents]
-    loaded = agents.load(options.checkpoint, options.step, 1, options.settings)
+    loaded = agents.load(options.checkpoint, options.step, 1, settings=options.settings)
     check(
         loaded.parts.workflow.program is None,
         f"--checkpoint={options.checkpoint}: of workflow={loaded.parts.config.get('workflow')}, "

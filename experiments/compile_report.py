@@ -303,11 +303,11 @@ class Work:
                 "KV cache": roofline.cache_bytes(self.model, placement, rows, slots) / GIB,
                 "memory tables": self._table_bytes() / GIB,
             }
-        params = presentation.device_bytes(program.state.params) / GIB
+        trained = presentation.device_bytes(program.state.params) / GIB
         return {
-            "parameters": params,
+            "parameters": trained + presentation.device_bytes(program.frozen) / GIB,
             "optimiser": presentation.device_bytes(program.state.opt_state) / GIB,
-            "gradients": params,
+            "gradients": trained,
         }
 
     def _table_bytes(self) -> float:

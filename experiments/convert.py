@@ -8,6 +8,13 @@ The source is a Hugging Face directory, a .gguf file, a run, or one checkpoint o
 written is a Hugging Face directory (config.json, safetensors, the tokenizer, and our value head in
 a file of its own), or, with --to=checkpoint, step 0 of a run: its config is --config with the sizes
 of the model, and its tokenizer the published one with the names that the protocol reserves.
+
+    python experiments/convert.py --source=runs/adapted --target=export   # adapters merged
+    python experiments/convert.py --source=runs/adapted --target=adapter --to=adapters \
+        --base=Qwen3-8B
+
+The adapters of a run with `lora.rank` are merged into their base, or with --to=adapters written
+alone, in the layout of PEFT.
 """
 
 import dataclasses
@@ -31,7 +38,15 @@ from experiments import agents, flags, train, validation, wiring
 
 SOURCE = absl_flags.DEFINE_string("source", None, "Directory, .gguf file, run, or checkpoint.")
 TARGET = absl_flags.DEFINE_string("target", None, "Directory that is written.")
-TO = absl_flags.DEFINE_enum("to", "huggingface", ["huggingface", "checkpoint"], "What to write.")
+TO = absl_flags.DEFINE_enum(
+    "to", "huggingface", ["huggingface", "checkpoint", "adapters"], "What to write."
+)
+BASE = absl_flags.DEFINE_string(
+    "base",
+    "",
+    "What adapters were trained on, where it is not at the run's init_from any more; with "
+    "--to=adapters the name that is written for it.",
+)
 DTYPE = absl_flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of the tensors in a Hugging Face directory."
 )
@@ -60,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
             config = train.CONFIG.value
             wiring.prepare_devices(config.mesh.cpu_devices)
             write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
+        elif TO.value == "adapters":
+            write_adapters(SOURCE.value, TARGET.value, base=BASE.value, dtype=DTYPE.value)
         else:
             write_huggingface(SOURCE.value, TARGET.value, dtype=DTYPE.value)
     except (published.PublishedError, CheckpointError) as error:
@@ -77,6 +94,23 @@ def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> No
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(target)
     _say(target, params, config)
+
+
+def write_adapters(source: str, target: str, *, base: str = "", dtype: str = "float32") -> None:
+    """Writes the adapters of a run in the layout of PEFT.
+
+    base: name of the published model that they belong to; the run's `init_from` by default.
+
+    Raises ConfigError for a run without adapters, PublishedError for those that PEFT cannot apply.
+    """
+    loaded = agents.load_adapters(source)
+    config = loaded.parts.agent.model.config
+    base = base or loaded.parts.config.init_from
+    pretrained.save_adapters(target, loaded.params, config, base=base, dtype=dtype)
+    count = model_lib.count_params(loaded.params)
+    print(
+        f"{target}: adapters of rank {config.lora.rank}, {count:,} parameters, value head included"
+    )
 
 
 def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size: int = 0) -> None:
@@ -124,6 +158,7 @@ def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
     fields = {f.name for f in dataclasses.fields(ModelConfig)} - {
         *("vocab_size", "pad_id", "num_features"),  # follow from the tokenizer and the prompt
         *wiring.HOW_TO_COMPUTE,
+        "lora",  # a section of its own
     }
     with config.unlocked():
         for name in sorted(fields):
@@ -139,7 +174,7 @@ def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
         config, weights = pretrained.open_weights(source)
         tokenizer = read_tokenizer(source, config)
         return config, pretrained.place(weights, config, make_mesh(config)), tokenizer
-    loaded = agents.load(source)
+    loaded = agents.load(source, base=BASE.value)
     return loaded.parts.agent.model.config, loaded.params, loaded.parts.tokenizer
 
 

@@ -36,6 +36,9 @@ CPU_DEVICES = absl_flags.DEFINE_integer(
     "cpu_devices", 2, "Into how many a host without an accelerator is split.", lower_bound=1
 )
 OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
+BASE = absl_flags.DEFINE_string(
+    "base", "", "What the adapters of a run were trained on, where it is not at its init_from."
+)
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",
     False,
@@ -48,7 +51,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
-    loaded = load(CHECKPOINT.value, STEP.value, CPU_DEVICES.value)
+    loaded = load(CHECKPOINT.value, STEP.value, CPU_DEVICES.value, base=BASE.value)
     dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))

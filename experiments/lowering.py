@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from atommem_jax import lora, sharding, trainer
 from atommem_jax import optimizer as optimizer_lib
-from atommem_jax import sharding, trainer
 from atommem_jax.model import init_params
 from atommem_jax.tasks.episodes import EpisodeShape
 from atommem_jax.types import Annotations, Episode
@@ -59,6 +59,7 @@ class Program:
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
     state: Any  # the training state among the arguments, or the parameters alone
+    frozen: Any | None  # parameters beside those of a training state
     rows: int  # trajectories of the whole batch
 
     def lower(self) -> Any:
@@ -86,12 +87,18 @@ def programs(
 
 def _sft(config, parts, shape, mesh) -> Program:
     optimizer = wiring.make_optimizer(config.sft.optimizer, config.sft.steps)
-    state = _state(parts, optimizer, mesh)
+    state, frozen = _state(parts, optimizer, mesh)
     rows = config.sft.episodes
     keep = _place(jax.ShapeDtypeStruct((rows,), jnp.bool_), mesh, PartitionSpec(sharding.BATCH))
     return Program(
         trainer.sft_step,
-        (_whole(parts.agent, mesh), state, _trajectories(parts, shape, mesh, rows), keep),
+        (
+            _whole(parts.agent, mesh),
+            state,
+            _trajectories(parts, shape, mesh, rows),
+            keep,
+            frozen,
+        ),
         {
             "optimizer": optimizer,
             "rows": config.sft.microbatch_rows,
@@ -99,6 +106,7 @@ def _sft(config, parts, shape, mesh) -> Program:
             "mesh": mesh,
         },
         state,
+        frozen,
         rows,
     )
 
@@ -106,14 +114,14 @@ def _sft(config, parts, shape, mesh) -> Program:
 def _rollout(config, parts, shape, mesh) -> Program:
     rows = config.rl.episodes * config.rl.ppo.group_size
     arguments = _rollout_arguments(parts, shape, mesh, rows)
-    return Program(wiring.make_program(parts, mesh), arguments, {}, arguments[2], rows)
+    return Program(wiring.make_program(parts, mesh), arguments, {}, arguments[2], None, rows)
 
 
 def _update(config, parts, shape, mesh) -> Program:
     ppo = wiring.subconfig(trainer.PPOConfig, config.rl.ppo)
     total = config.rl.steps * ppo.minibatches * ppo.epochs
     optimizer = wiring.make_optimizer(config.rl.optimizer, total)
-    state = _state(parts, optimizer, mesh)
+    state, frozen = _state(parts, optimizer, mesh)
     rows = config.rl.episodes * ppo.group_size
     batch = PartitionSpec(sharding.BATCH)
     rewards = jax.ShapeDtypeStruct((rows, shape.questions), jnp.float32)
@@ -129,17 +137,17 @@ def _update(config, parts, shape, mesh) -> Program:
             _key(mesh),
             _place(jax.ShapeDtypeStruct((), jnp.float32), mesh, PartitionSpec()),
             state.params if ppo.kl_coef else None,
+            frozen,
         ),
         {"optimizer": optimizer, "config": ppo, "mesh": mesh},
         state,
+        frozen,
         rows,
     )
 
 
 def _rollout_arguments(parts, shape, mesh, rows):
-    shapes = jax.eval_shape(lambda: init_params(parts.agent.model, jax.random.key(0)))
-    where = parts.agent.model.config.layout.shardings(shapes, mesh)
-    params = jax.tree.map(_with_sharding, shapes, where)
+    params = lora.join(*_params(parts, mesh))
     batch = PartitionSpec(sharding.BATCH)
     episodes = _place(abstract_episodes(shape, rows), mesh, batch)
     ids = _place(jax.ShapeDtypeStruct((rows,), jnp.int32), mesh, batch)
@@ -156,15 +164,28 @@ def _trajectories(parts, shape, mesh, rows):
 
 
 def _state(parts, optimizer, mesh):
-    def create():
-        return optimizer_lib.create_state(
-            init_params(parts.agent.model, jax.random.key(0)), optimizer
-        )
+    """The training state, and the parameters that are frozen beside it."""
+    trainable, frozen = _params(parts, mesh)
+    shapes = jax.eval_shape(lambda params: optimizer_lib.create_state(params, optimizer), trainable)
+    return _lay_out(shapes, parts, mesh), frozen
 
-    shapes = jax.eval_shape(create)
-    return jax.tree.map(
-        _with_sharding, shapes, parts.agent.model.config.layout.shardings(shapes, mesh)
-    )
+
+def _params(parts, mesh):
+    """(trainable, frozen) as they lie while they are trained."""
+    model = parts.agent.model
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    trainable, frozen = lora.partition(shapes, model.config.lora)
+    if frozen is not None:
+        frozen = jax.eval_shape(
+            lambda params: wiring.cast_matrices(params, model.config.lora.base_dtype), frozen
+        )
+        frozen = _lay_out(frozen, parts, mesh)
+    return _lay_out(trainable, parts, mesh), frozen
+
+
+def _lay_out(shapes, parts, mesh):
+    where = parts.agent.model.config.layout.shardings(shapes, mesh)
+    return jax.tree.map(_with_sharding, shapes, where)
 
 
 def abstract_episodes(shape: EpisodeShape, batch: int) -> Episode:

@@ -8,7 +8,9 @@ With several processes each reads, decodes and scores the rows that its devices 
 trajectory ids are numbered over all of them, so that their number changes no trajectory.
 """
 
+import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atommem_jax import evaluate as evaluation
+from atommem_jax import lora, sharding, trainer
 from atommem_jax import optimizer as optimizer_lib
-from atommem_jax import sharding, trainer
 from atommem_jax.model import init_params
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
@@ -32,9 +34,14 @@ Metrics = dict[str, Any]
 
 
 class _Stage:
-    """What both stages share."""
+    """What both stages share.
+
+    Attributes:
+      frozen: parameters beside those of the state, where adapters are trained (`attach_base`).
+    """
 
     name: str
+    frozen: Any | None = None
 
     def __init__(self, parts: wiring.Parts, mesh: Mesh, examples, shape, section: str):
         self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
@@ -81,16 +88,25 @@ class _Stage:
         Nothing is ever whole on a host: every device makes its own part.
         """
         if params is None:
-            shapes = jax.eval_shape(self._init_params)
-            params = jax.jit(self._init_params, out_shardings=self._shardings(shapes))()
+            params = self.init_params()
         else:
             params = jax.device_put(params, self._shardings(params))
         shapes = jax.eval_shape(self._create, params)
         return jax.jit(self._create, out_shardings=self._shardings(shapes))(params)
 
+    def init_params(self) -> Any:
+        """New parameters, those that are trained."""
+        shapes = jax.eval_shape(self._init_params)
+        return jax.jit(self._init_params, out_shardings=self._shardings(shapes))()
+
+    def params(self, state: State) -> Any:
+        """All parameters of the policy, the frozen ones included."""
+        return lora.join(state["train"].params, self.frozen)
+
     def _init_params(self) -> Any:
         key = jax.random.fold_in(jax.random.key(self.parts.config.seed), _INIT)
-        return init_params(self.parts.agent.model, key)
+        model = self.parts.agent.model
+        return lora.partition(init_params(model, key), model.config.lora)[0]
 
     def _create(self, params: Any) -> State:
         return {"train": optimizer_lib.create_state(params, self.optimizer)}
@@ -149,6 +165,7 @@ class Sft(_Stage):
             state["train"],
             trajectories,
             sharding.shard(keep, self.mesh),
+            self.frozen,
             optimizer=self.optimizer,
             rows=self.config.microbatch_rows,
             eighths=tuple(self.config.eighths),
@@ -198,9 +215,8 @@ class Rl(_Stage):
         aliases = [batch.aliases[i] for i in chosen]
         counts = np.array([len(accepted) for accepted in aliases], np.int32)
         episodes = sharding.shard(tasks, self.mesh)
-        params = state["train"].params
         trajectories = self.play(
-            params, episodes, self.ids(step, total), self.seed, self.temperature
+            self.params(state), episodes, self.ids(step, total), self.seed, self.temperature
         )
         rewards = self.score(trajectories, aliases)
         statistics = jax.device_get(evaluation.statistics(trajectories))
@@ -214,6 +230,7 @@ class Rl(_Stage):
             jax.random.fold_in(self.deal, state["train"].step),
             self.temperature,
             state.get("reference"),
+            self.frozen,
             optimizer=self.optimizer,
             config=self.ppo,
             mesh=self.mesh,
@@ -231,6 +248,25 @@ class Rl(_Stage):
             "tokens_per_second": statistics["tokens"] / (done - started),
             "trajectories_per_second": total / (done - started),
         }
+
+
+def attach_base(plan: Sequence[_Stage], params: Any) -> tuple[Any, str]:
+    """Has all stages train adapters on `params`, those of a plain model.
+
+    Returns what training starts from, new adapters and the value head of the base, and the
+    fingerprint of what is frozen.
+    """
+    first = plan[0]
+    config = first.parts.agent.model.config.lora
+    start, frozen = lora.partition(params, config)
+    where = first._shardings(frozen)
+    frozen = jax.device_put(frozen, where)
+    mark = lora.fingerprint(frozen)
+    cast = functools.partial(wiring.cast_matrices, dtype=config.base_dtype)
+    frozen = jax.jit(cast, out_shardings=where)(frozen)
+    for stage in plan:
+        stage.frozen = frozen
+    return first.init_params() | start, mark
 
 
 class Validator:

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import tqdm
 from absl import flags as absl_flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from atommem_jax import distributed, sharding
@@ -129,12 +130,23 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
 
         # -------------------------------------------------------------- loop
         index, local = _locate(plan, step)
-        params = None if step else load_initial(config, tokenizer)
+        params, base = None, {}
+        if not step or config.lora.rank:
+            params = load_initial(config, tokenizer, mesh)
+        if config.lora.rank:
+            params, fingerprint = stages.attach_base(plan, params)
+            base = {"base": fingerprint}
+            if saved:
+                agents.check_base(config.init_from, fingerprint, saved, workdir)
         for stage in plan[index:]:
             iterator = stage.batches()
             if state is None:
                 state = stage.start(params)
-                say(f"{stage.name}: {count_params(state['train'].params):,} parameters")
+                frozen = count_params(stage.frozen)
+                say(
+                    f"{stage.name}: {count_params(state['train'].params):,} parameters"
+                    + (f" on {frozen:,} that are frozen" if frozen else "")
+                )
             elif saved is not None:  # always so: a state without `start` was restored
                 iterator.set_state(saved.data_state)
             remaining = range(local, stage.steps)
@@ -163,7 +175,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
                 is_last = done == stage.steps
                 results = None
                 if is_last or done % stage.config.eval_every == 0:
-                    results = validate(state["train"].params)
+                    results = validate(stage.params(state))
                     writer.write(step, "eval", results)
                     say(f"{stage.name} step {done}: EM {results['em']:.3f}")
                 stopping = distributed.preempted(step)
@@ -178,6 +190,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
                             "stage": stage.name,
                             "stage_step": done,
                             "shape": dataclasses.asdict(shape),
+                            **base,
                         },
                         metrics=results,
                     )
@@ -255,14 +268,19 @@ def _advise(error: CorruptCheckpointError) -> str:
     )
 
 
-def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
-    """The parameters of `config.init_from`; None where it is empty.
+def load_initial(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh | None = None) -> Any | None:
+    """The parameters of `config.init_from`, each where it is trained; None where it is empty.
 
     Raises ConfigError where there are none, or they belong to another tokenizer or model.
     """
     if not config.init_from:
         return None
-    loaded = agents.load(config.init_from, cpu_devices=config.mesh.cpu_devices)
+    loaded = agents.load(
+        config.init_from,
+        cpu_devices=config.mesh.cpu_devices,
+        mesh=mesh,
+        rules=sharding.TRAINING,
+    )
     check(
         loaded.parts.tokenizer.to_bytes() == tokenizer.to_bytes(),
         f"init_from={config.init_from}: its tokenizer is not that of this task; pass a checkpoint "
@@ -271,7 +289,7 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer) -> Any | None:
     ours, theirs = (wiring.architecture(c) for c in (config, loaded.parts.config))
     changed = validation.differences(ours, theirs, "model.")
     check(not changed, f"init_from={config.init_from} holds another model: {'; '.join(changed)}")
-    return jax.device_get(loaded.params)
+    return loaded.params
 
 
 def stage_ends(config: ConfigDict) -> list[int]:

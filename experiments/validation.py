@@ -31,7 +31,7 @@ def validate(config: ConfigDict) -> None:
         check_eighths(config.sft.eighths, "sft.eighths")
         model = config.model.to_dict()
         model.pop("match_features")
-        ModelConfig(vocab_size=1, **model).validate()
+        ModelConfig(vocab_size=1, lora=wiring.lora_config(config), **model).validate()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     validate_play(config)
@@ -50,6 +50,12 @@ def validate(config: ConfigDict) -> None:
         f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
         f"workflow={config.workflow!r} has turns that a program writes; use "
         "rl.ppo.estimator='group'",
+    )
+    check(
+        config.lora.rank == 0 or bool(config.init_from),
+        f"lora.rank={config.lora.rank} trains adapters of a base that stays as it is, and "
+        "init_from is empty: a base of random numbers would be adapted. Set init_from to a "
+        "checkpoint, or lora.rank=0 to train all parameters",
     )
     check(config.rl.temperature > 0, _message("rl.temperature", config, "above 0"))
     check(0 <= config.sft.min_reward <= 1, _message("sft.min_reward", config, "0 to 1"))
@@ -251,9 +257,10 @@ def _plain(value: Any) -> Any:
 def check_same_config(config: ConfigDict, saved: ConfigDict, workdir: str) -> None:
     """Raises ConfigError naming what changed since the checkpoint was written.
 
-    On which devices a run goes on is free, and whether it is profiled.
+    On which devices a run goes on is free, and whether it is profiled; with adapters also where
+    the base lies, which has a fingerprint.
     """
-    free = ("mesh.", "profile=")
+    free = ("mesh.", "profile=", *(["init_from="] if config.lora.rank else []))
     changed = [path for path in differences(config, saved) if not path.startswith(free)]
     check(
         not changed,

@@ -19,14 +19,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import attention, chat, rollout, sharding, workflows
+from atommem_jax import attention, chat, lora, rollout, sharding, workflows
 from atommem_jax import optimizer as optimizer_lib
 from atommem_jax import prompt as prompting
 from atommem_jax import protocol as protocol_lib
 from atommem_jax.config import ConfigError
 from atommem_jax.embedding import HashedBagOfTokens
 from atommem_jax.grammar import compile_grammar
-from atommem_jax.model import ModelConfig, Transformer
+from atommem_jax.model import ModelConfig, Transformer, without_adapters
 from atommem_jax.sampling import Agent, SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
@@ -197,6 +197,7 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         num_features=features,
+        lora=lora_config(config),
         **sizes,
     )
     sampler = SamplerConfig(
@@ -233,6 +234,13 @@ def make_template(
         return prompting.compact(tokenizer, config.memory.shown)
     except (KeyError, ValueError) as error:
         raise ConfigError(str(error.args[0])) from error
+
+
+def lora_config(config: ConfigDict) -> lora.LoraConfig:
+    """The adapters of a run; older ones have none."""
+    if "lora" not in config:
+        return lora.LoraConfig()
+    return subconfig(lora.LoraConfig, config.lora, targets=tuple(config.lora.targets))
 
 
 def in_groups(
@@ -274,9 +282,13 @@ def make_player(parts: Parts, shape: episodes_lib.EpisodeShape, mesh: Mesh):
 
 
 def make_program(parts: Parts, mesh: Mesh):
-    """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories."""
+    """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
+
+    Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
+    """
     group = parts.config.rollout.group
-    layout = parts.agent.model.config.layout
+    model = parts.agent.model.config
+    layout = model.layout
     dtype = parts.config.rollout.get("param_dtype", "float32")
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
@@ -294,7 +306,8 @@ def make_program(parts: Parts, mesh: Mesh):
 
     @jax.jit
     def play(agent, setting, params, *rest):
-        params = cast_matrices(params, dtype)
+        params = cast_matrices(lora.merge(params, model.lora), dtype)
+        agent = agent.replace(model=without_adapters(agent.model))
         for rules in (sharding.TRAINING, sharding.ROLLOUT):  # cast where they lie, then moved
             where = layout.shardings(params, mesh, rules)
             params = jax.lax.with_sharding_constraint(params, where)

@@ -23,6 +23,7 @@ FLOORS = (
         "prompt",
         "chat",
         "attention",
+        "lora",
         "model",
         "loss",
         "advantage",

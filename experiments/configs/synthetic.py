@@ -83,6 +83,12 @@ def get_config() -> ConfigDict:
     config.model.attention = "auto"  # a blocked kernel on TPU, for long prompts
     config.model.dtype = "float32"
 
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the adapters that are trained on init_from; 0 trains all parameters
+    config.lora.alpha = 16.0
+    config.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")
+    config.lora.base_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"
+
     config.teacher = ConfigDict()
     config.teacher.store_support = 0.9
     config.teacher.store_distractor = 0.5
