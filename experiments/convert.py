@@ -165,6 +165,7 @@ def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
             config.model[name] = getattr(model, name)
         config.model.match_features = False
         config.tokenizer.vocab_size = model.vocab_size
+        config.init_from, config.lora.rank = "", 0  # it is what others start from
     return config
 
 
