@@ -151,8 +151,13 @@ def find_protocol(config: ConfigDict) -> protocol_lib.Protocol:
 
 
 def architecture(config: ConfigDict) -> ConfigDict:
-    """The model's section without the fields that say how it is computed, not what."""
-    return ConfigDict({k: v for k, v in config.model.items() if k not in HOW_TO_COMPUTE})
+    """What the parameters of a model depend on, with the values that its section leaves out."""
+    fields = config.model.to_dict()
+    features = fields.pop("match_features")
+    sizes = dataclasses.asdict(ModelConfig(vocab_size=1, **fields))
+    for name in (*HOW_TO_COMPUTE, "vocab_size", "pad_id", "num_features", "lora"):
+        del sizes[name]  # the rest follows from the tokenizer, the prompt and a section of its own
+    return ConfigDict(sizes | {"match_features": features})
 
 
 def load_dataset(config: ConfigDict, data_root: str) -> episodes_lib.Dataset:

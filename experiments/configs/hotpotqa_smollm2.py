@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.memory.query_length = 64
     config.memory.key_dim = 512
     config.rollout.max_actions = 4
-    config.rollout.response_length = 192
+    config.rollout.response_length = 256
     config.rollout.answer_length = 24
     config.rollout.group = 0
     config.rollout.unstack = True
