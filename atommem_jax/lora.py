@@ -165,7 +165,7 @@ def merge(params: PyTree, config: LoraConfig) -> PyTree:
 
 
 def _product(adapter: Mapping[str, Array], scale: float) -> Float[Array, "*layers in out"]:
-    # A TPU would multiply float32 in bfloat16, which the branch in float32 does not.
+    # A TPU would multiply float32 in bfloat16: too coarse for what is added to a weight.
     a, b = adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32)
     return scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from atommem_jax import attention, sharding, trainer
 from atommem_jax.config import ConfigError, check
+from atommem_jax.model import without_adapters
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks.episodes import EpisodeShape
 from experiments import flags, lowering, validation, wiring
@@ -198,6 +199,7 @@ class Work:
     def __init__(self, config, parts, shape, mesh, rows):
         self.config, self.rows = config, rows
         self.model = parts.agent.model.config
+        self.played = without_adapters(parts.agent.model).config  # rollouts are of merged matrices
         self.sizes = parts.setting(shape).config
         self.mesh = dict(mesh.shape)
         self.shares = sharding.batch_shards(mesh)
@@ -283,10 +285,10 @@ class Work:
         )
 
     def _prefill(self) -> flops_lib.Flops:
-        return TURNS.value * flops_lib.prefill(self.model, [self._played()], blocked=self.blocked)
+        return TURNS.value * flops_lib.prefill(self.played, [self._played()], blocked=self.blocked)
 
     def _decode(self) -> flops_lib.Flops:
-        return TURNS.value * flops_lib.decode(self.model, [self._played()], steps=self.steps)
+        return TURNS.value * flops_lib.decode(self.played, [self._played()], steps=self.steps)
 
     def split(self, name: str, program: lowering.Program) -> dict[str, float]:
         """GiB a device of what is known by its shape."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from atommem_jax import sampling
+from atommem_jax import lora, sampling
 from atommem_jax.config import ConfigError
+from atommem_jax.lora import LoraConfig
 from atommem_jax.model import ModelConfig, Transformer, init_params
 from experiments.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from experiments.tpu_model.flops import Flops, Rows
@@ -69,13 +70,24 @@ def log_prob_of(config, rows, length, logits):
     return loss, (params, tokens, start, features, shape((rows, logits), jnp.int32))
 
 
+@pytest.mark.parametrize("targets", [(), (".*",), ("query", "up")])
 @pytest.mark.parametrize(("train", "remat"), [(False, False), (True, False), (True, True)])
-def test_scoring_executes_exactly_these_flops(train, remat):
-    config = dataclasses.replace(CONFIG, remat=remat)
-    loss, arguments = log_prob_of(config, rows=2, length=48, logits=5)
-    traced = jax.make_jaxpr(jax.grad(loss) if train else loss)(*arguments)
+def test_scoring_executes_exactly_these_flops(train, remat, targets):
+    adapters = LoraConfig(rank=3, targets=targets) if targets else LoraConfig()
+    # What is looked up before the first column, for token_shift, is left out of the count.
+    shift = 0 if targets else CONFIG.token_shift
+    config = dataclasses.replace(CONFIG, remat=remat, lora=adapters, token_shift=shift)
+    loss, (params, *arguments) = log_prob_of(config, rows=2, length=48, logits=5)
+    trainable, frozen = lora.partition(params, adapters)
+
+    def loss_of(trainable, frozen, *arguments):
+        return loss(lora.join(trainable, frozen), *arguments)
+
+    function = jax.grad(loss_of) if train else loss_of
+    traced = jax.make_jaxpr(function)(trainable, frozen, *arguments)
     counted = flops.score(config, [Rows(2, prompt=44, response=5)], train=train)
     assert counted.hardware == count_products(traced.jaxpr)
+    assert flops.count_trained(config) == sum(x.size for x in jax.tree.leaves(trainable))
     padded = [Rows(2, prompt=20, response=3, width=48, limit=5)]
     assert flops.score(config, padded, train=train).hardware == counted.hardware
 

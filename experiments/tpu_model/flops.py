@@ -7,14 +7,15 @@ the value head, the flags of `prompt.match`, and Muon's orthogonalisation.
 
 Two counts are kept apart. *Model* FLOPs are what the mathematics asks for: tokens that exist, keys
 that a query may attend to (half of the square), logits that are read, and a backward pass of twice
-the forward. MFU divides these. *Hardware* FLOPs are what is executed: also padding, the masked half
-of the square with plain attention, steps of the decode loop for rows that have ended, and what
-rematerialisation computes again.
+the forward, or once where weights are frozen (`lora`). MFU divides these. *Hardware* FLOPs are what
+is executed: also padding, the masked half of the square with plain attention, steps of the decode
+loop for rows that have ended, and what rematerialisation computes again.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
+from atommem_jax.lora import LAYERS
 from atommem_jax.model import ModelConfig
 
 BLOCK = 512
@@ -84,12 +85,31 @@ def count_params(config: ModelConfig, *, value_head: bool = True) -> int:
     return c.num_layers * layer + embeddings + inputs + c.width + (c.width + 1 if value_head else 0)
 
 
+def count_trained(config: ModelConfig) -> int:
+    """Those that have a gradient: all, or adapters and value head."""
+    c = config
+    if not c.lora.rank:
+        return count_params(c)
+    sizes = {path: sum(shape) for path, shape in c.matrices.items() if c.lora.adapts(path)}
+    times = {path: c.num_layers if path.startswith("layers/") else 1 for path in sizes}
+    return c.lora.rank * sum(sizes[path] * times[path] for path in sizes) + c.width + 1
+
+
 def _attention_matrices(c: ModelConfig) -> int:
     return c.width * c.head_width * 2 * (c.num_heads + c.num_kv_heads)
 
 
 def _layer_matrices(c: ModelConfig) -> int:
     return _attention_matrices(c) + 3 * c.width * c.mlp_width
+
+
+def _adapters(c: ModelConfig) -> tuple[int, int]:
+    """Numbers in the adapters that a token goes through in all layers, and a readout."""
+    sizes = {path: shape for path, shape in c.matrices.items() if c.lora.adapts(path)}
+    layers = sum(sum(shape) for path, shape in sizes.items() if path.startswith("layers/"))
+    lookup = c.width if "embedder" in sizes else 0  # A is a table: no product
+    readout = sum(sizes.get("embedder" if c.tie_embeddings else "head", ()))
+    return c.lora.rank * (c.num_layers * layers + lookup), c.lora.rank * readout
 
 
 def causal_pairs(length: int) -> int:
@@ -116,7 +136,10 @@ def forward(config: ModelConfig, tokens: float, pairs: float, logits: float) -> 
     """
     c = config
     per_token = 2 * (c.num_layers * _layer_matrices(c) + c.num_features * c.width)
-    return tokens * per_token + pairs * _per_pair(c) + logits * 2 * c.width * c.vocab_size
+    narrow, readout = _adapters(c)
+    per_token += 2 * narrow
+    per_logit = 2 * (c.width * c.vocab_size + readout)
+    return tokens * per_token + pairs * _per_pair(c) + logits * per_logit
 
 
 def _per_pair(c: ModelConfig) -> int:
@@ -126,10 +149,15 @@ def _per_pair(c: ModelConfig) -> int:
 def backward(config: ModelConfig, tokens: float, pairs: float, logits: float) -> float:
     """FLOPs of the backward pass, nothing recomputed: two products for each of the forward pass.
 
-    The flags of tokens (`num_features`) are data, and need one only.
+    The flags of tokens (`num_features`) are data, and need one only. Weights that are frozen need
+    one less: they have no gradient.
     """
-    inputs = tokens * 2 * config.num_features * config.width
-    return 2 * forward(config, tokens, pairs, logits) - inputs
+    c = config
+    left_out = tokens * 2 * c.num_features * c.width
+    if c.lora.rank:
+        per_token = c.num_layers * _layer_matrices(c) + c.num_features * c.width
+        left_out += 2 * (tokens * per_token + logits * c.width * c.vocab_size)
+    return 2 * forward(config, tokens, pairs, logits) - left_out
 
 
 def recomputed(
@@ -137,7 +165,8 @@ def recomputed(
 ) -> float:
     """FLOPs that the backward pass repeats of the forward pass.
 
-    What a layer hands to the next is not needed again, so its last product (`down`) is left out.
+    What a layer hands to the next is not needed again, so its last product (`down`, and B of its
+    adapter) is left out.
 
     Args:
       config: sizes, `remat` and `remat_policy`.
@@ -149,7 +178,8 @@ def recomputed(
         each of its two backward passes, for which `backward` counts one product a pair less.
     """
     c = config
-    again = logits * 2 * c.width * c.vocab_size if chunked else 0.0
+    _, readout = _adapters(c)
+    again = logits * 2 * (c.width * c.vocab_size + readout) if chunked else 0.0
     if blocked:
         # Five products a pair need scores once; the kernel's passes for queries and for keys and
         # values make them and the gradient of the weights twice: seven for the four of `backward`.
@@ -159,7 +189,10 @@ def recomputed(
     policy = getattr(c, "remat_policy", "full")
     products = _layer_matrices(c) - c.mlp_width * c.width
     if policy != "dots":
-        again += tokens * 2 * c.num_layers * products
+        adapted = [n for n in LAYERS if c.lora.adapts(f"layers/{n}")]
+        narrow = sum(sum(c.matrices[f"layers/{n}"]) for n in adapted)
+        narrow -= c.width if "down" in adapted else 0
+        again += tokens * 2 * c.num_layers * (products + c.lora.rank * narrow)
     if policy != "attention" or not blocked:
         again += pairs * _per_pair(c)
     return again

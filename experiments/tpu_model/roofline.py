@@ -320,7 +320,7 @@ def memory_of_optimizer(
 
     moments: dtype of each, as they are stored.
     """
-    count = flops_lib.count_params(config) / (placement.tensor * placement.fsdp)
+    count = flops_lib.count_trained(config) / (placement.tensor * placement.fsdp)
     return count * (2 * 4 + 2 * 4 + sum(2 * _bytes_of(dtype) for dtype in moments))
 
 
