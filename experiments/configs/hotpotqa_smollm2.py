@@ -7,7 +7,7 @@
     python experiments/train.py --config=experiments/configs/hotpotqa_smollm2.py \
         --config.task.data_file=hotpot_dev_distractor_v1.json --workdir=runs/hotpotqa
 
-The paper's tags as plain text within the model's own chat format; four documents a sample, one a
+The paper's tags as plain text within the model's own chat format; three documents a sample, one a
 chunk; low-rank adapters. Sized to show that every part works on a real model and real text within
 an hour, not to make a good agent of so small a model.
 """
@@ -28,14 +28,14 @@ def get_config() -> ConfigDict:
     config.prompt = "chat"
     config.mesh.cpu_devices = 1  # all cores share each product
 
-    config.task.documents = 4
+    config.task.documents = 3
     config.task.chunk_sentences = 0
-    config.task.chunk_words = 110
+    config.task.chunk_words = 130
     config.task.test_every = 4
     config.task.validation_every = 8
 
     config.memory.slots = 8
-    config.memory.shown = 3
+    config.memory.shown = 4
     config.memory.entry_length = 72
     config.memory.scratchpad_length = 8
     config.memory.query_length = 64
