@@ -30,8 +30,18 @@ _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}turn\N{OBJECT REPLACEMENT CHARAC
 _INTRODUCTION = """\
 You read a long document part by part and answer questions about it at the end. A part is gone \
 once you have seen it: what may help to answer the questions, write to your memory. Of the memory \
-you see the entries nearest to your last query, numbered, and your scratchpad. You act by writing:
+you see the entries nearest to your last query, numbered, and your scratchpad. You act by writing, \
+for example:
 """
+# An untrained model copies what it is shown: three dots would come back as three dots.
+_EXAMPLES = {
+    ActionKind.CREATE: "Mount Aso is a volcano in Japan",
+    ActionKind.READ: "Mount Aso",
+    ActionKind.UPDATE: "Mount Aso last erupted in 2021",
+    ActionKind.DELETE: "",
+    ActionKind.SCRATCHPAD: "still to find: its height",
+    ActionKind.ANSWER: "Japan",
+}
 _MEANINGS = {
     ActionKind.CREATE: "adds an entry to the memory",
     ActionKind.READ: "makes this your query: from the next turn on, the entries nearest to it show",
@@ -56,9 +66,9 @@ def system_message(protocol: Protocol) -> str:
 def _show(protocol: Protocol, kind: ActionKind) -> str:
     tag = protocol.find_tag(kind)
     target = protocol.write_targets(kind)[0] if tag.target else ""
-    separator = " " if target else ""
-    text = "" if kind == ActionKind.DELETE else f"{separator}..."
-    return f"{tag.open}{target}{text}{tag.close}"
+    text = _EXAMPLES[kind]
+    separator = " " if target and text else ""
+    return f"{tag.open}{target}{separator}{text}{tag.close}"
 
 
 def task_message(phase: Phase) -> str:
