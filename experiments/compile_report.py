@@ -5,8 +5,9 @@
 
 For each phase (SFT step, rollout, PPO update) it tells whether the program fits, what the memory
 of a chip goes to, exact FLOPs, the collectives of the compiled program, and a roofline model of
-the step time with its assumptions. `--search` tries mesh shapes and micro-batches. The compiler is
-the real one (`pip install -e '.[tpu]'`); step times are modelled, not measured.
+the step time with its assumptions; it ends with status 1 where one does not fit. `--search` tries
+mesh shapes and micro-batches. The compiler is the real one (`pip install -e '.[tpu]'`); step times
+are modelled, not measured.
 """
 
 import itertools
@@ -65,16 +66,20 @@ def main(argv: Sequence[str]) -> None:
     topology = hardware.parse_topology(TOPOLOGY.value, SLICES.value)
     config = CONFIG.value.copy_and_resolve_references()
     devices = hardware.get_topology(topology)
+    fits = True
     if SEARCH.value:
         report: dict[str, Any] = search(config, topology, devices, PHASES.value)
     else:
         phases, mesh = compile_phases(config, topology, devices, PHASES.value)
         print(presentation.render(phases, topology, dict(mesh.shape)))
         report = describe(config, topology, mesh, phases)
+        fits = all(phase.fits for phase in phases)
     if JSON.value:
         with open(JSON.value, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
         print(f"figures: {JSON.value}")
+    if not fits:
+        sys.exit(1)
 
 
 def describe(config, topology, mesh: Mesh, phases) -> dict[str, Any]:
