@@ -16,7 +16,7 @@ import pytest
 from tests import processes, runs
 
 STEPS = 60  # more than any run here takes
-LONGEST = 48  # steps that the others are compared with
+LONGEST = 36  # steps that the others are compared with
 SETTINGS = {
     "sft__steps": STEPS,
     "sft__save_every": 3,
