@@ -368,7 +368,7 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
         ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
         ("convert.py", ["--source", "--target", "--to", "--dtype", "--tokenizer", "--config"]),
         ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
-        ("answer.py", ["--checkpoint", "--document", "--question", "--interactive", "--set"]),
+        ("answer.py", ["--checkpoint", "--document", "--question", "--save_memory", "--set"]),
     ],
 )
 def test_help_lists_the_flags(script, names):
