@@ -12,7 +12,8 @@ are `embedder_lora` and `head_lora`. Three functions go between the forms of it:
 
     partition: all parameters → (trainable, frozen)       what a step differentiates, and the rest
     join:      (trainable, frozen) → all parameters       what the learner computes with
-    merge:     all parameters → those of a plain model    what rollouts and exports use: W + ΔW
+    merge:     all parameters → those of a plain model    W + ΔW: for exports, and for rollouts
+                                                          of a model that computes in float32
 
 With `rank` 0 there are no adapters: the frozen part is None, and nothing is other than without.
 """

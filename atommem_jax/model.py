@@ -221,24 +221,36 @@ class Adapter(nn.Module):
 
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
         narrow = constrain(_product(x, self.a), "rows", None, None)
-        return _product(narrow, self.b) * self.config.scale
+        return _round(_product(narrow, self.b) * self.config.scale)
 
     def lookup(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T out"]:
         """For a one-hot x: the matrix is a table."""
         narrow = jnp.take(constrain(self.a.astype(dtype), "vocab", None), ids, axis=0)
-        return _product(constrain(narrow, "rows", None, None), self.b) * self.config.scale
+        return _round(_product(constrain(narrow, "rows", None, None), self.b) * self.config.scale)
 
     def logits(
         self, x: Float[Array, "*batch width"], *, transposed: bool
     ) -> Float[Array, "*batch V"]:
         """For a readout, float32; `transposed` where the matrix is the table of the embeddings."""
         first, second = (self.b.T, self.a.T) if transposed else (self.a, self.b)
-        narrow = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=jnp.float32)
-        return jnp.matmul(narrow, second) * self.config.scale
+        narrow = _product(x, first)
+        wide = jnp.matmul(narrow, second.astype(x.dtype), preferred_element_type=jnp.float32)
+        return wide * self.config.scale
 
 
 def _product(x: Float[Array, "B T in"], matrix: Float[Array, "in out"]) -> Float[Array, "B T out"]:
     return _dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _round(x: Array) -> Array:
+    """Rounds to bfloat16 where that is the dtype of `x`.
+
+    XLA leaves roundings out between a product and a sum, in one program and not in another: the
+    sampler and the learner would differ.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _adapter(config: ModelConfig, path: str) -> Adapter | None:
@@ -318,7 +330,7 @@ class Block(nn.Module):
         def dense(features, name):
             adapter = _adapter(c, f"layers/{name}")
             whole = _dense(features, c.dtype, name)
-            return whole if adapter is None else lambda y: whole(y) + adapter(y)
+            return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
         q = heads(dense(c.num_heads * c.head_width, "query")(h), c.num_heads)

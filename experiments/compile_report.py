@@ -204,7 +204,9 @@ class Work:
     def __init__(self, config, parts, shape, mesh, rows):
         self.config, self.rows = config, rows
         self.model = parts.agent.model.config
-        self.played = without_adapters(parts.agent.model).config  # rollouts are of merged matrices
+        self.played = self.model
+        if self.model.dtype == "float32":  # adapters are merged
+            self.played = without_adapters(parts.agent.model).config
         self.sizes = parts.setting(shape).config
         self.mesh = dict(mesh.shape)
         self.shares = sharding.batch_shards(mesh)

@@ -290,11 +290,14 @@ def make_program(parts: Parts, mesh: Mesh):
     """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
 
     Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
+    A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
+    those of another policy than the one that learns.
     """
     group = parts.config.rollout.group
     model = parts.agent.model.config
     layout = model.layout
     dtype = parts.config.rollout.get("param_dtype", "float32")
+    merges = model.dtype == "float32"
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature)
@@ -311,8 +314,10 @@ def make_program(parts: Parts, mesh: Mesh):
 
     @jax.jit
     def play(agent, setting, params, *rest):
-        params = cast_matrices(lora.merge(params, model.lora), dtype)
-        agent = agent.replace(model=without_adapters(agent.model))
+        if merges:
+            params = lora.merge(params, model.lora)
+            agent = agent.replace(model=without_adapters(agent.model))
+        params = cast_matrices(params, dtype)
         for rules in (sharding.TRAINING, sharding.ROLLOUT):  # cast where they lie, then moved
             where = layout.shardings(params, mesh, rules)
             params = jax.lax.with_sharding_constraint(params, where)
