@@ -56,7 +56,7 @@ PRETRAINED = absl_flags.DEFINE_string(
     "pretrained", None, "Weights of suite decode: a .gguf file or a Hugging Face directory."
 )
 PAD_TOKEN = absl_flags.DEFINE_string(
-    "pad_token", "<|endoftext|>", "Of the tokenizer of suite decode."
+    "pretrained_pad_token", "<|endoftext|>", "Of the tokenizer of suite decode."
 )
 SLOTS = absl_flags.DEFINE_integer("slots", _LOAD.slots, "Of suite memory.", lower_bound=1)
 ENTRY_LENGTH = absl_flags.DEFINE_integer(

@@ -13,7 +13,7 @@ import pytest
 from atommem_jax import model as model_lib
 from atommem_jax.checkpoint import Checkpointer
 from atommem_jax.config import ConfigError
-from experiments import agents, answer, transcript, wiring
+from experiments import agents, answering, transcript, wiring
 from tests import chat_test, report_test, runs, tiny
 from tests.conftest import COMPILATION_CACHE, ROOT
 
@@ -154,7 +154,7 @@ def test_the_script_reads_answers_and_is_asked_more(checkpoint, document, tmp_pa
 
 def run(checkpoint, tmp_path, name, lines=(), **options):
     options = {"out": str(tmp_path / name)} | options
-    answers = answer.run(answer.Options(checkpoint=checkpoint, **options), iter(lines))
+    answers = answering.run(answering.Options(checkpoint=checkpoint, **options), iter(lines))
     return answers, read_episodes(tmp_path / name)
 
 

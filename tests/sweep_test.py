@@ -118,7 +118,9 @@ def test_a_sweep_of_a_good_and_a_bad_run(tmp_path_factory):
 
     printed = runs.run("sweep.py", *arguments, "--jobs=2", status=1)
     assert "FAILED  bad  train: ended with status 2" in printed
-    assert "rollout.response_length=14: the teacher sets" in printed  # the end of its log
+    assert (
+        "rollout.response_length=14: a reading turn of the teacher" in printed
+    )  # the end of its log
     assert "sweep.py: failed: bad; look at" in printed
     summary = json.loads((workdir / "good/seed1/eval/test_1x_t1_step12.json").read_text())
     lines = list(csv.DictReader((workdir / "table.csv").open()))

@@ -337,7 +337,7 @@ def test_parameters_that_do_not_divide_over_devices_are_named(mesh, named):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"rollout__response_length": 14}, ["rollout.response_length=14", "takes 15"]),
+        ({"rollout__response_length": 14}, ["rollout.response_length=14", "may take 15 tokens"]),
         ({"rollout__max_actions": 1}, ["rollout.max_actions=1", "up to 2"]),
         ({"rollout__answer_length": 1}, ["rollout.answer_length=1", "has 2 tokens"]),
     ],
