@@ -16,6 +16,9 @@ ROWS = EPISODES * GROUP  # each device holds one group
 # Sums over rows are added in another order. Relative to the largest entry of a leaf, or to one;
 # measured were 8e-6.
 TOLERANCE = 5e-5
+# A draw that lies within rounding of the border between two tokens falls to either: with seed 0 one
+# of a thousand does, on one kind of processor.
+SEED = 1
 PPO = trainer.PPOConfig(group_size=GROUP, minibatches=2, microbatch_rows=8, entropy_coef=0.01)
 
 
@@ -31,7 +34,7 @@ def play(devices: int):
     batch = tiny.make_dataset().stack(np.repeat(np.arange(EPISODES), GROUP).tolist())
     player = wiring.make_player(tiny.make_parts(), tiny.make_shape(), mesh)
     params, seed, heat = sharding.replicate(
-        (tiny.make_params(scale=0.1), jax.random.key(0), np.float32(1.0)), mesh
+        (tiny.make_params(scale=0.1), jax.random.key(SEED), np.float32(1.0)), mesh
     )
     ids = np.arange(ROWS, dtype=np.int32)
     return player(params, *sharding.shard((batch.episodes, ids), mesh), seed, heat)
