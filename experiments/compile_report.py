@@ -391,6 +391,8 @@ def search(
 ) -> dict[str, Any]:
     """Tries mesh shapes and micro-batches; prints those that fit, the best modelled first."""
     rows = sorted({config.rl.ppo.microbatch_rows, 1, 2})
+    if set(names) == {"rollout"}:  # it has no micro-batches
+        rows = rows[:1]
     candidates, reports = [], []
     grid = list(
         itertools.product(hardware.list_meshes(topology.devices, slices=topology.slices), rows)
