@@ -33,16 +33,20 @@ def attend(
     keys: Sequence[Float[Array, "B kv_heads _ depth"]],
     values: Sequence[Float[Array, "B kv_heads _ depth"]],
     mask: Bool[Array, "B T S"],
+    *,
+    turned: bool = False,
 ) -> Float[Array, "B heads T depth"]:
     """Softmax attention; each key/value head serves heads / kv_heads query heads.
 
     keys, values: in one or more pieces, which have S slots together.
+    turned: the keys are [B kv_heads depth _].
     """
     batch, heads, length, depth = queries.shape
     kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scored = [dot("bkgtd,bksd->bkgts", grouped, piece) for piece in keys]
+    score = "bkgtd,bkds->bkgts" if turned else "bkgtd,bksd->bkgts"
+    scored = [dot(score, grouped, piece) for piece in keys]
     scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)

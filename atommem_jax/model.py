@@ -150,7 +150,8 @@ class Cache:
     Those of the prompt are written once and then only read: decoding would spend most of its time
     copying them from step to step. What it writes lies apart, in the slots behind them.
 
-    After `unstack` the first four fields are tuples of one array a layer.
+    After `unstack` the first four fields are tuples of one array a layer, and those of the keys
+    [B kv_heads head_width slots], in which one query is multiplied faster on a CPU.
     """
 
     keys: Float[Array, "layers B kv_heads slots head_width"]
@@ -162,17 +163,20 @@ class Cache:
     @property
     def prompt_slots(self) -> int:
         """Slots that are only read."""
-        return self.keys[0].shape[2]
+        return self.values[0].shape[2]
 
     @property
     def slots(self) -> int:
         """All slots, written or not."""
-        return self.prompt_slots + self.later_keys[0].shape[2]
+        return self.prompt_slots + self.later_values[0].shape[2]
 
     def unstack(self) -> "Cache":
         """The same with every layer's arrays apart, for `Transformer` with `layers`."""
-        fields = ("keys", "values", "later_keys", "later_values")
-        return self.replace(**{name: tuple(getattr(self, name)) for name in fields})
+        turned = {
+            name: tuple(jnp.swapaxes(getattr(self, name), 3, 4)) for name in ("keys", "later_keys")
+        }
+        values = {name: tuple(getattr(self, name)) for name in ("values", "later_values")}
+        return self.replace(**turned, **values)
 
     def extend(self, slots: int) -> "Cache":
         """Room for `slots` more slots, which hold zeros until they are written."""
@@ -199,8 +203,21 @@ def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     return out.astype(lhs.dtype)
 
 
-def _dense(features: int, dtype: str, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=_dot_general, name=name)
+def _matrix_first(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """`_dot_general` of rows [B, 1, in] and a matrix, as the turned matrix times columns.
+
+    A CPU is nearly twice as fast so for a few rows, if the matrix lies [out, in]. The barriers keep
+    the compiler from turning it back.
+    """
+    assert dimension_numbers == (((2,), (0,)), ((), ())) and lhs.shape[1] == 1
+    columns = jax.lax.optimization_barrier(lhs[:, 0].T)
+    contracted = (((1,), (0,)), ((), ()))
+    out = _dot_general(rhs.T, columns, contracted, precision, preferred_element_type)
+    return jax.lax.optimization_barrier(out).T[:, None]
+
+
+def _dense(features: int, dtype: str, name: str, dot_general=_dot_general) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=dot_general, name=name)
 
 
 class Adapter(nn.Module):
@@ -305,10 +322,14 @@ def rotate(
 
 
 class Block(nn.Module):
-    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`."""
+    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`.
+
+    apart: decodes one token a row with matrices [out, in] and the cache of `Cache.unstack`.
+    """
 
     config: ModelConfig
     keep_cache: bool
+    apart: bool = False
 
     @nn.compact
     def __call__(self, x, cache, start, positions, mask, index):
@@ -329,7 +350,8 @@ class Block(nn.Module):
 
         def dense(features, name):
             adapter = _adapter(c, f"layers/{name}")
-            whole = _dense(features, c.dtype, name)
+            dot_general = _matrix_first if self.apart else _dot_general
+            whole = _dense(features, c.dtype, name, dot_general)
             return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
@@ -344,9 +366,12 @@ class Block(nn.Module):
         if cache is None:
             attended = attention.causal(q, k, v, start, implementation=c.attention)
         else:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=2)
+            k = jnp.swapaxes(k, 2, 3) if self.apart else k
+            slots = 3 if self.apart else 2
+            k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=slots)
             v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
-            attended = attention.attend(q, (cache.keys, k), (cache.values, v), mask)
+            keys, values = (cache.keys, k), (cache.values, v)
+            attended = attention.attend(q, keys, values, mask, turned=self.apart)
         attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         x = x + dense(c.width, "out")(attended)
 
@@ -407,7 +432,7 @@ class Transformer(nn.Module):
 
     def _run_apart(self, layers, x, cache, *args):
         """As `_layers` with a cache, one after the other instead of in a scan."""
-        block = Block(self.config, keep_cache=True, parent=None)
+        block = Block(self.config, keep_cache=True, apart=True, parent=None)
         written = []
         for i, params in enumerate(layers):
             own = Cache(
@@ -501,12 +526,23 @@ class Transformer(nn.Module):
         return _gather(head.astype(dtype), ("embed", "vocab"))
 
     def logits(
-        self, hidden: Float[Array, "*batch width"], readout: Float[Array, "width V"] | None = None
+        self,
+        hidden: Float[Array, "*batch width"],
+        readout: Float[Array, "width V"] | None = None,
+        *,
+        apart: bool = False,
     ) -> Float[Array, "*batch V"]:
-        """float32 logits. Who reads out in pieces passes the same `readout` with each."""
+        """float32 logits. Who reads out in pieces passes the same `readout` with each.
+
+        apart: computes them for few rows [B, width] as the layers do that are taken apart.
+        """
         readout = self.readout(hidden.dtype) if readout is None else readout
-        out = jnp.matmul(hidden, readout, preferred_element_type=jnp.float32)
         tied = self.config.tie_embeddings
+        if apart and tied and hidden.dtype == jnp.float32:  # the table lies [V, width] already
+            rows, contracted = hidden[:, None], (((2,), (0,)), ((), ()))
+            out = _matrix_first(rows, readout, contracted)[:, 0]
+        else:
+            out = jnp.matmul(hidden, readout, preferred_element_type=jnp.float32)
         adapter = self.embedder_lora if tied else self.head_lora
         if adapter is not None:
             out = out + adapter.logits(hidden, transposed=tied)

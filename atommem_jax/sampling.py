@@ -154,7 +154,7 @@ def generate(
 
     def decode(carry):
         position, last, cache, state, done, tokens, log_probs = carry
-        logits = model.apply({"params": params}, last, method="logits")
+        logits = model.apply({"params": params}, last, apart=config.unstack, method="logits")
         logp = masked_log_softmax(logits, mask_of(state, position), scale)
         row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
         token = jax.vmap(lambda k, lp: draw(k, lp, temperature=temperature, top_p=config.top_p))(
