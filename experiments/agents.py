@@ -84,10 +84,12 @@ def load(
     rules: Mapping[str, Any] | None = None,
     base: str = "",
     settings: Sequence[str] = (),
+    merge: bool = False,
 ) -> Loaded:
     """Reads config, tokenizer and parameters, onto the devices there are here.
 
-    Adapters come merged into their base: what is returned is a plain model.
+    What is returned plays as in training. Adapters come merged into their base, as a plain model,
+    but for a model that computes in bfloat16: merged and rounded it would be another policy.
 
     Args:
       path: a workdir, its checkpoints folder, or one step in it.
@@ -97,18 +99,22 @@ def load(
       rules: how they lie there, see `sharding.Layout`; by default whole on every device.
       base: what adapters were trained on, where it is no longer at the run's `init_from`.
       settings: see `override`.
+      merge: merges adapters in any case, for those who need the matrices.
 
     Raises ConfigError where there is no such checkpoint, the base of its adapters is not there or
     is another one, or a setting cannot be.
     """
     found, restored = _restore(path, which, cpu_devices, mesh, rules or {}, settings)
-    if not found.parts.agent.model.config.lora.rank:
+    model, parts = found.parts.agent.model, found.parts
+    if not model.config.lora.rank:
         return found
     base = base or restored.config.init_from
     below = _load_base(base, found.workdir, cpu_devices, found.mesh, rules or {})
-    params = _merge(found, below, base, restored)
-    agent = found.parts.agent.replace(model=without_adapters(found.parts.agent.model))
-    parts = dataclasses.replace(found.parts, agent=agent)
+    merge = merge or model.config.dtype == "float32"
+    params = _join(found, below, base, restored, merge)
+    if merge:
+        agent = parts.agent.replace(model=without_adapters(model))
+        parts = dataclasses.replace(parts, agent=agent)
     return Loaded(found.workdir, found.step, parts, params, found.mesh, found.trained_shape)
 
 
@@ -210,25 +216,27 @@ def _load_base(
 ) -> Any:
     """The parameters that the adapters of a run were trained on."""
     try:
-        return load(base, cpu_devices=cpu_devices, mesh=mesh, rules=rules).params
+        return load(base, cpu_devices=cpu_devices, mesh=mesh, rules=rules, merge=True).params
     except ConfigError as error:
         raise ConfigError(
             f"{workdir} holds adapters of init_from={base}, which cannot be read: {error}"
         ) from error
 
 
-def _merge(adapters: Loaded, below: Any, base: str, restored: Restored) -> Any:
-    """Base and adapters as parameters of a plain model, where those of the base lie."""
+def _join(adapters: Loaded, below: Any, base: str, restored: Restored, merge: bool) -> Any:
+    """Base and adapters as one tree, as they lie; merged as parameters of a plain model."""
     config = adapters.parts.agent.model.config.lora
-    where = jax.tree.map(lambda x: x.sharding, below)
     _, frozen = lora.partition(below, config)
     check_base(base, lora.fingerprint(frozen), restored, adapters.workdir)
 
-    def merge(trained: Any, frozen: Any) -> Any:
+    def join(trained: Any, frozen: Any) -> Any:
         frozen = wiring.cast_matrices(frozen, config.base_dtype)  # what was trained on
-        return lora.merge(lora.join(trained, frozen), config)
+        joined = lora.join(trained, frozen)
+        return lora.merge(joined, config) if merge else joined
 
-    return jax.jit(merge, out_shardings=where)(adapters.params, frozen)
+    parts = below if merge else lora.join(adapters.params, frozen)
+    where = jax.tree.map(lambda x: x.sharding, parts)
+    return jax.jit(join, out_shardings=where)(adapters.params, frozen)
 
 
 def check_base(base: str, fingerprint: str, restored: Restored, workdir: str) -> None:

@@ -175,7 +175,7 @@ def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
         config, weights = pretrained.open_weights(source)
         tokenizer = read_tokenizer(source, config)
         return config, pretrained.place(weights, config, make_mesh(config)), tokenizer
-    loaded = agents.load(source, base=BASE.value)
+    loaded = agents.load(source, base=BASE.value, merge=True)
     return loaded.parts.agent.model.config, loaded.params, loaded.parts.tokenizer
 
 

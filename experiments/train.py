@@ -280,6 +280,7 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh | None = N
         cpu_devices=config.mesh.cpu_devices,
         mesh=mesh,
         rules=sharding.TRAINING,
+        merge=True,
     )
     check(
         loaded.parts.tokenizer.to_bytes() == tokenizer.to_bytes(),

@@ -581,6 +581,27 @@ def test_a_loaded_run_is_the_plain_model_that_was_trained(adapted, base):
     assert np.abs(expected["layers/query/kernel"] - below["layers"]["query"]["kernel"]).max() > 0
 
 
+@pytest.mark.relaxed_promotion
+def test_a_bfloat16_run_is_loaded_with_its_adapters_apart(tmp_path, adapted, base):
+    """As its rollouts play in training; what is exported is merged."""
+    config = make_run_config(base, model__dtype="bfloat16")
+    below = runs.read_state(base, 0)["train"]["params"]
+    trained = runs.read_state(adapted, END)["train"]["params"]
+    frozen = lora.partition(below, ADAPTED)[1]
+    mark = lora.fingerprint(frozen)
+    tokenizer = agents.load(str(base)).parts.tokenizer
+    save_run(tmp_path, trained, config, tokenizer, base=mark)
+    loaded = agents.load(str(tmp_path))
+    assert loaded.parts.agent.model.config.lora.rank == 2
+    expected = flatten(lora.join(trained, frozen))
+    assert flatten(loaded.params).keys() == expected.keys()
+    for path, leaf in flatten(loaded.params).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    merged = agents.load(str(tmp_path), merge=True)
+    assert merged.parts.agent.model.config.lora.rank == 0
+    assert not any("lora" in path for path in flatten(merged.params))
+
+
 def test_adapters_need_a_base():
     with pytest.raises(ConfigError, match=r"lora\.rank=2 .* init_from is empty.*lora\.rank=0"):
         validation.validate(runs.make_config(lora__rank=2))

