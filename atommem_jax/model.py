@@ -209,7 +209,8 @@ def _matrix_first(lhs, rhs, dimension_numbers, precision=None, preferred_element
     A CPU is nearly twice as fast so for a few rows, if the matrix lies [out, in]. The barriers keep
     the compiler from turning it back.
     """
-    assert dimension_numbers == (((2,), (0,)), ((), ())) and lhs.shape[1] == 1
+    assert dimension_numbers == (((2,), (0,)), ((), ()))
+    assert lhs.shape[1] == 1
     columns = jax.lax.optimization_barrier(lhs[:, 0].T)
     contracted = (((1,), (0,)), ((), ()))
     out = _dot_general(rhs.T, columns, contracted, precision, preferred_element_type)

@@ -53,5 +53,5 @@ def test_results_are_complete(subject):
         strict=True,
     ):
         assert mine < whole
-    assert 0 < results["bandwidth"]["share"]
+    assert results["bandwidth"]["share"] > 0
     assert len(results["grammar"]["shares"]) == 2

@@ -248,8 +248,10 @@ def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def run(subject: Subject, *, runs: int) -> timing.Result:
-    """All comparisons, by name: `prefill`, `decode_1`, `generate_1` and so on of each peer, `grammar`
-    and `bandwidth`."""
+    """All comparisons, by name.
+
+    Of each peer `prefill`, `decode_1`, `generate_1` and so on; `grammar` and `bandwidth` of ours.
+    """
     peers, results = _make_peers(subject)
     ours, vocabulary = Ours(subject), subject.agent.model.config.vocab_size
     prompts = make_prompts(*PREFILL, vocabulary)
