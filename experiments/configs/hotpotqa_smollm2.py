@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
     config.memory.query_length = 64
     config.memory.key_dim = 512
     config.rollout.max_actions = 4
-    config.rollout.response_length = 256
+    config.rollout.read_budget = 0
+    config.rollout.response_length = 192
     config.rollout.answer_length = 24
     config.rollout.group = 0
     config.rollout.unstack = True
@@ -52,22 +53,22 @@ def get_config() -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 32.0
 
-    config.sft.steps = 40
+    config.sft.steps = 16
     config.sft.episodes = 4
     config.sft.microbatch_rows = 2
     config.sft.eighths = (4, 5, 6, 8)
     config.sft.log_every = 1
-    config.sft.eval_every = 40
-    config.sft.save_every = 10
+    config.sft.eval_every = 16
+    config.sft.save_every = 4
     config.sft.optimizer.name = "adamw"
-    config.sft.optimizer.learning_rate = 5e-4
+    config.sft.optimizer.learning_rate = 1e-3
     config.sft.optimizer.schedule = "cosine"
-    config.sft.optimizer.warmup_steps = 4
+    config.sft.optimizer.warmup_steps = 3
 
-    config.rl.steps = 6
+    config.rl.steps = 3
     config.rl.episodes = 2
-    config.rl.eval_every = 6
-    config.rl.save_every = 2
+    config.rl.eval_every = 3
+    config.rl.save_every = 1
     config.rl.optimizer.learning_rate = 1e-4
     config.rl.optimizer.schedule = "constant"
     config.rl.optimizer.warmup_steps = 1
@@ -75,6 +76,6 @@ def get_config() -> ConfigDict:
     config.rl.ppo.minibatches = 1
     config.rl.ppo.microbatch_rows = 2
     config.rl.ppo.eighths = (4, 5, 6, 8)
-    config.eval.episodes = 8
-    config.eval.batch_size = 8
+    config.eval.episodes = 2
+    config.eval.batch_size = 12
     return config
