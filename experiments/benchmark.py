@@ -12,6 +12,7 @@
 | train | one PPO update | PyTorch, eager and compiled |
 | task | the validity table | |
 | decode | prefill and decoding of a published model | transformers, llama.cpp |
+| convert | memory of the host beside a published model that is loaded | |
 | growth | a turn against slots, trajectories, entry length; an episode against turns | |
 
 Peers do the same work, and tests hold that they get the same results. Contestants take turns in
@@ -41,7 +42,9 @@ CHECKPOINT = absl_flags.DEFINE_string(
 )
 STEP = absl_flags.DEFINE_string("step", "last", "Of the checkpoint: 'last', 'best' or a number.")
 RUNS = absl_flags.DEFINE_integer("runs", 5, "Rounds that are timed.", lower_bound=1)
-PLOT = absl_flags.DEFINE_string("plot", None, "File (PNG, PDF) for the curves of suite growth.")
+PLOT = absl_flags.DEFINE_string(
+    "plot", None, "File (PNG, PDF) for the curves of suite growth or convert."
+)
 SAMPLED = absl_flags.DEFINE_bool(
     "sampled", False, "Rollouts at rl.temperature. Greedy ones are the same for all peers."
 )
@@ -106,6 +109,12 @@ def read_options() -> suites.Options:
     check(
         SHOWN.value <= SLOTS.value,
         f"--shown={SHOWN.value} is more than --slots={SLOTS.value}; show at most what there is",
+    )
+    drawn = [name for name in SUITE.value if name in ("growth", "convert")]
+    check(
+        not PLOT.value or len(drawn) < 2,
+        f"--plot={PLOT.value}: suites {' and '.join(drawn)} would both be drawn there; run them "
+        "one after the other",
     )
     check(
         not PLOT.value or PLOT.value.endswith((".png", ".pdf")),

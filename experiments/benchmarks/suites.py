@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
 from experiments import agents, validity, wiring
 from experiments.benchmarks import (
+    convert_suite,
     decode_suite,
     growth,
     memory_suite,
@@ -28,7 +30,7 @@ from experiments.benchmarks import (
     train_suite,
 )
 
-SUITES = ("memory", "rollout", "train", "task", "growth", "decode")
+SUITES = ("memory", "rollout", "train", "task", "growth", "decode", "convert")
 DEFAULT_SUITES = ("memory", "rollout", "train", "task")
 
 Results = dict[str, Any]
@@ -108,6 +110,7 @@ class Benchmark:
             "task": self._run_task,
             "growth": self._run_growth,
             "decode": self._run_decode,
+            "convert": self._run_convert,
         }[suite]()
 
     def _run_memory(self) -> None:
@@ -152,10 +155,13 @@ class Benchmark:
             runs=self._options.runs,
         )
         self.results["growth"] = curves
+        self._plot(growth.plot, curves)
+
+    def _plot(self, draw: Callable[[Any, pathlib.Path], None], found: Any) -> None:
         if self._options.plot:
             path = pathlib.Path(self._options.plot)
             path.parent.mkdir(parents=True, exist_ok=True)
-            growth.plot(curves, path)
+            draw(found, path)
 
     def _run_decode(self) -> None:
         path = self._options.pretrained
@@ -166,6 +172,10 @@ class Benchmark:
             raise ConfigError(str(error)) from error
         with self._clock.of("decode"):
             self.results["decode"] = decode_suite.run(subject, runs=self._options.runs)
+
+    def _run_convert(self) -> None:
+        self.results["convert"] = points = convert_suite.run()
+        self._plot(convert_suite.plot, points)
 
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
@@ -248,6 +258,11 @@ def render(results: Results) -> str:
         lines.append(f"compilation of {name}: {seconds:.1f} s")
     if "task" in results:
         lines.append(validity.render(results["task"]))
+    for point in results.get("convert", ()):
+        lines.append(
+            f"beside a model of {point['model_mib']:.0f} MiB the host held "
+            f"{point['beside_mib']:.0f} MiB"
+        )
     for axis, points in results.get("growth", {}).items():
         cells = (f"{p[axis]:g}: {p['ours']:.2f}" for p in points)
         lines.append(f"ms against {axis}: {'  '.join(cells)}")
