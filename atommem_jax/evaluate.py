@@ -60,7 +60,8 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
     turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
-    policy wrote, not those of a fixed program.
+    policy wrote, not those of a fixed program. `well_formed` is a share of the actions begun, and
+    `ended` of the turns: those that were shorter than they might have been.
     """
     turns = trajectories.turns
     live = turns.live.astype(jnp.float32)
@@ -70,6 +71,9 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     tokens = jnp.maximum(written.sum(), 1.0)
     responses = jnp.maximum((turns.live & ~turns.scripted).astype(jnp.float32).sum(), 1.0)
     reading = turns.live & (turns.phase == Phase.READING)
+    places = jnp.arange(turns.actions.kind.shape[2], dtype=jnp.int32)[None, None]
+    begun = turns.live[..., None] & (places < turns.actions.count[..., None])
+    ended = turns.live & ~turns.scripted & (turns.response_lengths < turns.response.shape[2])
     answered = trajectories.answer_lengths > 0
     # Rows past an episode's last question are padding: only what was put can go unanswered.
     number = jnp.arange(answered.shape[1], dtype=jnp.int32)[None, None]
@@ -85,6 +89,9 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
         "unanswered": jnp.sum(put & ~answered).astype(jnp.float32)
         / jnp.maximum(put.sum().astype(jnp.float32), 1.0),
         "reading_turns": reading.sum().astype(jnp.float32) / episodes,
+        "well_formed": (begun & turns.actions.well_formed).sum().astype(jnp.float32)
+        / jnp.maximum(begun.sum().astype(jnp.float32), 1.0),
+        "ended": ended.sum().astype(jnp.float32) / responses,
     }
     for fate in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
         counts = getattr(turns.report, fate).sum(axis=(0, 1)).astype(jnp.float32) / episodes

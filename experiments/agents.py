@@ -26,7 +26,7 @@ from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tokenizer import HuggingFaceTokenizer, Tokenizer
 from experiments import validation, wiring
 
-OVERRIDABLE = ("memory", "rollout")
+OVERRIDABLE = ("memory", "rollout", "eval")
 """Sections of a config that say how an agent plays, and nothing of its parameters."""
 
 
@@ -34,7 +34,7 @@ class Loaded:
     """An agent from a checkpoint, ready to play.
 
     `trained_shape` is that of the episodes it was trained on; None where the checkpoint does not
-    say, as those of `convert.py`.
+    say, as those of `convert.py`. `settings` is what was overridden of its config.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class Loaded:
         params: Any,
         mesh: Mesh,
         trained_shape: episodes_lib.EpisodeShape | None = None,
+        settings: Sequence[str] = (),
     ):
         self.workdir, self.step, self.parts = workdir, step, parts
         self.params, self.mesh = params, mesh
-        self.trained_shape = trained_shape
+        self.trained_shape, self.settings = trained_shape, list(settings)
         self._players: dict[Any, Any] = {}
         self._shapes: dict[tuple[str, ...], episodes_lib.EpisodeShape] = {}
 
@@ -115,7 +116,9 @@ def load(
     if merge:
         agent = parts.agent.replace(model=without_adapters(model))
         parts = dataclasses.replace(parts, agent=agent)
-    return Loaded(found.workdir, found.step, parts, params, found.mesh, found.trained_shape)
+    return Loaded(
+        found.workdir, found.step, parts, params, found.mesh, found.trained_shape, settings
+    )
 
 
 def load_adapters(path: str, which: str = "last", cpu_devices: int = 2) -> Loaded:
@@ -167,7 +170,8 @@ def _restore(
     params = restored.state["train"]["params"]
     shape = restored.progress.get("shape")
     trained = episodes_lib.EpisodeShape(**shape) if shape else None
-    return Loaded(str(folder.parent), restored.step, parts, params, mesh, trained), restored
+    found = Loaded(str(folder.parent), restored.step, parts, params, mesh, trained, settings)
+    return found, restored
 
 
 def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
@@ -185,7 +189,7 @@ def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
         section = path.partition(".")[0]
         check(
             bool(equals) and section in OVERRIDABLE,
-            f"--set={setting}: allowed is FIELD=VALUE, of a field of {' or '.join(OVERRIDABLE)}, "
+            f"--set={setting}: allowed is FIELD=VALUE, of a field of {', '.join(OVERRIDABLE)}, "
             "such as memory.entry_length=64",
         )
         check_path(config, path)
@@ -325,14 +329,21 @@ def evaluate_split(
     """Plays a split once and returns its summary; with `out` it also writes both files.
 
     With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
-    same split, temperature, step, seed and number of episodes.
+    same split, temperature, step, seed, settings and number of episodes.
 
     Raises ConfigError for an unknown split.
     """
     examples = _find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
-    name = f"{split}_t{temperature:g}_step{loaded.step}"
-    cell = {"split": split, "temperature": temperature, "seed": seed, "step": loaded.step}
+    name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *loaded.settings])
+    cell: dict[str, Any] = {
+        "split": split,
+        "temperature": temperature,
+        "seed": seed,
+        "step": loaded.step,
+    }
+    if loaded.settings:
+        cell["settings"] = loaded.settings
     if skip_existing and out is not None:
         found = _read_summary(out / f"{name}.json", cell | {"episodes": len(examples)})
         if found is not None:

@@ -2,6 +2,7 @@
 
     python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
+    python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
 
 `--checkpoint` is a workdir, its checkpoints folder, or one numbered step in it. Writes
 per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints a
@@ -39,11 +40,17 @@ OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <wo
 BASE = absl_flags.DEFINE_string(
     "base", "", "What the adapters of a run were trained on, where it is not at its init_from."
 )
+SET = absl_flags.DEFINE_multi_string(
+    "set",
+    [],
+    "Another size than the checkpoint's, FIELD=VALUE: of a field of memory, rollout or eval, such "
+    "as eval.batch_size=4; repeat the flag for several. Part of the names of the files.",
+)
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",
     False,
-    "Print what is there already for the same split, temperature, step, seed and number of "
-    "episodes, and play only the rest.",
+    "Print what is there already for the same split, temperature, step, seed, settings and number "
+    "of episodes, and play only the rest.",
 )
 
 
@@ -51,7 +58,9 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
-    loaded = load(CHECKPOINT.value, STEP.value, CPU_DEVICES.value, base=BASE.value)
+    loaded = load(
+        CHECKPOINT.value, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value
+    )
     dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))

@@ -112,6 +112,27 @@ def test_statistics_of_one_batch_by_hand():
     assert found["sampled_nll"] == 0  # a script has no log-probs
     attempted = turns.report.attempted[..., ActionKind.READ].sum() / BATCH
     assert found["attempted/read"] == pytest.approx(attempted)
+    assert found["well_formed"] == 1
+
+
+def test_actions_that_are_not_closed_and_turns_that_do_not_end_are_counted():
+    trajectories = evaluation()[2][0][1]
+    turns = trajectories.turns
+    limit = turns.response.shape[2]
+    b, t = next(zip(*np.nonzero(turns.live & (turns.actions.count > 1)), strict=True))
+    well_formed, lengths = turns.actions.well_formed.copy(), turns.response_lengths.copy()
+    well_formed[b, t, 0], lengths[b, t] = False, limit
+    well_formed[b, t, turns.actions.count[b, t] :] = False  # where no action is
+    turns = turns.replace(
+        scripted=np.zeros_like(turns.scripted),
+        response_lengths=lengths,
+        actions=turns.actions.replace(well_formed=well_formed),
+    )
+    found = evaluate.statistics(trajectories.replace(turns=turns))
+    actions = int(turns.actions.count[turns.live].sum())
+    assert float(found["well_formed"]) == pytest.approx(1 - 1 / actions)
+    assert float(found["ended"]) == pytest.approx((lengths < limit)[turns.live].mean())
+    assert (lengths == limit)[turns.live].any()
 
 
 def test_what_was_done_with_each_fact_is_recorded():

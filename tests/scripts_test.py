@@ -224,6 +224,9 @@ def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
     ):
         with pytest.raises(PlayedError):
             ask(**options)
+    loaded.settings = ["rollout.constrained=false"]  # which is another measurement
+    with pytest.raises(PlayedError):
+        ask()
 
 
 def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):

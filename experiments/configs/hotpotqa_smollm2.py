@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.memory.key_dim = 512
     config.rollout.max_actions = 4
     config.rollout.read_budget = 0
-    config.rollout.response_length = 192
+    config.rollout.response_length = 256
     config.rollout.answer_length = 24
     config.rollout.group = 0
     config.rollout.unstack = True
