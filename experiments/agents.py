@@ -223,7 +223,8 @@ def _load_base(
         return load(base, cpu_devices=cpu_devices, mesh=mesh, rules=rules, merge=True).params
     except ConfigError as error:
         raise ConfigError(
-            f"{workdir} holds adapters of init_from={base}, which cannot be read: {error}"
+            f"{workdir} holds adapters of init_from={base}, which cannot be read: {error}. "
+            "evaluate.py, answer.py and convert.py take the place where it is now as --base"
         ) from error
 
 

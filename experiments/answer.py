@@ -28,6 +28,9 @@ _multi = absl_flags.DEFINE_multi_string
 _string = absl_flags.DEFINE_string
 CHECKPOINT = _string("checkpoint", None, "A workdir, its checkpoints folder, or one step in it.")
 STEP = _string("step", "last", "Which step of a workdir: 'last', 'best' or a number.")
+BASE = _string(
+    "base", "", "What the adapters of a run were trained on, where it is not at its init_from."
+)
 DOCUMENT = _multi("document", [], "Text file to read; repeat the flag for several, in order.")
 QUESTION = _multi("question", [], "What to answer; repeat the flag for several.")
 INTERACTIVE = absl_flags.DEFINE_bool(
@@ -68,6 +71,7 @@ def main(argv) -> None:
     options = answering.Options(
         checkpoint=CHECKPOINT.value,
         step=STEP.value,
+        base=BASE.value,
         documents=DOCUMENT.value,
         questions=QUESTION.value,
         interactive=INTERACTIVE.value,

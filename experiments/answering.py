@@ -28,6 +28,7 @@ class Options:
 
     checkpoint: str
     step: str = "last"
+    base: str = ""
     documents: Sequence[str] = ()
     questions: Sequence[str] = ()
     interactive: bool = False
@@ -59,7 +60,9 @@ def run(options: Options, lines: Iterable[str] = ()) -> list[Answer]:
     started = time.perf_counter()
     _check_options(options)
     texts = [documents.read(path) for path in options.documents]
-    loaded = agents.load(options.checkpoint, options.step, 1, settings=options.settings)
+    loaded = agents.load(
+        options.checkpoint, options.step, 1, base=options.base, settings=options.settings
+    )
     check(
         loaded.parts.workflow.program is None,
         f"--checkpoint={options.checkpoint}: of workflow={loaded.parts.config.get('workflow')}, "
