@@ -12,7 +12,7 @@
     deleted: ["\u2212", "deleted"],
     evicted: ["\u00d7", "evicted"],
   };
-  const MOST_ROWS = 64; // of a larger table only entries and changes are listed
+  const MOST_ROWS = 16; // of a larger table only entries and changes are listed
 
   let episode = 0; // index into episodes
   let turn = 0; // index into its turns
