@@ -4,6 +4,7 @@ Files are written here with NumPy and literal names; `parity_test.py` compares w
 """
 
 import dataclasses
+import gc
 import json
 import struct
 import tracemalloc
@@ -325,7 +326,10 @@ def test_the_host_holds_a_few_tensors_at_a_time(tmp_path):
     largest, total = (f(x.nbytes for x in tensors.values()) for f in (max, sum))
     folder = write(tmp_path / "in", fields, tensors)
     del tensors
-    pretrained.load(folder)  # compiles
+    config, params = pretrained.load(folder)  # compiles
+    pretrained.save(tmp_path / "first", params, config, max_file_bytes=largest)  # so does it
+    del params
+    gc.collect()
     tracemalloc.start()
     config, params = pretrained.load(folder)
     loading = tracemalloc.get_traced_memory()[1]
