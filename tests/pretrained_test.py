@@ -321,7 +321,7 @@ def test_processes_read_their_parts_and_one_writes(tmp_path):
 
 def test_the_host_holds_a_few_tensors_at_a_time(tmp_path):
     """Tracemalloc sees what NumPy and safetensors allocate, and not what lies on devices."""
-    fields = {**LLAMA, "num_hidden_layers": 24, "hidden_size": 128, "intermediate_size": 512}
+    fields = {**LLAMA, "num_hidden_layers": 24, "hidden_size": 256, "intermediate_size": 1024}
     tensors = make_tensors(fields)
     largest, total = (f(x.nbytes for x in tensors.values()) for f in (max, sum))
     folder = write(tmp_path / "in", fields, tensors)
