@@ -112,6 +112,26 @@ def test_only_the_first_process_writes(pair):
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
+def test_adapters_beside_a_frozen_base_train_as_in_one_process(start, alone, tmp_path):
+    settings = {
+        "init_from": alone,
+        "lora__rank": 2,
+        "lora__base_dtype": "bfloat16",
+        "sft__steps": 2,
+        "rl__steps": 2,
+    }
+    workdirs = [tmp_path / "one", tmp_path / "two"]
+    for count, workdir in enumerate(workdirs, start=1):
+        with start(count, workdir, **settings) as group:
+            group.finish()
+    one, two = map(runs.read_repeatable, workdirs)
+    gap, where = runs.find_largest_difference(two, one)
+    print(f"largest difference {gap:.1e}: {where}")
+    assert gap < TOLERANCE, where
+    states = [runs.read_state(workdir, 4) for workdir in workdirs]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *states)
+
+
 def kill_and_wait_for_the_other(group: processes.Group, index: int) -> None:
     """Kills one of two supervised processes; the other must end in bounded time."""
     lost, other = (processes.find_child(group.pid(i)) for i in (index, 1 - index))
