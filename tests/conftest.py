@@ -9,15 +9,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The test process must not take a TPU or GPU that happens to be there: oracles compare bits.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: with the compiler's least effort three of their files took
-# 104 s in place of 199. Scripts that tests start as processes are compiled as users' are.
-_FLAGS = {
-    "xla_force_host_platform_device_count": 8,
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": "false",
-}
-for _name, _value in _FLAGS.items():
-    if _name not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}"
+# 104 s in place of 199. The tour of tests/scripts_test.py is compiled as users' runs are.
+LEAST_EFFORT = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        LEAST_EFFORT,
+        "--xla_force_host_platform_device_count=8",
+        os.environ.get("XLA_FLAGS", ""),  # the last word
+    )
+)
 # `experiments` is not installed with the package.
 sys.path.insert(0, str(ROOT))
 

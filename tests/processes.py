@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from tests import runs
-from tests.conftest import ROOT
+from tests.conftest import LEAST_EFFORT, ROOT
 
 HEARTBEAT = 10  # seconds of silence after which a process counts as lost
 PATIENCE = 240  # for anything; a loaded machine with an empty compilation cache is slow
@@ -29,7 +29,7 @@ class Group:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             # By default half a minute, and the others may still be compiling.
-            "XLA_FLAGS": f"--xla_cpu_collective_timeout_seconds={PATIENCE}",
+            "XLA_FLAGS": f"{LEAST_EFFORT} --xla_cpu_collective_timeout_seconds={PATIENCE}",
         }
         self.logs = [folder / f"{name}_{i}.log" for i in range(len(commands))]
         self._popen = []

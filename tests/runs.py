@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import synthetic
 from experiments.metrics import read_metrics
-from tests.conftest import COMPILATION_CACHE, ROOT
+from tests.conftest import COMPILATION_CACHE, LEAST_EFFORT, ROOT
 
 SFT_STEPS, RL_STEPS = 6, 6
 
@@ -74,26 +74,35 @@ def make_flags(**overrides) -> list[str]:
     return [f"--config.{path}={value}" for path, value in paths.items()]
 
 
-def make_environment() -> dict[str, str]:
-    """The environment of this process without its settings of JAX, and a compilation cache."""
+def make_environment(*, as_users: bool = False) -> dict[str, str]:
+    """The environment of this process without its settings of JAX, and a compilation cache.
+
+    Scripts are compiled with the least effort, as tests are, unless `as_users`.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return environment | {
         "ATOMMEM_CACHE": str(_CACHE),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 30),
+        "XLA_FLAGS": "" if as_users else LEAST_EFFORT,
     }
 
 
-def start(script: str, *arguments: str | os.PathLike[str]) -> subprocess.Popen:
-    """Starts a script as a user does: none of the settings of the test process reach it."""
+def start(
+    script: str, *arguments: str | os.PathLike[str], as_users: bool = False
+) -> subprocess.Popen:
+    """Starts a script as a user does: devices and precision of the test process do not reach it."""
     command = [sys.executable, str(ROOT / "experiments" / script), *map(str, arguments)]
+    environment = make_environment(as_users=as_users)
     return subprocess.Popen(
-        command, env=make_environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-def run(script: str, *arguments: str | os.PathLike[str], status: int = 0) -> str:
+def run(
+    script: str, *arguments: str | os.PathLike[str], status: int = 0, as_users: bool = False
+) -> str:
     """Runs a script to its end; returns what it printed."""
-    process = start(script, *arguments)
+    process = start(script, *arguments, as_users=as_users)
     # One after the other: progress bars would be mixed into the lines of a table.
     output = b"".join(process.communicate()).decode()
     assert process.returncode == status, output[-3000:]

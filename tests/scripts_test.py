@@ -45,6 +45,7 @@ def demo(tmp_path_factory, data_root):
         f"--data_root={data_root}",
         f"--baselines={','.join(BASELINES)}",
         *runs.make_flags(),
+        as_users=True,
     )
     return workdir, printed
 
