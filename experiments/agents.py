@@ -261,6 +261,8 @@ def check_base(base: str, fingerprint: str, restored: Restored, workdir: str) ->
 def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> Tokenizer:
     """The tokenizer of the pretrained model that training starts from, else that of the data.
 
+    Every process is to call it, at the same time: checkpoints are opened by all together.
+
     Raises ConfigError where `init_from` names no checkpoint.
     """
     if config.init_from:
@@ -274,7 +276,7 @@ def load_tokenizer(config: ConfigDict, dataset: episodes_lib.Dataset) -> Tokeniz
         tokenizer = tokenizer_lib.from_bytes(data)
         if isinstance(tokenizer, HuggingFaceTokenizer):
             return tokenizer
-    return wiring.load_tokenizer(config, dataset)
+    return distributed.main_first(lambda: wiring.load_tokenizer(config, dataset))
 
 
 def _find(path: str, which: str) -> tuple[pathlib.Path, str]:

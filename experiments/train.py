@@ -85,11 +85,8 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
     validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
 
     # ------------------------------------------------------------------ data
-    def load_data() -> tuple[episodes_lib.Dataset, Tokenizer]:
-        dataset = wiring.load_dataset(config, data_root)
-        return dataset, agents.load_tokenizer(config, dataset)
-
-    dataset, tokenizer = distributed.main_first(load_data)
+    dataset = distributed.main_first(lambda: wiring.load_dataset(config, data_root))
+    tokenizer = agents.load_tokenizer(config, dataset)
     examples = dataset.split("train")
     shape = episodes_lib.fit_shape(examples, tokenizer)
     agreement.check_same_data(tokenizer, examples, shape)

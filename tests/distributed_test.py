@@ -116,7 +116,6 @@ def test_adapters_beside_a_frozen_base_train_as_in_one_process(start, alone, tmp
     settings = {
         "init_from": alone,
         "lora__rank": 2,
-        "lora__base_dtype": "bfloat16",
         "sft__steps": 2,
         "rl__steps": 2,
     }

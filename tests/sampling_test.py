@@ -128,7 +128,8 @@ def test_decoding_with_the_layers_apart_changes_nothing():
     apart = agent.replace(sampler=dataclasses.replace(agent.sampler, unstack=True))
     expected, found = answer(agent), answer(apart)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-6)
+    # Two programs, each with its own order of sums: a few units in the last place of what they add.
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("constrained", [True, False])

@@ -183,6 +183,7 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         "--split=test_1x",
         "--temperature=1",
         "--temperature=0",
+        as_users=True,
     )
     assert re.findall(r"temperature (\d)", printed) == ["1", "0"]
     lines = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
