@@ -37,6 +37,8 @@ setup(
             "torch==2.13.0",
             "transformers==5.24.0",
         ],
+        # Built from its source, which takes CMake, a C++ compiler and a while.
+        "llama": ["gguf==0.19.0", "llama-cpp-python==0.3.36"],
         "test": [
             "hypothesis==6.170.15",
             "mypy==2.4.1",

@@ -1,13 +1,13 @@
 """Suite `decode`: its contestants write the same tokens, and its results are complete.
 
-Needs the extra "hf" (`pip install -e '.[test,hf]'`).
+Needs the extra "hf" (`pip install -e '.[test,hf]'`), and for llama.cpp also "llama".
 """
 
 import numpy as np
 import pytest
 
 from experiments.benchmarks import decode_suite
-from tests import parity_test
+from tests import parity_test, smollm2
 
 SIZES = {"PREFILL": (2, 16), "PROMPT": 12, "STEPS": 6, "BATCHES": (1, 2), "GRAMMAR_BATCH": 2}
 
@@ -33,6 +33,15 @@ def test_contestants_write_the_same_tokens(subject):
     ours = decode_suite.Ours(subject).generate(prompts).run(None)
     theirs = decode_suite.Transformers(subject).generate(prompts).run(None)
     assert ours.shape == (2, SIZES["STEPS"])
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_llama_cpp_writes_the_same_tokens():
+    pytest.importorskip("llama_cpp", reason="a peer of the benchmark, in the extra 'llama'")
+    subject = decode_suite.load(str(smollm2.find()), "<|endoftext|>")
+    prompts = decode_suite.make_prompts(1, 12, subject.agent.model.config.vocab_size)
+    ours = decode_suite.Ours(subject).generate(prompts).run(None)
+    theirs = decode_suite.LlamaCpp(subject).generate(prompts).run(None)
     np.testing.assert_array_equal(ours, theirs)
 
 

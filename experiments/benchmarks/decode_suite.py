@@ -192,6 +192,8 @@ class LlamaCpp:
             n_ctx=PROMPT + STEPS,
             n_threads=timing.count_cores(),
             n_threads_batch=timing.count_cores(),
+            type_k=llama_cpp.GGML_TYPE_F32,  # by default float16
+            type_v=llama_cpp.GGML_TYPE_F32,
             verbose=False,
         )
 
