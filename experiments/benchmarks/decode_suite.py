@@ -184,6 +184,7 @@ class LlamaCpp:
     def __init__(self, subject: Subject):
         import llama_cpp
 
+        self._library = llama_cpp
         self._folder = tempfile.TemporaryDirectory()
         path = pathlib.Path(self._folder.name) / "float32.gguf"
         _write_float32(subject.path, path)
@@ -214,13 +215,17 @@ class LlamaCpp:
             self._model.eval(row)
             found = []
             for _step in range(STEPS):
-                token = int(np.argmax(self._model.scores[self._model.n_tokens - 1]))
-                found.append(token)
+                found.append(int(np.argmax(self._read_logits())))
                 if len(found) < STEPS:
-                    self._model.eval([token])
+                    self._model.eval(found[-1:])
             return np.asarray([found])
 
         return timing.Contestant(run)
+
+    def _read_logits(self) -> np.ndarray:
+        """float32 [V] of the last token. `Llama.scores` holds them only if it holds all tokens'."""
+        address = self._library.llama_get_logits_ith(self._model.ctx, -1)
+        return np.ctypeslib.as_array(address, (self._model.n_vocab(),))
 
 
 def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
