@@ -15,6 +15,7 @@ What a step at batch 1 must read, all weights once, is set against the bandwidth
 reaches when it reads as much memory and does nothing else.
 """
 
+import atexit
 import dataclasses
 import functools
 import pathlib
@@ -197,6 +198,7 @@ class LlamaCpp:
             type_v=llama_cpp.GGML_TYPE_F32,
             verbose=False,
         )
+        atexit.register(self._model.close)  # which is too late once modules are taken apart
 
     def prefill(self, prompts: np.ndarray) -> timing.Contestant:
         (row,) = prompts.tolist()
