@@ -180,10 +180,18 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp with one sequence; raises ImportError where it is not installed."""
+    """llama.cpp with one sequence.
+
+    Raises ImportError where it is not installed, ValueError where the weights are no GGUF file.
+    """
 
     def __init__(self, subject: Subject):
         import llama_cpp
+
+        if subject.path.suffix != ".gguf":
+            raise ValueError(
+                f"{subject.path}: llama.cpp reads .gguf files; pass one to --pretrained"
+            )
 
         self._library = llama_cpp
         self._folder = tempfile.TemporaryDirectory()
@@ -319,7 +327,9 @@ def _make_peers(subject: Subject) -> tuple[dict[str, Any], timing.Result]:
         try:
             peers[name] = make(subject)
         except ImportError as error:
-            absent[name] = timing.missing(error)
+            absent[name] = timing.failed(f"{error}; install it with: pip install -e '.[hf,llama]'")
+        except ValueError as error:
+            absent[name] = timing.failed(str(error))
     return peers, absent
 
 
