@@ -48,6 +48,17 @@ def test_the_kernel_equals_plain_attention_and_numpy(heads, kv_heads, depth):
     np.testing.assert_allclose(only_tokens(splash), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("length", [1, 300, 1100])
+def test_plain_attention_in_blocks_of_any_length_equals_numpy(length):
+    q, k, v = make_inputs(2, 1, 8, length=length)
+    start = np.minimum(START, length - 1)
+    plain = np.asarray(attention.causal(q, k, v, start, implementation="plain"))
+    expected = attend_with_numpy(q, k, v, start)
+    assert np.isfinite(plain).all()
+    for row, first in enumerate(start):
+        np.testing.assert_allclose(plain[row, :, first:], expected[row, :, first:], atol=2e-6)
+
+
 def test_gradients_of_the_kernel_equal_those_of_plain_attention():
     inputs = make_inputs(4, 2, 64)
     weights = only_tokens(np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32))
