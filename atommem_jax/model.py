@@ -39,6 +39,8 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 """What the backward pass of a rematerialised layer finds ready."""
 
+_CHAIN = 32  # terms that are added one after the other where exactness is asked for
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -186,6 +188,32 @@ class Cache:
         )
 
 
+def _multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
+    """`jax.lax.dot_general` over one axis; with `jax.default_matmul_precision("highest")` exact.
+
+    A TPU takes JAX's word for it. XLA:CPU adds a row in one chain, whose rounding grows with its
+    length; then it adds short ones to each other.
+    """
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    ((left,), (right,)), _ = dimension_numbers
+    size = lhs.shape[left]
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    if not exact or jax.default_backend() != "cpu":
+        return dot(lhs, rhs)
+    cuts = list(range(_CHAIN, size, _CHAIN))
+    pairs = zip(jnp.split(lhs, cuts, left), jnp.split(rhs, cuts, right), strict=True)
+    # Without the barriers the compiler could make one product of them.
+    parts = [jax.lax.optimization_barrier(dot(a, b)) for a, b in pairs]
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
 def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
     """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result.
 
@@ -193,14 +221,8 @@ def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     """
     del preferred_element_type
     over_devices = sharding.partition_size("heads") > 1
-    out = jax.lax.dot_general(
-        lhs,
-        rhs,
-        dimension_numbers,
-        precision,
-        preferred_element_type=lhs.dtype if over_devices else jnp.float32,
-    )
-    return out.astype(lhs.dtype)
+    dtype = lhs.dtype if over_devices else jnp.float32
+    return _multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
 
 
 def _matrix_first(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
@@ -543,7 +565,7 @@ class Transformer(nn.Module):
             rows, contracted = hidden[:, None], (((2,), (0,)), ((), ()))
             out = _matrix_first(rows, readout, contracted)[:, 0]
         else:
-            out = jnp.matmul(hidden, readout, preferred_element_type=jnp.float32)
+            out = _multiply(hidden, readout, (((hidden.ndim - 1,), (0,)), ((), ())))
         adapter = self.embedder_lora if tied else self.head_lora
         if adapter is not None:
             out = out + adapter.logits(hidden, transposed=tied)

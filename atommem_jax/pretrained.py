@@ -13,14 +13,11 @@ nobody else looks, and is zero where there is no such file.
 
 import dataclasses
 import functools
-import json
-import math
 import os
 import pathlib
 import re
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -31,17 +28,14 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atommem_jax import gguf, published, sharding
+from atommem_jax import gguf, published, safetensors_files, sharding
 from atommem_jax.model import ModelConfig, Transformer, init_params
 from atommem_jax.published import PublishedError
 from atommem_jax.tokenizer import HuggingFaceTokenizer
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_READABLE = ("F32", "F16", "BF16", "F64")  # as safetensors spells them
 
 Index = tuple[slice, ...]
 
@@ -154,101 +148,6 @@ def _flatten(tree: Any) -> dict[str, Any]:
 # Reading
 
 
-class Directory:
-    """The safetensors of a Hugging Face directory; see `Weights`.
-
-    Files are opened for one tensor at a time, so that what was mapped is given back.
-
-    Raises PublishedError for a file that is missing, truncated or not as the index says.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str]):
-        self._folder = pathlib.Path(directory)
-        self.place = str(self._folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, pathlib.Path] = {}
-        for path, expected in self._list_files():
-            shapes = _read_shapes(path)
-            absent = sorted(set(expected) - shapes.keys())
-            if absent:
-                raise PublishedError(
-                    f"{path}: does not hold {absent[0]}, which {_INDEX_FILE} says it does; copy "
-                    "both files again"
-                )
-            again = sorted(shapes.keys() & self.shapes.keys())
-            if again:
-                raise PublishedError(
-                    f"{path}: holds {again[0]}, which {self._file_of[again[0]]} holds too; remove "
-                    "the file that does not belong to the model"
-                )
-            self.shapes |= shapes
-            self._file_of |= dict.fromkeys(shapes, path)
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """See `Weights.read`."""
-        path = self._file_of[name]
-        with safetensors.safe_open(path, "numpy") as file:
-            part = file.get_slice(name)
-            if part.get_dtype() not in _READABLE:
-                raise PublishedError(
-                    f"{path}: {name} has dtype {part.get_dtype()}; allowed are "
-                    f"{', '.join(_READABLE)}. Take the model that was not quantised"
-                )
-            return part[index]
-
-    def _list_files(self) -> list[tuple[pathlib.Path, Sequence[str]]]:
-        """Each file with the tensors that it must hold."""
-        index = self._folder / _INDEX_FILE
-        if index.is_file():
-            held: dict[str, list[str]] = {}
-            for name, file in published.read_json(index).get("weight_map", {}).items():
-                held.setdefault(file, []).append(name)
-            return [(self._folder / file, names) for file, names in sorted(held.items())]
-        if not (self._folder / _SINGLE_FILE).is_file():
-            raise PublishedError(
-                f"{self._folder}: holds neither {_SINGLE_FILE} nor {_INDEX_FILE}; allowed are "
-                "directories of safetensors and .gguf files, other formats convert first"
-            )
-        return [(self._folder / _SINGLE_FILE, ())]
-
-
-def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            # An iterator only in newer versions, hence keys().
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise PublishedError(
-            f"{path}: no such file, and {_INDEX_FILE} names it; copy it"
-        ) from error
-    except safetensors.SafetensorError as error:
-        raise PublishedError(f"{path}: {_explain(path) or error}; copy the file again") from error
-
-
-def _explain(path: pathlib.Path) -> str:
-    """Which tensor a truncated file ends in; '' where that is not what is wrong."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if length + 8 > size or not length:
-            return f"ends within its header, after {size} bytes"
-        try:
-            header = json.loads(file.read(length))
-            ends = {
-                n: 8 + length + t["data_offsets"][1] for n, t in header.items() if n[:2] != "__"
-            }
-        except (ValueError, KeyError, TypeError, IndexError):
-            return ""
-    beyond = [name for name, end in sorted(ends.items(), key=lambda pair: pair[1]) if end > size]
-    if not beyond:
-        return ""
-    return (
-        f"truncated: ends after {size} bytes of {max(ends.values())}, within {beyond[0]}, and "
-        f"{len(beyond)} tensors are not whole"
-    )
-
-
 class _Renamed:
     """Weights of a bare trunk, which were published without the prefix 'model.'."""
 
@@ -270,7 +169,7 @@ def open_weights(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
         file = gguf.open_model(path)
         return published.parse_config(file.config_fields, where=str(path)), file
     config = published.read_config(path)
-    weights: Weights = Directory(path)
+    weights: Weights = safetensors_files.Directory(path)
     if "embed_tokens.weight" in weights.shapes:
         weights = _Renamed(weights)
         # The larger Qwen3-Embedding say that their head is their own, and have none.
@@ -447,7 +346,7 @@ def _read_value_head(weights: Weights, config: ModelConfig) -> dict[str, np.ndar
     path = pathlib.Path(weights.place) / VALUE_HEAD_FILE
     if not path.is_file():
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    found = _read_shapes(path)
+    found = safetensors_files.read_shapes(path)
     for ours, name in _VALUE_HEAD.items():
         expected = tuple(reversed(shapes[ours]))
         if found.get(name) != expected:
@@ -500,10 +399,10 @@ def save(
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in [*folder.glob("model-*-of-*.safetensors"), folder / _SINGLE_FILE]:
-            stale.unlink(missing_ok=True)
-        (folder / _INDEX_FILE).unlink(missing_ok=True)
-    files = _plan_files(published_shapes(config), _DTYPES[dtype].itemsize, max_file_bytes)
+        safetensors_files.remove(folder)
+    files = safetensors_files.plan_files(
+        published_shapes(config), _DTYPES[dtype].itemsize, max_file_bytes
+    )
     wanted = {
         name: (tensor, i)
         for tensor, _ in _our_shapes(config)
@@ -523,11 +422,13 @@ def save(
     if writes:
         safetensors.numpy.save_file(head, folder / VALUE_HEAD_FILE)
         if len(files) > 1:
-            _write_index(folder, files, published_shapes(config), _DTYPES[dtype].itemsize)
+            safetensors_files.write_index(
+                folder, files, published_shapes(config), _DTYPES[dtype].itemsize
+            )
         if tokenizer is not None:
             published.write_tokenizer(folder, tokenizer)
             fields |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        _write_json(folder / published.CONFIG_FILE, fields)
+        safetensors_files.write_json(folder / published.CONFIG_FILE, fields)
         for file in [*files, VALUE_HEAD_FILE]:  # safetensors lets nobody else read what it writes
             shutil.copymode(folder / published.CONFIG_FILE, folder / file)
 
@@ -590,46 +491,13 @@ def save_adapters(
         **{"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none"},
         **{"target_modules": targets, "fan_in_fan_out": False, "inference_mode": True},
     }
-    _write_json(folder / ADAPTER_CONFIG_FILE, fields)
+    safetensors_files.write_json(folder / ADAPTER_CONFIG_FILE, fields)
     for file in (ADAPTER_FILE, VALUE_HEAD_FILE):  # safetensors lets nobody else read what it writes
         shutil.copymode(folder / ADAPTER_CONFIG_FILE, folder / file)
 
 
 def _shape(leaves: Mapping[str, Any], name: str) -> list[int] | str:
     return list(leaves[name].shape) if name in leaves else "absent"
-
-
-def _plan_files(
-    shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_file_bytes: int
-) -> dict[str, list[str]]:
-    """File -> the tensors it holds, in order."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        size += math.prod(shape) * itemsize
-        if groups[-1] and size > max_file_bytes:
-            groups.append([])
-            size = math.prod(shape) * itemsize
-        groups[-1].append(name)
-    if len(groups) == 1:
-        return {_SINGLE_FILE: groups[0]}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def _write_index(
-    folder: pathlib.Path,
-    files: Mapping[str, Sequence[str]],
-    shapes: Mapping[str, tuple[int, ...]],
-    itemsize: int,
-) -> None:
-    total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
-    places = {name: file for file, names in files.items() for name in names}
-    _write_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _fetch(leaf: Any, layer: int | None = None) -> np.ndarray:

@@ -4,13 +4,10 @@ The trainer knows `Trajectory` and `Batch`, not how they were made. `make_batch`
 trajectories and their rewards into rows, one a turn. `update_step` shuffles *trajectories* into
 mini-batches and takes an optimiser step on each; `sft_step` takes one step on all its rows.
 
-Rows are packed: those that can contribute a gradient are moved to the front, the longest first,
-and micro-batches of a fixed number of rows are accumulated for exactly as long as there are such
-rows. Each is scored at the least of a few widths that holds its rows, so that little of the work is
-padding. Turns that
-never took place, and with a pure policy-gradient loss those of groups whose advantages are all
-zero, cost nothing; no row is ever dropped, and the denominators count every generated token,
-packed or not. So the result equals that of the unpacked batch.
+Rows are packed into micro-batches (`microbatches`). Turns that never took place, and with a pure
+policy-gradient loss those of groups whose advantages are all zero, cost nothing; no row is ever
+dropped, and the denominators count every generated token, packed or not. So the result equals that
+of the unpacked batch.
 
 With adapters (`lora`) the train state holds the trainable part alone, and the frozen one is passed
 beside it: only the first is differentiated.
@@ -18,8 +15,6 @@ beside it: only the first is differentiated.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -28,16 +23,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from atommem_jax import advantage, attention, lora, loss, sampling, sharding
+from atommem_jax import advantage, attention, lora, loss, microbatches, sampling, sharding
+from atommem_jax.microbatches import Metrics, PyTree
 from atommem_jax.optimizer import TrainState, apply_gradients
 from atommem_jax.sampling import Agent
 from atommem_jax.types import EMPTY, Batch, Trajectory
-
-Metrics = dict[str, Float[Array, ""]]
-PyTree = Any
-
-EIGHTHS = (5, 8)
-"""Of the full width, where micro-batches are scored: each is a program of its own to compile."""
 
 # Metrics of `loss.ppo_loss` that are means over the tokens scored.
 _PER_TOKEN = (
@@ -64,7 +54,7 @@ class PPOConfig:
     epochs: int = 1
     minibatches: int = 1
     microbatch_rows: int = 128
-    eighths: tuple[int, ...] = EIGHTHS  # of the full width, where micro-batches are scored
+    eighths: tuple[int, ...] = microbatches.EIGHTHS  # of the full width
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 3.0  # 0 turns it off
@@ -89,7 +79,7 @@ class PPOConfig:
         for name in ("epochs", "minibatches", "microbatch_rows", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
-        check_eighths(self.eighths, f"{prefix}.eighths")
+        microbatches.check_eighths(self.eighths, f"{prefix}.eighths")
         if self.estimator == "group" and self.group_size < 2:
             raise ValueError(
                 f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
@@ -100,109 +90,6 @@ class PPOConfig:
     def needs_every_row(self) -> bool:
         """True where a row with zero advantage has a gradient all the same."""
         return self.entropy_coef != 0 or self.kl_coef != 0 or self.estimator == "gae"
-
-
-def accumulate_gradients(
-    loss_fn: Callable[[PyTree, Batch, int], tuple[Float[Array, ""], tuple[Metrics, Metrics]]],
-    params: PyTree,
-    batch: Batch,
-    active: Bool[Array, " M"],
-    rows: int,
-    *,
-    layout: sharding.Layout | None = None,
-    multiple: int = 1,
-    eighths: tuple[int, ...] = EIGHTHS,
-) -> tuple[PyTree, Metrics, Metrics]:
-    """Sums gradients over micro-batches of `rows` rows a device: active first, idle ones never.
-
-    `layout` says where gradients lie on the mesh; `multiple` divides the widths of micro-batches.
-    `loss_fn` returns (loss, (metrics to add up, metrics to take the maximum of)); its loss is a
-    sum over rows with a denominator fixed beforehand, so that micro-batches add up. Its last
-    argument is static: no row of the part has more `sampling.row_lengths` than that.
-    """
-    size = active.shape[0]
-    rows = min(sharding.count_rows(rows), size)
-    lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
-    lengths = jnp.where(active, lengths, -1)
-    order = jnp.argsort(-lengths, stable=True)
-    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple, eighths)
-    # The last slice may reach past the end: repeat row order, with weights of zero.
-    padded = -(-size // rows) * rows
-    order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
-    real = jnp.arange(padded) < active.sum()
-    count = -(-active.sum() // rows)
-
-    def slice_of(i):
-        picked = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
-        counts = jax.lax.dynamic_slice_in_dim(real, i * rows, rows)
-        part = _over_devices(jax.tree.map(lambda x: x[picked], batch))
-        return part.replace(
-            weights=jnp.where(counts[:, None], part.weights, 0.0),
-            response_lengths=jnp.where(counts, part.response_lengths, 0),
-        )
-
-    # Every replica adds up its own gradients: they meet once, and not in every micro-batch.
-    replicas = sharding.count_replicas() if rows % sharding.count_replicas() == 0 else 1
-
-    def differentiate(width):
-        def grad_fn(part):
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, part, width)
-
-        return sharding.by_replica(grad_fn) if replicas > 1 else grad_fn
-
-    (loss_shape, aux_shape), grad_shape = jax.eval_shape(
-        lambda: differentiate(widths[-1])(slice_of(0))
-    )
-    del loss_shape
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shape, aux_shape))
-
-    def place(grads, by_replica=replicas > 1):
-        return grads if layout is None else layout.constrain(grads, by_replica=by_replica)
-
-    zeros = (place(zeros[0]), zeros[1])
-
-    def body(i, carry):
-        grads, (sums, maxima) = carry
-        longest = lengths[order[i * rows]]
-        (_, (new_sums, new_maxima)), new_grads = jax.lax.switch(
-            jnp.sum(longest > jnp.asarray(widths[:-1], jnp.int32)),
-            [differentiate(width) for width in widths],
-            slice_of(i),
-        )
-        return place(jax.tree.map(jnp.add, grads, new_grads)), (
-            jax.tree.map(jnp.add, sums, new_sums),
-            jax.tree.map(jnp.maximum, maxima, new_maxima),
-        )
-
-    with jax.named_scope("microbatches"):
-        grads, (sums, maxima) = jax.lax.fori_loop(0, count, body, zeros)
-    if replicas > 1:
-        grads, sums = jax.tree.map(lambda x: x.sum(axis=0), (grads, sums))
-        grads = place(grads, by_replica=False)
-        maxima = jax.tree.map(lambda x: x.max(axis=0), maxima)
-    return grads, sums, maxima
-
-
-def list_widths(full: int, multiple: int = 1, eighths: tuple[int, ...] = EIGHTHS) -> list[int]:
-    """The widths that rows are scored at: some eighths of `full`, each compiled once.
-
-    They divide by `multiple`; the greatest is at least `full`.
-    """
-    return sorted({-(-full * part // (8 * multiple)) * multiple for part in eighths})
-
-
-def check_eighths(eighths: tuple[int, ...], field: str) -> None:
-    """Raises ValueError, naming the field, unless rows of every length have a width."""
-    if 8 not in eighths or not all(1 <= part <= 8 for part in eighths):
-        raise ValueError(
-            f"{field}={tuple(eighths)}: allowed are numbers from 1 to 8, 8 among them; rows are "
-            "scored at that many eighths of the full width"
-        )
-
-
-def _over_devices(tree: PyTree) -> PyTree:
-    """Rows, the leading axis of every leaf, over the devices of a replica."""
-    return jax.tree.map(lambda x: sharding.constrain(x, "rows", *(None,) * (x.ndim - 1)), tree)
 
 
 def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
@@ -281,7 +168,7 @@ def sft_step(
     *,
     optimizer: optax.GradientTransformation,
     rows: int,
-    eighths: tuple[int, ...] = EIGHTHS,
+    eighths: tuple[int, ...] = microbatches.EIGHTHS,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
@@ -308,7 +195,7 @@ def sft_step(
             return value, (metrics, {})
 
         active = batch.weights.sum(axis=1) > 0
-        grads, metrics, _ = accumulate_gradients(
+        grads, metrics, _ = microbatches.accumulate_gradients(
             loss_fn,
             params,
             batch,
@@ -437,14 +324,12 @@ def reference_log_probs(
     size = batch.response_lengths.shape[0]
     padded = -(-size // rows) * rows
     index = jnp.minimum(jnp.arange(padded), size - 1).reshape(-1, rows)
-    scored = jax.lax.map(
-        lambda i: (
-            _score(
-                agent, params, _over_devices(jax.tree.map(lambda x: x[i], batch)), temperature
-            ).log_probs
-        ),
-        index,
-    )
+
+    def score_rows(picked):
+        part = microbatches.over_devices(jax.tree.map(lambda x: x[picked], batch))
+        return _score(agent, params, part, temperature).log_probs
+
+    scored = jax.lax.map(score_rows, index)
     return scored.reshape(padded, -1)[:size]
 
 
@@ -581,7 +466,7 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
         active &= jnp.any(part.advantages != 0, axis=1)
     denominators = (tokens, jnp.maximum(turns, 1.0))
     loss_fn = functools.partial(_ppo_loss, config, agent, temperature, frozen, denominators)
-    grads, sums, maxima = accumulate_gradients(
+    grads, sums, maxima = microbatches.accumulate_gradients(
         loss_fn,
         state.params,
         part,

@@ -29,7 +29,7 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import attention, sharding, trainer
+from atommem_jax import attention, microbatches, sharding
 from atommem_jax.config import ConfigError, check
 from atommem_jax.model import without_adapters
 from atommem_jax.tasks import episodes as episodes_lib
@@ -234,7 +234,7 @@ class Work:
         full = self.sizes.prompt_width + self.config.rollout.response_length - 1
         section = self.config.sft if name == "sft" else self.config.rl.ppo
         multiple = attention.row_multiple(self.model.attention, full)
-        widths = trainer.list_widths(full, multiple, tuple(section.eighths))
+        widths = microbatches.list_widths(full, multiple, tuple(section.eighths))
         fed = self.prompt + self.response - 1
         width = next(w for w in widths if w >= fed)
         return [

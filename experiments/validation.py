@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 
 from atommem_jax import memory, workflows
 from atommem_jax.config import ConfigError, check
+from atommem_jax.microbatches import check_eighths
 from atommem_jax.model import ModelConfig, init_params
 from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.sampling import SamplerConfig
 from atommem_jax.tasks import episodes as episodes_lib
 from atommem_jax.tasks import teacher
-from atommem_jax.trainer import PPOConfig, check_eighths
+from atommem_jax.trainer import PPOConfig
 from atommem_jax.types import ActionKind, Phase
 from experiments import wiring
 

@@ -31,13 +31,14 @@ FLOORS = (
         "optimizer",
         "checkpoint",
         "published",
+        "safetensors_files",
         "gguf",
         "figures",
         "report",
     ),
     ("sampling", "tasks", "workflows", "pretrained", "encoder"),
     ("rollout",),
-    ("trainer", "evaluate", "trace"),
+    ("microbatches", "trainer", "evaluate", "trace"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Flags belong to the scripts, the scripts to nobody, and the rest weighs more than it is worth.

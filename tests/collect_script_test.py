@@ -148,7 +148,6 @@ def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, mon
         sft__min_reward=0.5,
         sft__eval_every=steps,
         sft__save_every=steps,
-        sft__eighths=(8,),  # one program instead of two
         sft__optimizer__name="adamw",
         sft__optimizer__warmup_steps=0,
         rl__steps=0,

@@ -63,4 +63,4 @@ def test_results_are_complete(subject):
     ):
         assert mine < whole
     assert results["bandwidth"]["share"] > 0
-    assert len(results["grammar"]["shares"]) == 2
+    assert len(results["grammar"]["shares"]) == 4

@@ -269,6 +269,29 @@ def test_a_token_does_not_see_what_follows_or_other_rows():
     assert np.abs(logits[0, -1] - other[0, -1]).max() > 1e-3
 
 
+def test_long_sums_are_exact_where_that_is_asked_for():
+    config, params = make("plain", width=300, mlp_width=2050)
+    tokens, features, start, real = make_rows(config)
+
+    def compute(params):
+        return forward(config, params, tokens, start, features)[0]
+
+    def gradient():
+        return jax.grad(lambda p: jnp.where(real[..., None], compute(p), 0.0).std())(params)
+
+    plain, slope = compute(params), gradient()
+    with jax.default_matmul_precision("highest"):
+        exact, exact_slope = compute(params), gradient()
+    for b in range(ROWS):
+        expected, _ = oracle(config, params, tokens[b, real[b]], None)
+        scale = np.abs(expected).max()
+        error, default = (np.abs(x[b, real[b]] - expected).max() / scale for x in (exact, plain))
+        print(f"relative errors: {error:.1e}, by default {default:.1e}")
+        assert error < 3e-6
+    for ours, theirs in zip(jax.tree.leaves(exact_slope), jax.tree.leaves(slope), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
 def test_rematerialised_gradients_are_the_same():
     config, params = make("rich")
     tokens, features, start, real = make_rows(config)

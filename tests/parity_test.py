@@ -247,11 +247,7 @@ def test_numbers_are_decoded_as_by_the_reference(tmp_path, kind):
 
 @pytest.mark.slow
 def test_smollm2_computes_the_same():
-    """As near to float64 as 1e-4 beside what `transformers` in float32 is away from it itself.
-
-    Its largest products are sums of 1,536 terms: which float32 they give depends on the order, and
-    that on the library and the processor.
-    """
+    """By default as fast as it can be; where that is asked for, nearer to float64 than the peer."""
     file = smollm2.find()
     pytest.importorskip("gguf", reason=NEEDED)
     pytest.importorskip("accelerate", reason=NEEDED)
@@ -261,18 +257,29 @@ def test_smollm2_computes_the_same():
     config, params = pretrained.load(file)
     assert model_lib.count_params(params) == 134_515_008 + 576 + 1
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     tokens = np.asarray([tokenizer(text)["input_ids"][:TOKENS]], np.int32)
     assert tokens.shape == (1, TOKENS)
     expected, found = run_theirs(theirs, tokens), np.asarray(forward(config, params, tokens)[0])
     check_choices(theirs, config, params, tokens, found, expected)
+    with jax.default_matmul_precision("highest"):
+        precise = np.asarray(forward(config, params, tokens)[0])
+    np.testing.assert_array_equal(precise.argmax(-1), expected.argmax(-1))
     exact = run_theirs(theirs.double(), tokens)
-    ours, rounding = np.abs(found - exact).max(), np.abs(expected - exact).max()
+
+    def gap(a, b):
+        return np.abs(a - b).max()
+
+    rounding = gap(expected, exact)
     print(
-        f"largest gaps: to transformers {np.abs(found - expected).max():.2e}, to float64 "
-        f"{ours:.2e}, of transformers to float64 {rounding:.2e}"
+        f"largest gap to transformers {gap(precise, expected):.2e}, to float64 "
+        f"{gap(precise, exact):.2e}; by default {gap(found, expected):.2e} and "
+        f"{gap(found, exact):.2e}; of transformers to float64 {rounding:.2e}"
     )
-    assert ours <= LARGEST_GAP + rounding
+    # Of two who compute in float32 none can be nearer to the other than that one is to the truth.
+    assert gap(precise, expected) <= max(LARGEST_GAP, 1.5 * rounding)
+    assert np.square(precise - exact).mean() < np.square(expected - exact).mean()
+    assert gap(found, exact) <= LARGEST_GAP + rounding
 
 
 # ---------------------------------------------------------------------------------------------

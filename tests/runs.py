@@ -26,11 +26,12 @@ OVERRIDES = {
     "task.base_facts": 8,
     "task.train_examples": 512,  # enough that names of the test splits are words of the tokenizer
     "task.test_examples": 12,  # does not fill two batches
-    "task.scales": (1, 2, 4),
+    "task.scales": (1, 2),
     "model.width": 16,
     "model.num_layers": 1,
     "sft.steps": SFT_STEPS,
     "sft.min_reward": 0.0,
+    "sft.eighths": (8,),  # one program instead of two
     "sft.log_every": 1,
     "sft.eval_every": 3,
     "sft.save_every": 2,
@@ -40,6 +41,7 @@ OVERRIDES = {
     "rl.eval_every": 2,
     "rl.ppo.group_size": 4,
     "rl.ppo.minibatches": 2,
+    "rl.ppo.eighths": (8,),
     "rl.ppo.entropy_coef": 0.01,
     "rl.ppo.kl_coef": 0.01,
     "eval.episodes": 8,

@@ -45,7 +45,6 @@ def demo(tmp_path_factory, data_root):
         f"--data_root={data_root}",
         f"--baselines={','.join(BASELINES)}",
         *runs.make_flags(),
-        as_users=True,
     )
     return workdir, printed
 
@@ -69,7 +68,7 @@ def test_the_demo_writes_the_results_that_others_read(demo):
     results = json.loads((workdir / "results.json").read_text())
     assert set(results["methods"]) == set(METHODS)
     for row in results["methods"].values():
-        assert list(row) == ["1x", "2x", "4x"]
+        assert list(row) == ["1x", "2x"]
         for cell in row.values():
             assert set(cell) == {"em", "ci_low", "ci_high", "episodes"}
             assert 0 <= cell["ci_low"] <= cell["em"] <= cell["ci_high"] <= 1
@@ -86,7 +85,7 @@ def test_the_demo_draws_and_prints_what_it_measured(demo):
     for name in METHODS:
         (line,) = re.findall(rf"^ +{name} .*$", printed, re.MULTILINE)
         scores = [float(x) for x in re.findall(r"([\d.]+) \[", line)]
-        measured = [results["methods"][name][scale]["em"] for scale in ("1x", "2x", "4x")]
+        measured = [results["methods"][name][scale]["em"] for scale in ("1x", "2x")]
         np.testing.assert_allclose(scores, measured, atol=6e-4)
 
 
@@ -142,7 +141,7 @@ def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
     found = {path.stem for path in (workdir / "eval").glob("*.json")}
     assert found == {
         f"test_{scale}_t{temperature}_step{step}"
-        for scale in ("1x", "2x", "4x")
+        for scale in ("1x", "2x")
         for temperature in (0, 1)
         for step in (SFT_END, END)
     }
@@ -154,7 +153,7 @@ def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
 
 def test_every_sample_of_a_split_is_scored_once(demo):
     workdir, _ = demo
-    for scale in ("1x", "4x"):
+    for scale in ("1x", "2x"):
         stem = f"test_{scale}_t1_step{END}"
         records = read_lines(workdir / "eval" / f"{stem}.jsonl")
         summary = json.loads((workdir / "eval" / f"{stem}.json").read_text())
@@ -183,7 +182,6 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         "--split=test_1x",
         "--temperature=1",
         "--temperature=0",
-        as_users=True,
     )
     assert re.findall(r"temperature (\d)", printed) == ["1", "0"]
     lines = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
@@ -309,7 +307,7 @@ def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_roo
         status=2,
     )
     assert "--split=test_3x" in printed
-    assert "test_4x" in printed
+    assert "test_2x" in printed
     assert "Traceback" not in printed
 
 

@@ -24,7 +24,6 @@ SETTINGS = {
     "rl__steps": 0,
     "tokenizer__vocab_size": 456,  # divides over mesh.tensor; of itself it would be 459
     # Less to compile; none of it concerns what is tested here.
-    "sft__eighths": (8,),
     "sft__optimizer__name": "adamw",
     "model__remat": False,
 }

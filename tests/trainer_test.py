@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from atommem_jax import sampling, trainer
+from atommem_jax import microbatches, sampling, trainer
 from atommem_jax.optimizer import OptimizerConfig
 from atommem_jax.trainer import PPOConfig
 from atommem_jax.types import EMPTY
@@ -51,7 +51,7 @@ def quadratic_loss(params, part, width=1000):
 
 
 accumulate = jax.jit(
-    functools.partial(trainer.accumulate_gradients, quadratic_loss), static_argnames="rows"
+    functools.partial(microbatches.accumulate_gradients, quadratic_loss), static_argnames="rows"
 )
 
 
@@ -90,7 +90,7 @@ def test_packed_gradients_equal_those_of_all_rows(rows):
     ],
 )
 def test_widths_are_eighths_rounded_up(full, multiple, eighths, expected):
-    assert trainer.list_widths(full, multiple, eighths) == expected
+    assert microbatches.list_widths(full, multiple, eighths) == expected
 
 
 def test_idle_rows_are_not_looked_at():

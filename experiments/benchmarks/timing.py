@@ -38,7 +38,10 @@ class Contestant:
 def measure(
     contestants: Mapping[str, Contestant], *, runs: int, label: str = ""
 ) -> dict[str, list[float]]:
-    """Seconds of `runs` runs of each, in rounds A B C A B C, after one run of each to warm up."""
+    """Seconds of `runs` runs of each, in rounds A B C C B A, after one run of each to warm up.
+
+    So none always follows the same one, which may leave a core hot or memory in use.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     total = (runs + 1) * len(contestants)
     with (
@@ -46,7 +49,8 @@ def measure(
         tqdm.tqdm(total=total, desc=label, leave=False, mininterval=1.0) as bar,
     ):
         for round_ in range(runs + 1):
-            for name, contestant in contestants.items():
+            order = list(contestants.items())[:: -1 if round_ % 2 else 1]
+            for name, contestant in order:
                 bar.set_postfix_str(name)
                 elapsed = time_once(contestant)
                 if round_:
