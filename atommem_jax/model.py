@@ -189,10 +189,11 @@ class Cache:
 
 
 def _multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
-    """`jax.lax.dot_general` over one axis; with `jax.default_matmul_precision("highest")` exact.
+    """`jax.lax.dot_general` over one axis; `jax.default_matmul_precision("highest")` is kept to.
 
-    A TPU takes JAX's word for it. XLA:CPU adds a row in one chain, whose rounding grows with its
-    length; then it adds short ones to each other.
+    With it XLA multiplies float32 as float32 on a TPU. On a CPU it always does, but adds up a row
+    in one chain, whose rounding grows with its length: there the chains are short, and their sums
+    are added in pairs.
     """
     dot = functools.partial(
         jax.lax.dot_general,
