@@ -24,7 +24,7 @@ demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 	$(RUN) experiments/demo.py --workdir=runs/demo
 
 test: $(VENV)/.stamp-test  ## Run the tests
-	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile
+	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 
 test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers, SmolLM2, libtpu)
 	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py \

@@ -4,8 +4,9 @@
 
 SFT, then RL, at 1x only. The baselines (`atommem_jax/workflows.py`) have as much RL, from the same
 SFT checkpoint where a program manages their memory, else after an SFT of their own. Then
-everything is evaluated at 1x, 2x and 4x as many facts, greedily and at temperature 1. Writes
-<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was.
+everything is evaluated at 1x, 2x and 4x as many facts (those of `config.task.scales` up to 4),
+greedily and at temperature 1. Writes <workdir>/results.json and <workdir>/report/index.html.
+Interrupted, it goes on where it was.
 """
 
 import json
@@ -25,7 +26,7 @@ from experiments.metrics import read_metrics
 
 absl_flags.adopt_module_key_flags(train)  # --help lists them
 
-SCALES = ("1x", "2x", "4x")
+LARGEST_SCALE = 4
 TEMPERATURES = {"": 0.0, "_t1": 1.0}
 BASELINES = absl_flags.DEFINE_list(
     "baselines",
@@ -60,6 +61,12 @@ def run(
         "the demo trains the workflow 'learned' in both stages and adds the others itself; use "
         "experiments/train.py for one run of another kind",
     )
+    scales = sorted(scale for scale in config.task.get("scales", ()) if scale <= LARGEST_SCALE)
+    check(
+        1 in scales,
+        f"task.scales={tuple(config.task.get('scales', ()))}: the demo needs 1 among them, at "
+        "which it trains; --config.task.scales=(1,2,4) are those of its table",
+    )
     # ------------------------------------------------------------------ the learned policy
     train.train(config, str(workdir), data_root)
     dataset = wiring.load_dataset(config, data_root)
@@ -67,7 +74,7 @@ def run(
     rates: dict[str, Any] = {}
     sft_end, end = train.stage_ends(config)
     for name, step in (("atommem_sft", sft_end), ("atommem_rl", end)):
-        measured = _measure(workdir, step, dataset, name, methods)
+        measured = _measure(workdir, step, dataset, scales, name, methods)
         rates |= {method: summary["categories"] for method, summary in measured.items()}
 
     # ------------------------------------------------------------------ baselines
@@ -76,7 +83,7 @@ def run(
         folder = workdir / "baselines" / name
         changed = _baseline(config, workdir, name)
         train.train(changed, str(folder), data_root)
-        _measure(folder, train.stage_ends(changed)[1], dataset, name, methods)
+        _measure(folder, train.stage_ends(changed)[1], dataset, scales, name, methods)
 
     # ------------------------------------------------------------------ results
     records = read_metrics(workdir)
@@ -111,6 +118,7 @@ def _measure(
     folder: pathlib.Path,
     step: int,
     dataset: episodes_lib.Dataset,
+    scales: Sequence[int],
     name: str,
     methods: dict[str, Cells],
 ) -> dict[str, dict[str, Any]]:
@@ -121,7 +129,7 @@ def _measure(
     loaded = agents.load(str(folder), str(step))
     first = {}
     for suffix, temperature in TEMPERATURES.items():
-        for scale in SCALES:
+        for scale in (f"{times}x" for times in scales):
             summary = agents.evaluate_split(
                 loaded,
                 dataset,
@@ -149,7 +157,8 @@ def _print(results: dict[str, Any], workdir: pathlib.Path, page: pathlib.Path) -
             f"   after RL {a['create']:.2f} / {a['update']:.2f}"
         )
     print("\nExact match on questions never seen, with 95% bootstrap intervals (_t1: sampled):")
-    print(f"  {'method':22}" + "".join(f"{scale:>22}" for scale in SCALES))
+    scales = next(iter(results["methods"].values()))
+    print(f"  {'method':22}" + "".join(f"{scale:>22}" for scale in scales))
     for name, row in results["methods"].items():
         cells = (f"{c['em']:.3f} [{c['ci_low']:.3f}, {c['ci_high']:.3f}]" for c in row.values())
         print(f"  {name:22}" + "".join(f"{cell:>22}" for cell in cells))

@@ -41,6 +41,20 @@ hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Minutes each: they start first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    *("scripts_test", "distributed_test", "train_test", "lora_test", "split_test"),
+    *("benchmark_test", "report_script_test", "answer_test", "parallel_test", "sharding_test"),
+    *("sweep_test", "learning_test", "convert_suite_test", "decode_suite_test", "trainer_test"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the rest as collected."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _promotion(request):
     """Relaxes type and rank promotion in tests marked `relaxed_promotion`."""

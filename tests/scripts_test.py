@@ -131,6 +131,12 @@ def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
         train.load_initial(wider, own)
 
 
+def test_the_demo_needs_the_scale_that_it_trains_at():
+    flags = runs.make_flags(task__scales=(2, 4))
+    printed = runs.run("demo.py", "--workdir=nowhere", *flags, status=2)
+    assert "task.scales=(2, 4): the demo needs 1 among them" in printed
+
+
 def test_an_unknown_baseline_ends_with_status_2():
     printed = runs.run("demo.py", "--workdir=nowhere", "--baselines=store_all,rag", status=2)
     assert "--baselines=rag: allowed are scratchpad_only, store_all," in printed
