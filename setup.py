@@ -23,14 +23,14 @@ setup(
     # that `python experiments/train.py` finds `experiments` too.
     package_dir={"": "."},
     packages=find_packages(include=["atommem_jax", "atommem_jax.*"]),
-    package_data={"atommem_jax": ["report_page/*"]},
+    package_data={"atommem_jax": ["report/assets/*"]},
     install_requires=read_requirements(),
     extras_require={
         # What experiments/benchmark.py measures against. Without an accelerator take PyTorch from
         # https://download.pytorch.org/whl/cpu: the default brings gigabytes of CUDA.
         "bench": ["faiss-cpu==1.15.1", "torch==2.13.0"],
-        # What tests/parity_test.py compares with; PyTorch as above. accelerate and gguf are for
-        # weights in GGUF.
+        # What tests/model/parity_test.py compares with; PyTorch as above. accelerate and gguf are
+        # for weights in GGUF.
         "hf": [
             "accelerate==1.15.0",
             "gguf==0.19.0",

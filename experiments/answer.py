@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from absl import flags as absl_flags
 
 from atommem_jax.config import check
-from experiments import answering, flags
+from atommem_jax.documents import conversation
+from experiments import flags
 
 _multi = absl_flags.DEFINE_multi_string
 _string = absl_flags.DEFINE_string
@@ -50,13 +51,13 @@ SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does n
 CHUNK = absl_flags.DEFINE_integer(
     "chunk_tokens",
     None,
-    f"Tokens a part at the most. Default: as trained, or {answering.CHUNK_TOKENS}.",
+    f"Tokens a part at the most. Default: as trained, or {conversation.CHUNK_TOKENS}.",
     lower_bound=1,
 )
 QUESTION_LIMIT = absl_flags.DEFINE_integer(
     "question_tokens",
     None,
-    f"Tokens a question at the most. Default: as trained, or {answering.QUESTION_TOKENS}.",
+    f"Tokens a question at the most. Default: as trained, or {conversation.QUESTION_TOKENS}.",
     lower_bound=1,
 )
 
@@ -68,7 +69,7 @@ def main(argv) -> None:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    options = answering.Options(
+    options = conversation.Options(
         checkpoint=CHECKPOINT.value,
         step=STEP.value,
         base=BASE.value,
@@ -84,7 +85,7 @@ def main(argv) -> None:
         chunk_tokens=CHUNK.value,
         question_tokens=QUESTION_LIMIT.value,
     )
-    answering.run(options, read_lines())
+    conversation.run(options, read_lines())
 
 
 def read_lines() -> Iterator[str]:

@@ -28,8 +28,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags as absl_flags
 
+from atommem_jax.agent import validate
 from atommem_jax.config import check
-from experiments import flags, train, validation, validity
+from experiments import flags, train, validity
 from experiments.benchmarks import memory_suite, suites
 
 for _name in ("episodes", "json"):
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     check_suites(SUITE.value)
     options = read_options()
     config = train.CONFIG.value
-    validation.validate(config)
+    validate.validate(config)
     # Compile times are part of the result: nothing may come from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
     bench = suites.Benchmark(

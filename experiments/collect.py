@@ -19,11 +19,15 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from atommem_jax.agent import build, load, validate
+from atommem_jax.collection import store
+from atommem_jax.collection.endpoint import Endpoint, Patience
+from atommem_jax.collection.player import Player, Tally, collect
 from atommem_jax.config import check
-from atommem_jax.tasks import episodes as episodes_lib
-from experiments import agents, agreement, collected, flags, validation, wiring
-from experiments.collecting import Player, Tally, collect
-from experiments.endpoint import Endpoint, Patience
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.runs import agreement
+from atommem_jax.tasks import datasets, schema
+from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 BASE_URL = absl_flags.DEFINE_string(
@@ -99,12 +103,12 @@ def main(argv) -> None:
     )
     # ------------------------------------------------------------------ config, data
     config = CONFIG.value
-    validation.validate(config)
+    validate.validate(config)
     check("shape" not in config, "this config names no data (config.shape); pass one with a task")
-    wiring.prepare_devices(1)
-    dataset = wiring.load_dataset(config, flags.DATA_ROOT.value)
+    mesh_lib.prepare_devices(1)
+    dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     examples = _choose(dataset, SPLIT.value, EPISODES.value)
-    parts = wiring.build(config, agents.load_tokenizer(config, dataset))
+    parts = build.build(config, load.choose_tokenizer(config, dataset))
     check(
         parts.workflow.program is None,
         f"workflow={config.workflow!r}: a program writes its reading turns, so that no teacher is "
@@ -118,11 +122,9 @@ def main(argv) -> None:
         **options,
         **agreement.flatten(config.task, "task."),
     }
-    with collected.Writer(
-        pathlib.Path(OUT.value), collected.describe_setting(parts), source
-    ) as writer:
+    with store.Writer(pathlib.Path(OUT.value), store.describe_setting(parts), source) as writer:
         tally = Tally(MIN_REWARD.value, prices)
-        for name in (collected.EPISODES, collected.FAILURES):
+        for name in (store.EPISODES, store.FAILURES):
             for record in writer.read(name):
                 tally.add(record)
         try:
@@ -144,10 +146,10 @@ def main(argv) -> None:
         _finish(writer, tally)
 
 
-def _finish(writer: collected.Writer, tally: Tally) -> None:
+def _finish(writer: store.Writer, tally: Tally) -> None:
     """Writes and prints the summary."""
     summary = tally.summarise()
-    collected.write_json(writer.folder / collected.SUMMARY, summary)
+    store.write_json(writer.folder / store.SUMMARY, summary)
     actions = ", ".join(
         f"{kind} {counts['applied']} ({counts['invalid']})"
         for kind, counts in summary["actions"].items()
@@ -167,9 +169,7 @@ def _finish(writer: collected.Writer, tally: Tally) -> None:
     )
 
 
-def _choose(
-    dataset: episodes_lib.Dataset, split: str, count: int
-) -> Sequence[episodes_lib.Example]:
+def _choose(dataset: datasets.Dataset, split: str, count: int) -> Sequence[schema.Example]:
     check(
         split in dataset.splits,
         f"--split={split}: allowed are {', '.join(dataset.splits)}; pass one of them",

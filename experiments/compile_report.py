@@ -29,15 +29,19 @@ from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import attention, microbatches, sharding
+from atommem_jax.agent import build, validate
 from atommem_jax.config import ConfigError, check
-from atommem_jax.model import without_adapters
-from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tasks.episodes import EpisodeShape
-from experiments import flags, lowering, validation, wiring
-from experiments.tpu_model import flops as flops_lib
-from experiments.tpu_model import hardware, hlo, presentation, roofline
-from experiments.tpu_model.flops import Rows
+from atommem_jax.learning import microbatches
+from atommem_jax.model import attention
+from atommem_jax.model.transformer import without_adapters
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.parallel import rules
+from atommem_jax.tasks import encoding
+from atommem_jax.tasks.encoding import EpisodeShape
+from atommem_jax.tpu_model import flops as flops_lib
+from atommem_jax.tpu_model import hardware, hlo, lowering, presentation, roofline
+from atommem_jax.tpu_model.flops import Rows
+from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/qwen3_8b.py")
 TOPOLOGY = absl_flags.DEFINE_string("topology", "v5e:8x8", "TPU generation and topology.")
@@ -105,8 +109,8 @@ def compile_phases(
     """
     config = prepare(config)
     mesh = make_mesh(config, topology, devices)
-    validation.validate(config)
-    validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
+    validate.validate(config)
+    validate.validate_devices(config, mesh.shape[rules.DATA], mesh.shape[rules.FSDP])
     parts, shape = load_agent(config)
     phases = []
     progress = tqdm.tqdm(names, disable=len(names) < 2 and not sys.stderr.isatty())
@@ -138,28 +142,28 @@ def make_mesh(config: ConfigDict, topology: hardware.Topology, devices: Sequence
         f"mesh.data x mesh.fsdp x mesh.tensor are {', '.join('x'.join(map(str, m)) for m in valid)}"
     )
     try:
-        mesh = sharding.make_mesh(c.data, c.fsdp, c.tensor, slices=slices, devices=devices)
+        mesh = mesh_lib.make_mesh(c.data, c.fsdp, c.tensor, slices=slices, devices=devices)
     except ValueError as error:
         raise ConfigError(f"{error}. {hint}") from error
     check(mesh.size == topology.devices, f"the mesh uses {mesh.size} devices. {hint}")
     return mesh
 
 
-def load_agent(config: ConfigDict) -> tuple[wiring.Parts, EpisodeShape]:
+def load_agent(config: ConfigDict) -> tuple[build.Parts, EpisodeShape]:
     """What is trained, and the sizes of its episodes: of `config.shape`, or of the data."""
     if "shape" in config:
         return lowering.make_parts(config), EpisodeShape(**config.shape.to_dict())
-    dataset = wiring.load_dataset(config, flags.DATA_ROOT.value)
-    tokenizer = wiring.load_tokenizer(config, dataset)
-    shape = episodes_lib.fit_shape(dataset.split("train"), tokenizer)
-    return wiring.build(config, tokenizer), shape
+    dataset = build.load_dataset(config, flags.DATA_ROOT.value)
+    tokenizer = build.fit_tokenizer(config, dataset)
+    shape = encoding.fit_shape(dataset.split("train"), tokenizer)
+    return build.build(config, tokenizer), shape
 
 
 def compile_phase(
     name: str,
     program: lowering.Program,
     config: ConfigDict,
-    parts: wiring.Parts,
+    parts: build.Parts,
     shape: EpisodeShape,
     topology: hardware.Topology,
     mesh: Mesh,
@@ -209,7 +213,7 @@ class Work:
             self.played = without_adapters(parts.agent.model).config
         self.sizes = parts.setting(shape).config
         self.mesh = dict(mesh.shape)
-        self.shares = sharding.batch_shards(mesh)
+        self.shares = mesh_lib.batch_shards(mesh)
         limit = config.rollout.response_length
         self.prompt = PROMPT.value or max(self.sizes.prompt_width * 3 // 4, 1)
         self.response = RESPONSE.value or max(limit // 4, 1)
@@ -300,13 +304,13 @@ class Work:
     def split(self, name: str, program: lowering.Program) -> dict[str, float]:
         """GiB a device of what is known by its shape."""
         if name == "rollout":
-            params = flops_lib.count_params(self.model) / self.mesh[sharding.TENSOR]
+            params = flops_lib.count_params(self.model) / self.mesh[rules.TENSOR]
             stored = presentation.device_bytes(program.state)
             width = 2 if self.config.rollout.param_dtype == "bfloat16" else 4
             group = self.config.rollout.group or self.rows // self.shares
             slots = self.sizes.prompt_width + self.config.rollout.response_length
             rows = min(group, self.rows // self.shares) * self.shares
-            placement = roofline.Placement(self.shares, self.mesh[sharding.TENSOR])
+            placement = roofline.Placement(self.shares, self.mesh[rules.TENSOR])
             return {
                 "parameters": (params * width + stored) / GIB,
                 "KV cache": roofline.cache_bytes(self.model, placement, rows, slots) / GIB,
@@ -326,7 +330,7 @@ class Work:
 
     def parts(self, name: str, traffic: hlo.Traffic, flops: flops_lib.Flops) -> list[roofline.Part]:
         """What a step consists of, for the roofline."""
-        tensor, fsdp = self.mesh[sharding.TENSOR], self.mesh[sharding.FSDP]
+        tensor, fsdp = self.mesh[rules.TENSOR], self.mesh[rules.FSDP]
         if name == "rollout":
             placement = roofline.Placement(self.shares, tensor)
             turns, slots = (

@@ -28,13 +28,16 @@ from absl import flags as absl_flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import gguf, pretrained, published, sharding
-from atommem_jax import model as model_lib
-from atommem_jax.checkpoint import Checkpointer, CheckpointError
+from atommem_jax.agent import build, load, validate
 from atommem_jax.config import ConfigError, check
-from atommem_jax.model import ModelConfig
-from atommem_jax.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from experiments import agents, flags, train, validation, wiring
+from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from atommem_jax.model import transformer as model_lib
+from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.parallel import mesh
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.weights import gguf, hf_config, huggingface
+from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
+from experiments import flags, train
 
 SOURCE = absl_flags.DEFINE_string("source", None, "Directory, .gguf file, run, or checkpoint.")
 TARGET = absl_flags.DEFINE_string("target", None, "Directory that is written.")
@@ -73,13 +76,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         if TO.value == "checkpoint":
             config = train.CONFIG.value
-            wiring.prepare_devices(config.mesh.cpu_devices)
+            mesh_lib.prepare_devices(config.mesh.cpu_devices)
             write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
         elif TO.value == "adapters":
             write_adapters(SOURCE.value, TARGET.value, base=BASE.value, dtype=DTYPE.value)
         else:
             write_huggingface(SOURCE.value, TARGET.value, dtype=DTYPE.value)
-    except (published.PublishedError, CheckpointError) as error:
+    except (hf_config.PublishedError, CheckpointError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -90,7 +93,7 @@ def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> No
     """
     config, params, tokenizer = read(source)
     published_one = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    pretrained.save(target, params, config, tokenizer=published_one, dtype=dtype)
+    huggingface.save(target, params, config, tokenizer=published_one, dtype=dtype)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(target)
     _say(target, params, config)
@@ -103,10 +106,10 @@ def write_adapters(source: str, target: str, *, base: str = "", dtype: str = "fl
 
     Raises ConfigError for a run without adapters, PublishedError for those that PEFT cannot apply.
     """
-    loaded = agents.load_adapters(source)
+    loaded = load.load_adapters(source)
     config = loaded.parts.agent.model.config
     base = base or loaded.parts.config.init_from
-    pretrained.save_adapters(target, loaded.params, config, base=base, dtype=dtype)
+    huggingface.save_adapters(target, loaded.params, config, base=base, dtype=dtype)
     count = model_lib.count_params(loaded.params)
     print(
         f"{target}: adapters of rank {config.lora.rank}, {count:,} parameters, value head included"
@@ -126,19 +129,19 @@ def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size
         f"--source={source}: --to=checkpoint needs a Hugging Face directory or a .gguf file; a "
         "checkpoint is one already",
     )
-    found, weights = pretrained.open_weights(source)
+    found, weights = huggingface.open_weights(source)
     check(
         vocab_size == 0 or vocab_size >= found.vocab_size,
         f"--vocab_size={vocab_size}: must be at least the model's own {found.vocab_size}, or 0",
     )
     model = dataclasses.replace(found, vocab_size=vocab_size or found.vocab_size)
-    tokenizer = read_tokenizer(source, model, wiring.reserved_names(config))
+    tokenizer = read_tokenizer(source, model, build.reserved_names(config))
     check(tokenizer is not None, f"--tokenizer is missing: {source} has no tokenizer.json")
     config = describe_run(config, model)
-    validation.validate(config)
-    parts = wiring.build(config, tokenizer)
-    params = pretrained.place(weights, found, make_mesh(found))
-    _, params = pretrained.widen(params, found, model.vocab_size)
+    validate.validate(config)
+    parts = build.build(config, tokenizer)
+    params = huggingface.place(weights, found, make_mesh(found))
+    _, params = huggingface.widen(params, found, model.vocab_size)
     with Checkpointer(pathlib.Path(target) / "checkpoints", best_metric="em") as checkpointer:
         checkpointer.save(
             0,
@@ -157,7 +160,7 @@ def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
     config = config.copy_and_resolve_references()
     fields = {f.name for f in dataclasses.fields(ModelConfig)} - {
         *("vocab_size", "pad_id", "num_features"),  # follow from the tokenizer and the prompt
-        *wiring.HOW_TO_COMPUTE,
+        *build.HOW_TO_COMPUTE,
         "lora",  # a section of its own
     }
     with config.unlocked():
@@ -172,17 +175,17 @@ def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
 def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
     """Model config, parameters and tokenizer (if there is one) of anything that can be read."""
     if is_published(source):
-        config, weights = pretrained.open_weights(source)
+        config, weights = huggingface.open_weights(source)
         tokenizer = read_tokenizer(source, config)
-        return config, pretrained.place(weights, config, make_mesh(config)), tokenizer
-    loaded = agents.load(source, base=BASE.value, merge=True)
+        return config, huggingface.place(weights, config, make_mesh(config)), tokenizer
+    loaded = load.load(source, base=BASE.value, merge=True)
     return loaded.parts.agent.model.config, loaded.params, loaded.parts.tokenizer
 
 
 def is_published(source: str) -> bool:
     """Whether it is a Hugging Face directory or a .gguf file, and not a run or a checkpoint."""
     path = pathlib.Path(source)
-    return path.suffix == ".gguf" or (path / published.CONFIG_FILE).is_file()
+    return path.suffix == ".gguf" or (path / hf_config.CONFIG_FILE).is_file()
 
 
 def read_tokenizer(
@@ -194,16 +197,16 @@ def read_tokenizer(
             config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
         )
     folder = pathlib.Path(TOKENIZER.value or source)
-    if not (folder / published.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
+    if not (folder / hf_config.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
         return None
-    return published.read_tokenizer(
+    return hf_config.read_tokenizer(
         folder, config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
     )
 
 
 def make_mesh(config: ModelConfig) -> Mesh:
     """All devices that the width divides over share the parameters."""
-    return sharding.make_mesh(1, fsdp=math.gcd(jax.device_count(), config.width))
+    return mesh.make_mesh(1, fsdp=math.gcd(jax.device_count(), config.width))
 
 
 def _say(target: str, params: Any, config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
     python experiments/demo.py --workdir=runs/demo
 
-SFT, then RL, at 1x only. The baselines (`atommem_jax/workflows.py`) have as much RL, from the same
+SFT, then RL, at 1x only. The baselines (`tasks/workflows.py`) have as much RL, from the same
 SFT checkpoint where a program manages their memory, else after an SFT of their own. Then
 everything is evaluated at 1x, 2x and 4x as many facts (those of `config.task.scales` up to 4),
 greedily and at temperature 1. Writes <workdir>/results.json and <workdir>/report/index.html.
@@ -18,11 +18,13 @@ from typing import Any
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from atommem_jax import report, workflows
+from atommem_jax.agent import build, load, score
 from atommem_jax.config import check
-from atommem_jax.tasks import episodes as episodes_lib
-from experiments import agents, flags, reporting, train, wiring
-from experiments.metrics import read_metrics
+from atommem_jax.metrics import read_metrics
+from atommem_jax.report import page as page_lib
+from atommem_jax.report import run as run_lib
+from atommem_jax.tasks import datasets, workflows
+from experiments import flags, train
 
 absl_flags.adopt_module_key_flags(train)  # --help lists them
 
@@ -31,7 +33,7 @@ TEMPERATURES = {"": 0.0, "_t1": 1.0}
 BASELINES = absl_flags.DEFINE_list(
     "baselines",
     ["scratchpad_only", "store_all", "store_all_update", "store_all_one_read", "no_memory"],
-    "Workflows to compare with, by their names in atommem_jax/workflows.py; empty for none.",
+    "Workflows to compare with, by their names in atommem_jax/tasks/workflows.py; empty for none.",
 )
 
 Cells = dict[str, dict[str, Any]]
@@ -69,7 +71,7 @@ def run(
     )
     # ------------------------------------------------------------------ the learned policy
     train.train(config, str(workdir), data_root)
-    dataset = wiring.load_dataset(config, data_root)
+    dataset = build.load_dataset(config, data_root)
     methods: dict[str, Cells] = {}
     rates: dict[str, Any] = {}
     sft_end, end = train.stage_ends(config)
@@ -87,7 +89,7 @@ def run(
 
     # ------------------------------------------------------------------ results
     records = read_metrics(workdir)
-    report.plot_learning(records, workdir / "learning.png")
+    page_lib.plot_learning(records, workdir / "learning.png")
     seconds = {
         stage: sum(r["seconds"] for r in records if r["stage"] == stage) for stage in ("sft", "rl")
     }
@@ -100,7 +102,7 @@ def run(
     }
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print()
-    page = reporting.make(workdir, data_root)
+    page = run_lib.make(workdir, data_root)
     _print(results, workdir, page)
 
 
@@ -117,7 +119,7 @@ def _baseline(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDic
 def _measure(
     folder: pathlib.Path,
     step: int,
-    dataset: episodes_lib.Dataset,
+    dataset: datasets.Dataset,
     scales: Sequence[int],
     name: str,
     methods: dict[str, Cells],
@@ -126,11 +128,11 @@ def _measure(
 
     What an interrupted call has measured already is not played again.
     """
-    loaded = agents.load(str(folder), str(step))
+    loaded = load.load(str(folder), str(step))
     first = {}
     for suffix, temperature in TEMPERATURES.items():
         for scale in (f"{times}x" for times in scales):
-            summary = agents.evaluate_split(
+            summary = score.evaluate_split(
                 loaded,
                 dataset,
                 f"test_{scale}",

@@ -15,9 +15,11 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from atommem_jax.agent import build
+from atommem_jax.agent.load import load
+from atommem_jax.agent.score import evaluate_split
 from atommem_jax.config import check
-from experiments import flags, wiring
-from experiments.agents import evaluate_split, load
+from experiments import flags
 
 CHECKPOINT = absl_flags.DEFINE_string(
     "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
@@ -61,7 +63,7 @@ def main(argv) -> None:
     loaded = load(
         CHECKPOINT.value, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value
     )
-    dataset = wiring.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
+    dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))
     for temperature in TEMPERATURES.value:

@@ -14,8 +14,6 @@ A field is set with `--config.section.field=value`; an unknown one ends the scri
 and the nearest valid name, before anything is allocated.
 """
 
-import importlib.util
-import inspect
 import pathlib
 import re
 import sys
@@ -24,7 +22,7 @@ from typing import Any
 
 from absl import app, logging
 from absl import flags as absl_flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from atommem_jax import config as config_lib
 
@@ -61,7 +59,7 @@ def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
 def define_processes() -> Callable[[], dict[str, Any]]:
     """Defines the flags of a run of several processes.
 
-    Returns what reads them: the arguments of `atommem_jax.distributed.initialise`.
+    Returns what reads them: the arguments of `atommem_jax.parallel.processes.initialise`.
     """
     define = absl_flags.DEFINE_integer
     holders = {
@@ -118,51 +116,6 @@ def run(
     app.run(quiet_main, flags_parser=_parse)
 
 
-def load_config(spec: str) -> ConfigDict:
-    """Returns `get_config()` of the file, or `get_config(arg)` for `file.py:arg`.
-
-    Raises ConfigError if there is no such file, or it has no `get_config`, or `get_config` refuses.
-    """
-    name, *arguments = spec.split(":", 1)
-    path = find_config(name)
-    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    config_lib.check(
-        module_spec is not None and module_spec.loader is not None,
-        f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config().",
-    )
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config_lib.check(
-        hasattr(module, "get_config"),
-        f"--config={spec}: {path} does not define get_config(); it must return a ConfigDict.",
-    )
-    try:
-        inspect.signature(module.get_config).bind(*arguments)
-    except TypeError as error:
-        raise config_lib.ConfigError(
-            f"--config={spec}: get_config{inspect.signature(module.get_config)}: {error}; what "
-            "follows the colon is its argument."
-        ) from error
-    return module.get_config(*arguments)
-
-
-def find_config(name: str) -> pathlib.Path:
-    """Returns the file, looked up from the working directory and then from the repository.
-
-    Raises ConfigError that lists the configs there are.
-    """
-    root = pathlib.Path(__file__).resolve().parent.parent
-    for path in (pathlib.Path(name), root / name):
-        if path.is_file():
-            return path
-    folder = root / "experiments" / "configs"
-    known = sorted(f"{p.relative_to(root)}" for p in folder.glob("*.py") if p.stem != "__init__")
-    raise config_lib.ConfigError(
-        f"--config={name}: no such file. Configs there are: {', '.join(known) or 'none'}; a new "
-        "one is a Python file with get_config()."
-    )
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
     return _exit_on_mistake(_parse_checked, argv)
 
@@ -191,13 +144,13 @@ def _resolve_spec(name: str, default: str, argv: Sequence[str]) -> tuple[list[st
         else:
             rest.append(argument)
     file, *parameter = spec.split(":", 1)
-    spec = ":".join([str(find_config(file).resolve()), *parameter])
+    spec = ":".join([str(config_lib.find_config(file).resolve()), *parameter])
     return [rest[0], f"--{name}={spec}", *rest[1:]], spec
 
 
 def _check_overrides(name: str, spec: str, argv: Sequence[str]) -> None:
     # ml_collections would answer an unknown field with a traceback of its own internals.
-    config = load_config(spec)
+    config = config_lib.load_config(spec)
     for argument in argv[1:]:
         match = re.match(rf"--?(no)?{re.escape(name)}\.([^=]+)", argument)
         if match:

@@ -13,7 +13,8 @@ import pathlib
 from absl import flags as absl_flags
 
 from atommem_jax.config import check
-from experiments import flags, reporting
+from atommem_jax.report import run
+from experiments import flags
 
 WORKDIR = absl_flags.DEFINE_string("workdir", None, "The run to report on.")
 COMPARE = absl_flags.DEFINE_multi_string(
@@ -36,7 +37,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass the workdir of a training run")
-    reporting.make(
+    run.make(
         pathlib.Path(WORKDIR.value),
         flags.DATA_ROOT.value,
         compare=[pathlib.Path(other) for other in COMPARE.value],

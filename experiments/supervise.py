@@ -38,7 +38,7 @@ CHECKPOINTS = absl_flags.DEFINE_string(
     "Folder of numbered checkpoints that shows progress. Default: that of the command's --workdir.",
 )
 
-_LAUNCHER = pathlib.Path(__file__).with_name("launcher.py")
+_LAUNCHER = pathlib.Path(__file__).resolve().parents[1] / "atommem_jax/sweeps/launcher.py"
 _LONGEST_WAIT = 300.0
 _MISTAKE = 2
 

@@ -27,8 +27,11 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from atommem_jax.config import ConfigError, check
-from experiments import flags, jobs, sweep_plan, sweep_table, train
-from experiments.sweep_plan import Run, Sweep
+from atommem_jax.sweeps import plan as plan_lib
+from atommem_jax.sweeps import scheduler as scheduler_lib
+from atommem_jax.sweeps import table
+from atommem_jax.sweeps.plan import Run, Sweep
+from experiments import flags, train
 
 absl_flags.adopt_module_key_flags(train)  # --help lists them
 JOBS = absl_flags.DEFINE_integer(
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     )
     workdir = pathlib.Path(train.WORKDIR.value).resolve()
     flag = absl_flags.FLAGS["config"]
-    sweep = sweep_plan.load(
+    sweep = plan_lib.load(
         config_flags.get_config_filename(flag),
         train.CONFIG.value,
         config_flags.get_override_values(flag),
@@ -71,13 +74,15 @@ def main(argv: Sequence[str]) -> None:
     slots = plan_slots(JOBS.value, len(chosen))
     plan = [make_job(sweep, run, workdir, slots) for run in chosen]
     due = [
-        job for job in plan if jobs.is_due(job, jobs.read_status(job.folder), RETRY_FAILED.value)
+        job
+        for job in plan
+        if scheduler_lib.is_due(job, scheduler_lib.read_status(job.folder), RETRY_FAILED.value)
     ]
     if DRY_RUN.value:
         _print_plan(plan, due)
         return
     try:
-        with jobs.lock(workdir) as descriptor, jobs.interruptible():
+        with scheduler_lib.lock(workdir) as descriptor, scheduler_lib.interruptible():
             _run(sweep, workdir, due, slots, descriptor)
             results = write_table(sweep, workdir)
     except KeyboardInterrupt:
@@ -89,25 +94,25 @@ def main(argv: Sequence[str]) -> None:
 def _run(
     sweep: Sweep,
     workdir: pathlib.Path,
-    due: Sequence[jobs.Job],
+    due: Sequence[scheduler_lib.Job],
     slots: Sequence[Sequence[int]],
     descriptor: int,
 ) -> None:
     runs = {run.name: run for run in sweep.runs}
     print(f"{len(due)} of {len(runs)} runs to do, {len(slots)} at a time, in {workdir}", flush=True)
 
-    def report(job: jobs.Job, status: jobs.Status) -> None:
+    def report(job: scheduler_lib.Job, status: scheduler_lib.Status) -> None:
         cost = f"{status.seconds:.0f} s, {status.cpu_seconds / 3600:.2f} CPU hours"
-        if status.state == jobs.DONE:
-            (result,) = sweep_table.collect([runs[job.name]], workdir)
-            tqdm.tqdm.write(f"done    {job.name}  {sweep_table.headline(result)}  {cost}")
+        if status.state == scheduler_lib.DONE:
+            (result,) = table.collect([runs[job.name]], workdir)
+            tqdm.tqdm.write(f"done    {job.name}  {table.headline(result)}  {cost}")
         else:
-            log = job.folder / jobs.LOG_FILE
-            tail = jobs.read_tail(log, _TAIL_LINES).replace("\n", "\n    ")
+            log = job.folder / scheduler_lib.LOG_FILE
+            tail = scheduler_lib.read_tail(log, _TAIL_LINES).replace("\n", "\n    ")
             tqdm.tqdm.write(f"FAILED  {job.name}  {status.failed}; {log} ends:\n    {tail}")
         write_table(sweep, workdir, quiet=True)
 
-    scheduler = jobs.Scheduler(
+    scheduler = scheduler_lib.Scheduler(
         slots,
         environment={**os.environ, "PYTHONUNBUFFERED": "1"},
         keep_open=[descriptor],
@@ -118,18 +123,18 @@ def _run(
 
 def write_table(sweep: Sweep, workdir: pathlib.Path, quiet: bool = False) -> list:
     """Writes table.csv and table.md from what there is; returns the results of all runs."""
-    results = sweep_table.collect(sweep.runs, workdir)
+    results = table.collect(sweep.runs, workdir)
     title = pathlib.Path(sweep.spec.split(":", 1)[0]).stem
-    text = sweep_table.render_markdown(results, title)
-    (workdir / "table.csv").write_text(sweep_table.render_csv(results), encoding="utf-8")
+    text = table.render_markdown(results, title)
+    (workdir / "table.csv").write_text(table.render_csv(results), encoding="utf-8")
     (workdir / "table.md").write_text(text, encoding="utf-8")
     if not quiet:
         print(f"\n{text}\ntable: {workdir / 'table.csv'}, {workdir / 'table.md'}")
     return results
 
 
-def _end(results: Sequence[sweep_table.Result]) -> None:
-    failed = [result.run.name for result in results if result.state == jobs.FAILED]
+def _end(results: Sequence[table.Result]) -> None:
+    failed = [result.run.name for result in results if result.state == scheduler_lib.FAILED]
     if failed:
         print(
             f"sweep.py: failed: {', '.join(failed)}; look at their log.txt, then start again with "
@@ -149,10 +154,10 @@ def _choose(sweep: Sweep, only: str) -> list[Run]:
     return chosen
 
 
-def _print_plan(plan: Sequence[jobs.Job], due: Sequence[jobs.Job]) -> None:
+def _print_plan(plan: Sequence[scheduler_lib.Job], due: Sequence[scheduler_lib.Job]) -> None:
     for job in plan:
-        status = jobs.read_status(job.folder)
-        state = status.state if status else sweep_table.PENDING
+        status = scheduler_lib.read_status(job.folder)
+        state = status.state if status else table.PENDING
         print(f"{job.name}: {state}{'' if job in due else ', nothing to do'}")
         for key, command in job.commands.items():
             if job in due and not (status and key in status.finished):
@@ -165,16 +170,16 @@ def _print_plan(plan: Sequence[jobs.Job], due: Sequence[jobs.Job]) -> None:
 
 def make_job(
     sweep: Sweep, run: Run, workdir: pathlib.Path, slots: Sequence[Sequence[int]]
-) -> jobs.Job:
+) -> scheduler_lib.Job:
     """The commands of a run, after a look at what it has left in its folder.
 
     Raises ConfigError where its config has changed since it was started.
     """
     folder = workdir / run.name
-    status = jobs.read_status(folder)
+    status = scheduler_lib.read_status(folder)
     config = _to_plain(run.config)
     if slots[0]:
-        devices = sweep_plan.choose_devices(sweep, run, min(map(len, slots)))
+        devices = plan_lib.choose_devices(sweep, run, min(map(len, slots)))
     else:
         devices = run.config.mesh.cpu_devices
     if status is not None:
@@ -182,10 +187,10 @@ def make_job(
         # A trial goes on with as many devices as it began with, to the same bits.
         devices = status.about["cpu_devices"]
     data_root = pathlib.Path(flags.DATA_ROOT.value).resolve()
-    return jobs.Job(
+    return scheduler_lib.Job(
         name=run.name,
         folder=folder,
-        commands=sweep_plan.make_commands(sweep, run, workdir, data_root, devices),
+        commands=plan_lib.make_commands(sweep, run, workdir, data_root, devices),
         after=(run.start[0],) if run.start else (),
         about={"cpu_devices": devices, "overrides": dict(run.overrides), "config": config},
     )

@@ -31,14 +31,22 @@ from absl import flags as absl_flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from atommem_jax import distributed, sharding
-from atommem_jax.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError, Restored
+from atommem_jax.agent import build, load
+from atommem_jax.agent import validate as validate_lib
 from atommem_jax.config import ConfigError, check
-from atommem_jax.model import count_params
-from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tokenizer import Tokenizer
-from experiments import agents, agreement, flags, stages, validation, wiring
-from experiments.metrics import SilentWriter, open_writer
+from atommem_jax.language.tokenizer import Tokenizer
+from atommem_jax.metrics import SilentWriter, open_writer
+from atommem_jax.model.transformer import count_params
+from atommem_jax.parallel import processes, rules
+from atommem_jax.runs import agreement, stages
+from atommem_jax.tasks import encoding
+from atommem_jax.weights.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CorruptCheckpointError,
+    Restored,
+)
+from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
@@ -59,8 +67,8 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass a directory for checkpoints and metrics")
-    distributed.initialise(**PROCESSES())
-    distributed.catch_preemption()
+    processes.initialise(**PROCESSES())
+    processes.catch_preemption()
     train(CONFIG.value, WORKDIR.value, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
 
 
@@ -73,28 +81,28 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
     """
     # ------------------------------------------------------------------ config, devices
     agreement.check_same_run(config)
-    validation.validate(config)
+    validate_lib.validate(config)
     check(
         "shape" not in config,
         "this config names the sizes of a published model and no data (config.shape): it can be "
         "compiled with experiments/compile_report.py and not be trained yet; train "
         "experiments/configs/synthetic.py, babi.py or hotpotqa.py",
     )
-    mesh = wiring.make_mesh(config)
+    mesh = build.make_mesh(config)
     agreement.check_every_process(mesh)
-    validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
+    validate_lib.validate_devices(config, mesh.shape[rules.DATA], mesh.shape[rules.FSDP])
 
     # ------------------------------------------------------------------ data
-    dataset = distributed.main_first(lambda: wiring.load_dataset(config, data_root))
-    tokenizer = agents.load_tokenizer(config, dataset)
+    dataset = processes.main_first(lambda: build.load_dataset(config, data_root))
+    tokenizer = load.choose_tokenizer(config, dataset)
     examples = dataset.split("train")
-    shape = episodes_lib.fit_shape(examples, tokenizer)
+    shape = encoding.fit_shape(examples, tokenizer)
     agreement.check_same_data(tokenizer, examples, shape)
 
     # ------------------------------------------------------------------ agent, stages
-    parts = wiring.build(config, tokenizer)
-    validation.validate_shape(config, parts, shape, examples)
-    validation.validate_parameters(parts, mesh)
+    parts = build.build(config, tokenizer)
+    validate_lib.validate_shape(config, parts, shape, examples)
+    validate_lib.validate_parameters(parts, mesh)
     plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
     validate = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
     last = sum(stage.steps for stage in plan)
@@ -114,7 +122,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
             keep_steps=stage_ends(config),
             best_metric="em",
         ) as checkpointer,
-        open_writer(workdir) if distributed.is_main() else SilentWriter() as writer,
+        open_writer(workdir) if processes.is_main() else SilentWriter() as writer,
     ):
         step, saved = resume(checkpointer, config, plan, tokenizer, workdir, fall_back)
         if step and step == last:
@@ -134,7 +142,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
             params, fingerprint = stages.attach_base(plan, params)
             base = {"base": fingerprint}
             if saved:
-                agents.check_base(config.init_from, fingerprint, saved, workdir)
+                load.check_base(config.init_from, fingerprint, saved, workdir)
         for stage in plan[index:]:
             iterator = stage.batches()
             if state is None:
@@ -154,7 +162,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
                 initial=local,
                 total=stage.steps,
                 mininterval=2.0,
-                disable=not distributed.is_main(),
+                disable=not processes.is_main(),
             ):
                 batch = next(iterator)
                 # The first step compiles.
@@ -175,7 +183,7 @@ def train(config: ConfigDict, workdir: str, data_root: str, *, fall_back: bool =
                     results = validate(stage.params(state))
                     writer.write(step, "eval", results)
                     say(f"{stage.name} step {done}: EM {results['em']:.3f}")
-                stopping = distributed.preempted(step)
+                stopping = processes.preempted(step)
                 if results is not None or stopping or done % stage.config.save_every == 0:
                     checkpointer.save(
                         step,
@@ -209,7 +217,7 @@ def profile(folder: str | None) -> contextlib.AbstractContextManager[Any]:
 
 def say(text: str) -> None:
     """Prints a line, on one process only, and not through a progress bar."""
-    if distributed.is_main():
+    if processes.is_main():
         tqdm.tqdm.write(text)
         sys.stdout.flush()
 
@@ -231,14 +239,14 @@ def resume(
     last = sum(stage.steps for stage in plan)
     while True:
         step = checkpointer.latest_step() or 0
-        distributed.check_same(
+        processes.check_same(
             {"last checkpoint": step},
             f"Every process must see the same --workdir={workdir}: put it where all hosts can",
         )
         if not step:
             return 0, None
         try:
-            validation.check_same_config(config, checkpointer.restore_config(step), workdir)
+            validate_lib.check_same_config(config, checkpointer.restore_config(step), workdir)
             if step == last:
                 return step, None
             owner, _ = _locate(plan, step)
@@ -272,11 +280,11 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh | None = N
     """
     if not config.init_from:
         return None
-    loaded = agents.load(
+    loaded = load.load(
         config.init_from,
         cpu_devices=config.mesh.cpu_devices,
         mesh=mesh,
-        rules=sharding.TRAINING,
+        rules=rules.TRAINING,
         merge=True,
     )
     check(
@@ -284,8 +292,8 @@ def load_initial(config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh | None = N
         f"init_from={config.init_from}: its tokenizer is not that of this task; pass a checkpoint "
         "trained on the same task and memory.shown",
     )
-    ours, theirs = (wiring.architecture(c) for c in (config, loaded.parts.config))
-    changed = validation.differences(ours, theirs, "model.")
+    ours, theirs = (build.architecture(c) for c in (config, loaded.parts.config))
+    changed = validate_lib.differences(ours, theirs, "model.")
     check(not changed, f"init_from={config.init_from} holds another model: {'; '.join(changed)}")
     return loaded.params
 
@@ -324,4 +332,4 @@ def _check_progress(state, metrics, config: ConfigDict, stage: str, step: int) -
 
 
 if __name__ == "__main__":
-    flags.run(main, leave=distributed.leave)
+    flags.run(main, leave=processes.leave)

@@ -17,12 +17,14 @@ import tqdm
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from atommem_jax import evaluate as evaluation
-from atommem_jax import sharding
+from atommem_jax.agent import build, validate
+from atommem_jax.agent import play as play_lib
 from atommem_jax.config import check
-from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tasks import teacher
-from experiments import flags, train, validation, wiring
+from atommem_jax.learning import evaluation
+from atommem_jax.parallel import host_batches, rules
+from atommem_jax.tasks import batches as batches_lib
+from atommem_jax.tasks import datasets, encoding, teacher
+from experiments import flags, train
 
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many of each split; 0 for all.")
 JSON = absl_flags.DEFINE_string("json", None, "File for the summaries; none is written without.")
@@ -40,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     config = train.CONFIG.value
-    validation.validate(config)
-    dataset = wiring.load_dataset(config, flags.DATA_ROOT.value)
+    validate.validate(config)
+    dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     table = measure(config, dataset, teacher.SCRIPTED, episodes=EPISODES.value)
     print(render(table))
     if JSON.value:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 def measure(
     config: ConfigDict,
-    dataset: episodes_lib.Dataset,
+    dataset: datasets.Dataset,
     policies: Mapping[str, teacher.TeacherConfig],
     *,
     episodes: int = 0,
@@ -71,18 +73,18 @@ def measure(
 
     Raises ConfigError for budgets that the data does not fit.
     """
-    mesh = wiring.make_mesh(config)
-    validation.validate_devices(config, mesh.shape[sharding.DATA], mesh.shape[sharding.FSDP])
-    parts = wiring.build(config, wiring.load_tokenizer(config, dataset))
-    seed = sharding.replicate(jax.random.key(config.seed), mesh)
+    mesh = build.make_mesh(config)
+    validate.validate_devices(config, mesh.shape[rules.DATA], mesh.shape[rules.FSDP])
+    parts = build.build(config, build.fit_tokenizer(config, dataset))
+    seed = host_batches.replicate(jax.random.key(config.seed), mesh)
     splits = [name for name in dataset.splits if name.startswith("test")]
     table: Table = {name: {} for name in policies}
     with tqdm.tqdm(total=len(policies) * len(splits), mininterval=1.0) as bar:
         for split in splits:
             examples = dataset.split(split)
             examples = examples[:episodes] if episodes else examples
-            shape = episodes_lib.fit_shape(examples, parts.tokenizer)
-            validation.validate_shape(config, parts, shape, examples)
+            shape = encoding.fit_shape(examples, parts.tokenizer)
+            validate.validate_shape(config, parts, shape, examples)
             for name, rates in policies.items():
                 bar.set_description(f"{split} {name}")
                 table[name][split] = _play(parts, mesh, examples, shape, rates, seed)
@@ -90,9 +92,9 @@ def measure(
     return table
 
 
-def _play(parts: wiring.Parts, mesh, examples, shape, rates, seed) -> dict[str, Any]:
-    play = wiring.make_scripted_player(parts, shape, rates, mesh)
-    batches = episodes_lib.iterate_split(
+def _play(parts: build.Parts, mesh, examples, shape, rates, seed) -> dict[str, Any]:
+    play = play_lib.make_scripted_player(parts, shape, rates, mesh)
+    batches = batches_lib.iterate_split(
         examples, parts.tokenizer, shape, batch_size=parts.config.eval.batch_size
     )
     records, _ = evaluation.evaluate(

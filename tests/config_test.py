@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from atommem_jax.config import ConfigError, check, check_path, list_paths, suggest
-from experiments import flags
+from atommem_jax.config import (
+    ConfigError,
+    check,
+    check_path,
+    find_config,
+    list_paths,
+    load_config,
+    suggest,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ConfigDict(
@@ -82,17 +89,17 @@ def test_load_config_explains_files_that_are_not_configs(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "plain.py").write_text("def get_config():\n    return {}\n")
     with pytest.raises(ConfigError, match=r"absent\.py: no such file\. Configs there are: "):
-        flags.load_config("absent.py")
+        load_config("absent.py")
     with pytest.raises(ConfigError, match=r"does not define get_config"):
-        flags.load_config(str(tmp_path / "empty.py"))
+        load_config(str(tmp_path / "empty.py"))
     with pytest.raises(ConfigError, match=r"too many positional arguments; what follows the colon"):
-        flags.load_config(f"{tmp_path / 'plain.py'}:big")
-    assert flags.load_config(str(tmp_path / "plain.py")) == {}
+        load_config(f"{tmp_path / 'plain.py'}:big")
+    assert load_config(str(tmp_path / "plain.py")) == {}
 
 
 def test_files_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert flags.find_config("experiments/flags.py") == ROOT / "experiments" / "flags.py"
+    assert find_config("experiments/flags.py") == ROOT / "experiments" / "flags.py"
 
 
 _CONFIG_FILE = """

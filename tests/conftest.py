@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The test process must not take a TPU or GPU that happens to be there: oracles compare bits.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: with the compiler's least effort three of their files took
-# 104 s in place of 199. A test of tests/train_test.py holds that users' runs come to the same.
+# 104 s in place of 199. tests/experiments/train_test.py holds that users'
+# runs come to the same.
 LEAST_EFFORT = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     (

@@ -14,8 +14,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
-from experiments import metrics
-from experiments.metrics import MetricWriter, read_metrics
+from atommem_jax import metrics
+from atommem_jax.metrics import MetricWriter, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -26,7 +26,9 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from atommem_jax.config import ConfigError, check
-from experiments import flags, jobs, sweep_plan
+from atommem_jax.sweeps import plan as plan_lib
+from atommem_jax.sweeps import scheduler
+from experiments import flags
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))  # tpu_setup is no part of an installed package
@@ -121,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
         _print_plan(workdir, trials, vms)
         return
     try:
-        with jobs.lock(workdir), jobs.interruptible():
+        with scheduler.lock(workdir), scheduler.interruptible():
             board = placement.Board(workdir, trials)
             if RETRY_FAILED.value:
                 board.retry_failed()
@@ -153,7 +155,7 @@ def plan(name: str, bucket: str) -> list[placement.Trial]:
         path.is_relative_to(_ROOT),
         f"--config={file} lies outside {_ROOT}: the VMs have what is committed there; move it",
     )
-    sweep = sweep_plan.load(
+    sweep = plan_lib.load(
         config_flags.get_config_filename(flag),
         CONFIG.value,
         config_flags.get_override_values(flag),
@@ -162,7 +164,7 @@ def plan(name: str, bucket: str) -> list[placement.Trial]:
     data_root = pathlib.Path(flags.DATA_ROOT.value)
     trials = []
     for run in sweep.runs:
-        local = sweep_plan.make_commands(
+        local = plan_lib.make_commands(
             sweep, run, _IN_BUCKET, data_root, run.config.mesh.cpu_devices
         )
         commands = {

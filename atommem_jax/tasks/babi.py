@@ -165,7 +165,7 @@ def read_stories(path: str) -> list[list[_Line]]:
 
 
 def generate(config: BabiConfig, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples (`episodes.Example`) of 'train', 'validation' or 'test' in file order.
+    """Yields the examples (`schema.Example`) of 'train', 'validation' or 'test' in file order.
 
     Validation takes whole stories out of the training file, so that it shares none with training.
     """

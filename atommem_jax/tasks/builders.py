@@ -19,7 +19,7 @@ class ExampleBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]  # TFDS is not typed
 ):
-    """Writes examples with TFDS; read them back with `episodes.prepare`.
+    """Writes examples with TFDS; read them back with `datasets.prepare`.
 
     A family gives VERSION, DESCRIPTION, and `_split_generators` over `store`.
     """

@@ -447,7 +447,7 @@ def _split(
 
 
 def generate(config: MultihopQaConfig, corpus: Corpus, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples (`episodes.Example`) of 'train', 'validation' or 'test'.
+    """Yields the examples (`schema.Example`) of 'train', 'validation' or 'test'.
 
     Which questions share a sample follows from `config.seed`.
 

@@ -188,7 +188,7 @@ class _Chain(NamedTuple):
 
 
 def generate(config: SyntheticConfig, split: str, index: int) -> dict[str, Any]:
-    """Makes one example (`episodes.Example`).
+    """Makes one example (`schema.Example`).
 
     The number of questions is the fewest allowed in half of the examples, else uniform over the
     rest of the range (the paper: one in half of the samples, else 2 to 10). Every question asks

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from atommem_jax import prompt as prompting
-from atommem_jax.protocol import Protocol, spell
-from atommem_jax.tokenizer import Tokenizer
+from atommem_jax.language import prompt as prompting
+from atommem_jax.language.protocol import Protocol, spell
+from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.types import (
     EMPTY,
     ActionKind,

@@ -18,8 +18,8 @@ import jax
 import matplotlib
 import tqdm
 
-from atommem_jax import pretrained
-from atommem_jax.model import ModelConfig, Transformer, init_params
+from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
+from atommem_jax.weights import huggingface
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ def run(layers: Sequence[int] = LAYERS, config: ModelConfig = MODEL) -> list[dic
         sized = dataclasses.replace(config, num_layers=count)
         with tempfile.TemporaryDirectory() as folder:
             params = init_params(Transformer(sized), jax.random.key(0))
-            pretrained.save(folder, params, sized, max_file_bytes=64 * _MIB)
+            huggingface.save(folder, params, sized, max_file_bytes=64 * _MIB)
             del params
             found = _load_apart(folder)
         points.append(

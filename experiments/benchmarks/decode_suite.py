@@ -27,11 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atommem_jax import chat, gguf, pretrained, protocol, published, sampling
-from atommem_jax.grammar import compile_grammar
-from atommem_jax.model import Transformer, count_params
-from atommem_jax.sampling import Agent, SamplerConfig
+from atommem_jax.language import chat, protocol
+from atommem_jax.language.grammar import compile_grammar
+from atommem_jax.model import sampling
+from atommem_jax.model.sampling import Agent, SamplerConfig
+from atommem_jax.model.transformer import Transformer, count_params
 from atommem_jax.types import Phase
+from atommem_jax.weights import gguf, hf_config, huggingface
 from experiments.benchmarks import timing
 
 PREFILL = (8, 512)  # rows, tokens
@@ -63,11 +65,11 @@ class Subject:
 
 def load(path: str, pad_token: str | None = None) -> Subject:
     """Reads weights and tokenizer. Raises PublishedError for what cannot be read."""
-    config, params = pretrained.load(path)
+    config, params = huggingface.load(path)
     if pathlib.Path(path).suffix == ".gguf":
         tokenizer = gguf.open_model(path).read_tokenizer(config.vocab_size, pad_token=pad_token)
     else:
-        tokenizer = published.read_tokenizer(path, config.vocab_size, pad_token=pad_token)
+        tokenizer = hf_config.read_tokenizer(path, config.vocab_size, pad_token=pad_token)
     actions = protocol.atommem(SHOWN, free_text=True)
     grammar = compile_grammar(actions, tokenizer, max_actions=8, max_text=64)
     agent = Agent(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from atommem_jax import prompt as prompting
-from atommem_jax.rollout import EDITS, RolloutConfig, Setting
-from atommem_jax.sampling import Agent
-from atommem_jax.tokenizer import Tokenizer
+from atommem_jax.language import prompt as prompting
+from atommem_jax.language.tokenizer import Tokenizer
+from atommem_jax.learning.rollout import EDITS, RolloutConfig, Setting
+from atommem_jax.model.sampling import Agent
 from atommem_jax.types import ActionKind, Episode, Phase
 from experiments.benchmarks.host_memory import (
     HostAction,

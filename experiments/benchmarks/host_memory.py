@@ -1,11 +1,11 @@
 """The slot table as an agent framework keeps it: one object a trajectory, Python lists, an index.
 
-The semantics are those of `atommem_jax.memory` (eviction 'lru' and 'oldest'), so that a rollout
+The semantics are those of `memory.slot_table` (eviction 'lru' and 'oldest'), so that a rollout
 can be driven from the host with the same results. Vectors live in an index of the trajectory's
 own: FAISS, one call an operation, or a NumPy matrix. Texts are embedded for all trajectories of
 a turn at once, which no framework that asks an embedding service one by one does: a courtesy.
 
-Keys lie on the grid of `atommem_jax.memory`, where a float32 dot product is exact; so peers show
+Keys lie on the grid of `memory.slot_table`, where a float32 dot product is exact; so peers show
 the same entries as ours, but for the order in which an index lists ties.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from atommem_jax.embedding import HashedBagOfTokens
-from atommem_jax.memory import GRID
+from atommem_jax.memory.embedding import HashedBagOfTokens
+from atommem_jax.memory.slot_table import GRID
 from atommem_jax.types import ActionKind
 
 Text = list[int]

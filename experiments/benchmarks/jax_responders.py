@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from atommem_jax import model as model_lib
-from atommem_jax import prompt as prompting
-from atommem_jax import sampling, sharding
-from atommem_jax.sampling import Agent
+from atommem_jax.language import prompt as prompting
+from atommem_jax.model import sampling
+from atommem_jax.model import transformer as model_lib
+from atommem_jax.model.sampling import Agent
+from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import Phase
 from experiments.benchmarks.host_agent import Reply, Text
 
@@ -95,7 +96,7 @@ class _Responder:
     def __init__(self, agent: Agent, params: Any, mesh: Mesh, *, rows: int, width: int):
         """rows: of a batch, over all devices; width: P."""
         self._mesh, self._rows, self._width = mesh, rows, width
-        self._agent, self._params = sharding.replicate((agent, params), mesh)
+        self._agent, self._params = host_batches.replicate((agent, params), mesh)
         self._pad, self._limit = agent.grammar.pad_id, agent.sampler.response_length
         self._fold = jax.jit(
             lambda seed, ids, turn: jax.vmap(
@@ -106,7 +107,7 @@ class _Responder:
     def play_with(self, ids: np.ndarray, seed: Any, temperature: float) -> "_Responder":
         """Sets the trajectory ids, the key and the temperature of the episodes to come."""
         self._ids, self._seed = ids, seed
-        self._temperature = sharding.replicate(np.float32(temperature), self._mesh)
+        self._temperature = host_batches.replicate(np.float32(temperature), self._mesh)
         return self
 
     def __call__(
@@ -128,7 +129,7 @@ class _Responder:
             prompt[row, self._width - len(tokens) :] = tokens
         phase[:count], padded[:count] = phases, ids
         keys = self._fold(self._seed, padded, np.int32(turn))
-        inputs = sharding.shard((prompt, lengths, phase.astype(np.int32), keys), self._mesh)
+        inputs = host_batches.shard((prompt, lengths, phase.astype(np.int32), keys), self._mesh)
         tokens, log_probs = self._generate(*inputs)
         replies = []
         for ids_, values in zip(tokens[:count].tolist(), log_probs[:count].tolist(), strict=True):
@@ -146,12 +147,12 @@ class HostLoop(_Responder):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._prefill = jax.jit(
-            sharding.data_parallel(
+            program.data_parallel(
                 prefill, self._mesh, sharded=(False, False, True, True, True), sharded_out=True
             )
         )
         self._step = jax.jit(
-            sharding.data_parallel(
+            program.data_parallel(
                 decode_step,
                 self._mesh,
                 sharded=(False, False, True, True, True, True, False, False),
@@ -194,7 +195,7 @@ class WholeGenerate(_Responder):
             return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
 
         self._run = jax.jit(
-            sharding.data_parallel(
+            program.data_parallel(
                 generate,
                 self._mesh,
                 sharded=(False, False, True, True, True, True, False),

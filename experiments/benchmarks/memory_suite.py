@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from atommem_jax import memory, sharding
-from atommem_jax.embedding import HashedBagOfTokens
+from atommem_jax.memory import slot_table
+from atommem_jax.memory.embedding import HashedBagOfTokens
+from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import NUM_KINDS, ActionKind, Actions
 from experiments.benchmarks import timing
 from experiments.benchmarks.host_memory import (
@@ -111,7 +112,7 @@ class Ours:
         self._blocks = [self._place(operations, block) for block in range(len(operations.kind))]
 
         def compile(function, arguments):
-            mapped = sharding.data_parallel(
+            mapped = program.data_parallel(
                 jax.vmap(function), mesh, sharded=(True,) * arguments, sharded_out=(True, True)
             )
             return jax.jit(mapped, donate_argnums=0)
@@ -123,7 +124,7 @@ class Ours:
         """Actions [B] of each turn, on the devices."""
         o, shape = operations, operations.kind.shape[2:]
         return [
-            sharding.shard(
+            host_batches.shard(
                 Actions(
                     kind=o.kind[block, turn],
                     target=o.target[block, turn],
@@ -152,17 +153,17 @@ class Ours:
                 well_formed=jnp.ones(slots, bool),
                 count=jnp.int32(slots),
             )
-            state, _ = self._transition(memory.init(**sizes, pad_id=_PAD), creates)
-            return memory.set_query(state, query, jnp.int32(length), _PAD)
+            state, _ = self._transition(slot_table.init(**sizes, pad_id=_PAD), creates)
+            return slot_table.set_query(state, query, jnp.int32(length), _PAD)
 
-        fill = sharding.data_parallel(
+        fill = program.data_parallel(
             jax.vmap(start), self._mesh, sharded=(True, True), sharded_out=True
         )
-        return jax.jit(fill)(*sharding.shard((operations.fill, operations.query), self._mesh))
+        return jax.jit(fill)(*host_batches.shard((operations.fill, operations.query), self._mesh))
 
     def _transition(self, state, actions):
         permitted = np.isin(np.arange(NUM_KINDS), list(_PERMITTED))
-        return memory.transition(
+        return slot_table.transition(
             state,
             actions,
             permitted=jnp.asarray(permitted),
@@ -172,8 +173,8 @@ class Ours:
         )
 
     def _show(self, state):
-        state, _ = memory.retrieve(state, self._embed)
-        return state, memory.observe(state, _PAD)[0]
+        state, _ = slot_table.retrieve(state, self._embed)
+        return state, slot_table.observe(state, _PAD)[0]
 
     def run(self, _: Any = None) -> list:
         """Plays the next block; returns what was shown and the reports, turn by turn."""

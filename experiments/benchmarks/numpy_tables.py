@@ -12,7 +12,7 @@ from experiments.benchmarks.host_memory import HostEmbedding, MemorySizes
 
 
 class NumpyTables:
-    """B tables with the semantics of `atommem_jax.memory`, eviction 'lru' or 'oldest'."""
+    """B tables with the semantics of `memory.slot_table`, eviction 'lru' or 'oldest'."""
 
     def __init__(self, count: int, sizes: MemorySizes, embed: HostEmbedding, pad_key: int):
         """`pad_key` is the id by which `embed` knows padding; texts are stored with it."""

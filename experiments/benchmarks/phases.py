@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atommem_jax import loss, memory, rollout, sampling, sharding
-from atommem_jax import optimizer as optimizer_lib
-from atommem_jax import prompt as prompting
+from atommem_jax.language import prompt as prompting
+from atommem_jax.learning import loss, rollout
+from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.memory import slot_table
+from atommem_jax.model import sampling
+from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import ActionKind, Batch, Phase
 from experiments.benchmarks import jax_responders, timing
 from experiments.benchmarks.rollout_suite import Scene
@@ -64,8 +67,8 @@ def measure_rollout(scene: Scene, whole: list[float]) -> timing.Result:
     """
     rows = scene.group
     programs = _TurnPrograms(scene)
-    episodes = sharding.shard(jax.tree.map(lambda x: x[:rows], scene.episodes), scene.mesh)
-    ids = sharding.shard(scene.ids[:rows], scene.mesh)
+    episodes = host_batches.shard(jax.tree.map(lambda x: x[:rows], scene.episodes), scene.mesh)
+    ids = host_batches.shard(scene.ids[:rows], scene.mesh)
     programs.play(episodes, ids, _Clock())  # compiles
     clock = _Clock()
     programs.play(episodes, ids, clock)
@@ -82,7 +85,7 @@ class _TurnPrograms:
         agent, setting = scene.parts.agent, scene.parts.setting(scene.shape)
         self._max_turns, self._mesh = setting.config.max_turns, scene.mesh
         self._agent, self._setting, self._params, self._seed, self._temperature = (
-            sharding.replicate(
+            host_batches.replicate(
                 (agent, setting, scene.params, scene.seed, np.float32(scene.temperature)),
                 scene.mesh,
             )
@@ -101,7 +104,7 @@ class _TurnPrograms:
 
     def _jit(self, function, *sharded: bool):
         return jax.jit(
-            sharding.data_parallel(function, self._mesh, sharded=sharded, sharded_out=True)
+            program.data_parallel(function, self._mesh, sharded=sharded, sharded_out=True)
         )
 
     def play(self, episodes, ids, clock: _Clock) -> None:
@@ -156,7 +159,7 @@ def _end(setting, env, seen, episodes, response):
 
 
 def _retrieve(setting, tables):
-    return jax.vmap(memory.retrieve, in_axes=(0, None))(tables, setting.embed)
+    return jax.vmap(slot_table.retrieve, in_axes=(0, None))(tables, setting.embed)
 
 
 def _assemble(setting, observation):
@@ -181,7 +184,7 @@ def _transition(setting, tables, actions, phase):
     def one(table, actions, phase):
         kind = jnp.arange(len(ActionKind))
         permitted = (kind == ActionKind.ANSWER) == (phase != Phase.READING)
-        return memory.transition(
+        return slot_table.transition(
             table,
             actions,
             permitted=permitted,
@@ -207,10 +210,10 @@ def measure_update(scene: Scene, lesson: Lesson, whole: list[float]) -> timing.R
     """
     ppo, mesh = lesson.ppo, scene.mesh
     optimizer = optimizer_lib.make_optimizer(lesson.optimizer, 1)
-    agent, params, temperature = sharding.replicate(
+    agent, params, temperature = host_batches.replicate(
         (scene.parts.agent, scene.params, np.float32(scene.temperature or 1.0)), mesh
     )
-    parts = [sharding.shard(part, mesh) for part in _split(lesson.batch, ppo, mesh.size)]
+    parts = [host_batches.shard(part, mesh) for part in _split(lesson.batch, ppo, mesh.size)]
     flags = (False, False, False, True)
 
     def objective(params, agent, temperature, part: Batch):
@@ -238,19 +241,19 @@ def measure_update(scene: Scene, lesson: Lesson, whole: list[float]) -> timing.R
         return value, metrics
 
     def forward(*arguments):
-        return sharding.total(objective(*arguments))
+        return program.psum(objective(*arguments))
 
     def gradient(*arguments):
         # Not summed over the devices: the trainer does that once a mini-batch, not here.
         return jax.tree.map(lambda g: g[None], jax.grad(objective, has_aux=True)(*arguments)[0])
 
-    score = jax.jit(sharding.data_parallel(forward, mesh, sharded=flags, sharded_out=False))
-    grad = jax.jit(sharding.data_parallel(gradient, mesh, sharded=flags, sharded_out=True))
+    score = jax.jit(program.data_parallel(forward, mesh, sharded=flags, sharded_out=False))
+    grad = jax.jit(program.data_parallel(gradient, mesh, sharded=flags, sharded_out=True))
     step = jax.jit(
         lambda state, grads: optimizer_lib.apply_gradients(state, grads, optimizer),
         donate_argnums=0,
     )
-    state = sharding.replicate(optimizer_lib.create_state(params, optimizer), mesh)
+    state = host_batches.replicate(optimizer_lib.create_state(params, optimizer), mesh)
     # The state is donated, and its parameters with it: the others keep a copy.
     params = jax.tree.map(jnp.copy, params)
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from atommem_jax import sharding
-from atommem_jax.tasks import episodes as episodes_lib
+from atommem_jax.agent import build, play
+from atommem_jax.parallel import host_batches, rules
+from atommem_jax.tasks import encoding
 from atommem_jax.types import Episode, Trajectory
-from experiments import wiring
 from experiments.benchmarks import timing
 from experiments.benchmarks.host_agent import HostEpisode, HostPlayer, HostTurn
 from experiments.benchmarks.host_memory import FaissIndex, NumpyIndex
@@ -33,10 +33,10 @@ PEERS = ("host_loop", "host_generate", "torch_faiss")
 class Scene:
     """Who plays what: shared by the suites that need episodes."""
 
-    parts: wiring.Parts
+    parts: build.Parts
     params: Any
     mesh: Mesh
-    shape: episodes_lib.EpisodeShape
+    shape: encoding.EpisodeShape
     episodes: Episode  # [B], on the host
     aliases: list[list[list[str]]]
     temperature: float
@@ -52,7 +52,7 @@ class Scene:
     @property
     def group(self) -> int:
         """Rows of a batch over all devices: `rollout.group` on each, at most what there is."""
-        group = self.parts.config.rollout.group * self.mesh.shape[sharding.DATA]
+        group = self.parts.config.rollout.group * self.mesh.shape[rules.DATA]
         return min(group, len(self.aliases)) or len(self.aliases)
 
 
@@ -60,11 +60,11 @@ class Ours:
     """The jitted episode."""
 
     def __init__(self, scene: Scene):
-        self._player = wiring.make_player(scene.parts, scene.shape, scene.mesh)
-        place = sharding.replicate
+        self._player = play.make_player(scene.parts, scene.shape, scene.mesh)
+        place = host_batches.replicate
         self._arguments = (
             place(scene.params, scene.mesh),
-            *sharding.shard((scene.episodes, scene.ids), scene.mesh),
+            *host_batches.shard((scene.episodes, scene.ids), scene.mesh),
             place(scene.seed, scene.mesh),
             place(np.float32(scene.temperature), scene.mesh),
         )

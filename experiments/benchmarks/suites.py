@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from atommem_jax import sharding
+from atommem_jax.agent import build
+from atommem_jax.agent import load as load_lib
 from atommem_jax.config import ConfigError, check
-from atommem_jax.model import init_params
-from atommem_jax.published import PublishedError
-from atommem_jax.tasks import episodes as episodes_lib
-from atommem_jax.tasks import teacher
-from experiments import agents, validity, wiring
+from atommem_jax.model.transformer import init_params
+from atommem_jax.parallel import rules
+from atommem_jax.tasks import batches, encoding, teacher
+from atommem_jax.weights.hf_config import PublishedError
+from experiments import validity
 from experiments.benchmarks import (
     convert_suite,
     decode_suite,
@@ -66,15 +67,15 @@ class Benchmark:
         """Builds the agent: of a checkpoint, with its own config, or with fresh parameters."""
         self._options = options
         if checkpoint:
-            loaded = agents.load(checkpoint, step, config.mesh.cpu_devices)
+            loaded = load_lib.load(checkpoint, step, config.mesh.cpu_devices)
             self.parts, self.params, self.mesh = loaded.parts, loaded.params, loaded.mesh
-            self._dataset = wiring.load_dataset(self.config, data_root)
+            self._dataset = build.load_dataset(self.config, data_root)
             parameters = f"{loaded.workdir}, step {loaded.step}"
         else:
             parameters = "fresh"
-            self.mesh = wiring.make_mesh(config)
-            self._dataset = wiring.load_dataset(config, data_root)
-            self.parts = wiring.build(config, wiring.load_tokenizer(config, self._dataset))
+            self.mesh = build.make_mesh(config)
+            self._dataset = build.load_dataset(config, data_root)
+            self.parts = build.build(config, build.fit_tokenizer(config, self._dataset))
             key = jax.random.key(config.seed)
             self.params = jax.jit(lambda: init_params(self.parts.agent.model, key))()
         check(
@@ -114,7 +115,7 @@ class Benchmark:
         }[suite]()
 
     def _run_memory(self) -> None:
-        load, devices = self._options.load, self.mesh.shape[sharding.DATA]
+        load, devices = self._options.load, self.mesh.shape[rules.DATA]
         check(
             load.trajectories % devices == 0,
             f"--trajectories={load.trajectories}: must be a multiple of the {devices} devices",
@@ -179,7 +180,7 @@ class Benchmark:
 
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
-        ppo, devices = self.config.rl.ppo, self.mesh.shape[sharding.DATA]
+        ppo, devices = self.config.rl.ppo, self.mesh.shape[rules.DATA]
         share, group = count // devices, self.config.rollout.group
         unit = math.lcm(ppo.group_size, ppo.minibatches, group if 0 < group < share else 1)
         check(
@@ -204,8 +205,8 @@ class Benchmark:
         self._check_count(count)
         examples = self._dataset.split(split)
         examples = examples[: max(count // size, 1)]
-        shape = episodes_lib.fit_shape(examples, self.parts.tokenizer)
-        dataset = episodes_lib.EncodedDataset(examples, self.parts.tokenizer, shape)
+        shape = encoding.fit_shape(examples, self.parts.tokenizer)
+        dataset = batches.EncodedDataset(examples, self.parts.tokenizer, shape)
         batch = dataset.stack(range(len(examples)))
         return rollout_suite.Scene(
             parts=self.parts,

@@ -1,4 +1,4 @@
-"""The decoder of `atommem_jax.model` in plain PyTorch, on the same parameters.
+"""The decoder of `atommem_jax.model.transformer` in plain PyTorch, on the same parameters.
 
 Written as a PyTorch user would: `nn.Linear`, `F.rms_norm`, `F.scaled_dot_product_attention`, a
 preallocated KV cache. float32 only. Rows are left-padded, as in the original.
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atommem_jax import prompt as prompting
-from atommem_jax.model import ModelConfig
+from atommem_jax.language import prompt as prompting
+from atommem_jax.model.transformer import ModelConfig
 
 
 class Attention(nn.Module):

@@ -7,8 +7,8 @@ batch together; rows that have ended are dropped from the batch while it decodes
 import numpy as np
 import torch
 
-from atommem_jax.grammar import Grammar
-from atommem_jax.sampling import Agent
+from atommem_jax.language.grammar import Grammar
+from atommem_jax.model.sampling import Agent
 from atommem_jax.types import Phase
 from experiments.benchmarks.host_agent import Reply, Text
 from experiments.benchmarks.torch_model import Matcher, TorchTransformer

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from atommem_jax import evaluate as evaluation
-from atommem_jax import optimizer as optimizer_lib
-from atommem_jax import sharding, trainer
+from atommem_jax.agent import build
+from atommem_jax.learning import evaluation, trainer
+from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.parallel import host_batches
 from atommem_jax.types import Batch, Trajectory
-from experiments import wiring
 from experiments.benchmarks import timing
 from experiments.benchmarks.rollout_suite import Ours as OurRollout
 from experiments.benchmarks.rollout_suite import Scene
@@ -39,10 +39,10 @@ class Lesson:
 def make_lesson(scene: Scene) -> Lesson:
     """Plays the scene; random rewards stand in where no answer is right in part of a group."""
     config = scene.parts.config.rl
-    ppo = wiring.subconfig(trainer.PPOConfig, config.ppo)
+    ppo = build.subconfig(trainer.PPOConfig, config.ppo)
     # Of the optimiser's schedule only the peak matters here: warm-up would start at zero.
     optimizer = dataclasses.replace(
-        wiring.subconfig(optimizer_lib.OptimizerConfig, config.optimizer),
+        build.subconfig(optimizer_lib.OptimizerConfig, config.optimizer),
         schedule="constant",
         warmup_steps=0,
     )
@@ -73,17 +73,17 @@ class Ours:
         """optimizer: an Optax transformation in the place of the lesson's own."""
         self._scene, self._lesson, mesh = scene, lesson, scene.mesh
         self._optimizer = optimizer or optimizer_lib.make_optimizer(lesson.optimizer, 1)
-        self._agent, self._key, self._temperature = sharding.replicate(
+        self._agent, self._key, self._temperature = host_batches.replicate(
             (scene.parts.agent, jax.random.key(0), np.float32(scene.temperature or 1.0)), mesh
         )
-        self._graded = sharding.shard((lesson.rewards, lesson.counts), mesh)
+        self._graded = host_batches.shard((lesson.rewards, lesson.counts), mesh)
         self._params = jax.device_get(scene.params)
-        self._reference = sharding.replicate(self._params, mesh) if lesson.ppo.kl_coef else None
+        self._reference = host_batches.replicate(self._params, mesh) if lesson.ppo.kl_coef else None
 
     def prepare(self) -> optimizer_lib.TrainState:
         """A fresh state: the step consumes it."""
         state = optimizer_lib.create_state(self._params, self._optimizer)
-        return jax.block_until_ready(sharding.replicate(state, self._scene.mesh))
+        return jax.block_until_ready(host_batches.replicate(state, self._scene.mesh))
 
     def run(self, state: optimizer_lib.TrainState) -> tuple[Any, dict[str, Any]]:
         """One update; waits for it."""

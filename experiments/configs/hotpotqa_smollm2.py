@@ -14,14 +14,14 @@ an hour, not to make a good agent of so small a model.
 
 from ml_collections import ConfigDict
 
-from experiments.configs import hotpotqa, presets
+from experiments.configs import hotpotqa, published
 
 
 def get_config() -> ConfigDict:
     """As above; `task.data_file` is to be given."""
     config = hotpotqa.get_config("hotpotqa")
     config.init_from = "runs/smollm2"
-    presets.set_model(config, "smollm2_135m")
+    published.set_model(config, "smollm2_135m")
     config.model.dtype = "float32"
     config.model.remat = False
     config.protocol.name = "atommem"

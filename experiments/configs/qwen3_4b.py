@@ -2,9 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from experiments.configs import presets
+from experiments.configs import published
 
 
 def get_config() -> ConfigDict:
     """Sizes for `compile_report.py`."""
-    return presets.get_config("qwen3_4b")
+    return published.get_config("qwen3_4b")

@@ -1,0 +1,225 @@
+"""A typed config and a tokenizer become an agent: protocol, prompt, model and memory.
+
+Every script goes through here, so that training, evaluation and serving cannot disagree about
+the protocol, the prompt or the memory.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import os
+import pathlib
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from atommem_jax.config import ConfigError
+from atommem_jax.language import chat
+from atommem_jax.language import prompt as prompting
+from atommem_jax.language import protocol as protocol_lib
+from atommem_jax.language.grammar import compile_grammar
+from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer
+from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.learning import rollout
+from atommem_jax.memory.embedding import HashedBagOfTokens
+from atommem_jax.model import attention, lora
+from atommem_jax.model.sampling import Agent, SamplerConfig
+from atommem_jax.model.transformer import ModelConfig, Transformer
+from atommem_jax.parallel import mesh
+from atommem_jax.parallel.mesh import prepare_devices
+from atommem_jax.tasks import datasets, encoding, teacher, workflows
+
+HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
+"""Fields of `config.model` that change no parameter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything that follows from a config and a tokenizer, parameters aside."""
+
+    config: ConfigDict
+    tokenizer: Tokenizer
+    agent: Agent
+    script: teacher.Script
+    workflow: workflows.Workflow
+    embed: HashedBagOfTokens
+
+    def setting(self, shape: encoding.EpisodeShape) -> rollout.Setting:
+        """The rollout's sizes for episodes of this shape."""
+        c = self.config
+        longest = prompting.width(
+            self.agent.template,
+            questions=shape.questions,
+            question_length=shape.question_length,
+            scratchpad_length=c.memory.scratchpad_length,
+            query_length=c.memory.query_length,
+            entry_length=c.memory.entry_length,
+            chunk_length=shape.chunk_length,
+        )
+        multiple = attention.row_multiple(self.agent.model.config.attention, longest)
+        sizes = rollout.RolloutConfig(
+            max_turns=1,
+            prompt_width=-(-longest // multiple) * multiple,
+            slots=c.memory.slots,
+            entry_length=c.memory.entry_length,
+            scratchpad_length=c.memory.scratchpad_length,
+            query_length=c.memory.query_length,
+            shown=c.memory.shown,
+            key_dim=c.memory.key_dim,
+            eviction=c.memory.eviction,
+            read_budget=c.rollout.read_budget,
+            answer_read_budget=c.rollout.answer_read_budget,
+        )
+        sizes = dataclasses.replace(sizes, **self.workflow.sizes(c.memory.shown))
+        sizes = dataclasses.replace(
+            sizes, max_turns=sizes.turn_bound(shape.chunks, shape.questions)
+        )
+        return rollout.Setting(
+            grammar=self.agent.grammar,
+            template=self.agent.template,
+            config=sizes,
+            embed=self.embed,
+        )
+
+
+def category_names(config: ConfigDict) -> list[str]:
+    """Names of the task's categories of facts."""
+    module = importlib.import_module(f"atommem_jax.tasks.{config.task.name}")
+    return [category.name.lower() for category in module.FactCategory]
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a training run. Call it before anything else touches JAX's devices."""
+    prepare_devices(config.mesh.cpu_devices)
+    c = config.mesh
+    try:
+        return mesh.make_mesh(c.data, c.fsdp, c.tensor, slices=c.slices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def make_optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage."""
+    return optimizer_lib.make_optimizer(subconfig(optimizer_lib.OptimizerConfig, section), steps)
+
+
+def subconfig(cls, section: ConfigDict, **more):
+    """A frozen dataclass from a config section of the same fields."""
+    return cls(**{**section.to_dict(), **more})
+
+
+def reserved_names(config: ConfigDict) -> list[str]:
+    """Names of the tokens that protocol and prompt need, and that no text may encode to."""
+    names: list[str] = []
+    if config.protocol.name == "compact":
+        names += find_protocol(config).reserved_names()
+    if config.prompt == "compact":
+        names += prompting.reserved_names(config.memory.shown)
+    return list(dict.fromkeys(names))
+
+
+def find_protocol(config: ConfigDict) -> protocol_lib.Protocol:
+    """The action protocol, with all its kinds. Raises ValueError for an unknown one."""
+    chosen = config.get("protocol", {"name": "compact", "free_text": False})  # older runs have none
+    return protocol_lib.find(
+        chosen["name"], config.memory.shown, free_text=bool(chosen["free_text"])
+    )
+
+
+def architecture(config: ConfigDict) -> ConfigDict:
+    """What the parameters of a model depend on, with the values that its section leaves out."""
+    fields = config.model.to_dict()
+    features = fields.pop("match_features")
+    sizes = dataclasses.asdict(ModelConfig(vocab_size=1, **fields))
+    for name in (*HOW_TO_COMPUTE, "vocab_size", "pad_id", "num_features", "lora"):
+        del sizes[name]  # the rest follows from the tokenizer, the prompt and a section of its own
+    return ConfigDict(sizes | {"match_features": features})
+
+
+def load_dataset(config: ConfigDict, data_root: str) -> datasets.Dataset:
+    """Prepares the task's data under `data_root`. Raises ConfigError where it cannot."""
+    try:
+        return datasets.prepare(config.task.to_dict(), data_root)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def fit_tokenizer(config: ConfigDict, dataset: datasets.Dataset) -> SentencePieceTokenizer:
+    """The tokenizer stored beside the data set; trained on its train split the first time."""
+    names = reserved_names(config)
+    coverage = config.tokenizer.get("character_coverage", 1.0)  # most tasks name none
+    settings = (config.tokenizer.vocab_size, names) + ((coverage,) if coverage < 1.0 else ())
+    mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+    path = pathlib.Path(dataset.directory) / f"tokenizer-{mark}.bin"
+    if path.exists():
+        return SentencePieceTokenizer.from_bytes(path.read_bytes())
+    tokenizer = SentencePieceTokenizer.train(
+        datasets.tokenizer_texts(dataset),
+        config.tokenizer.vocab_size,
+        names,
+        character_coverage=coverage,
+    )
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_bytes(tokenizer.to_bytes())
+    aside.replace(path)
+    return tokenizer
+
+
+def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
+    """Compiles protocol and prompt for the tokenizer and lays out the model."""
+    m, r = config.memory, config.rollout
+    max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
+    workflow = workflows.find(config.get("workflow", "learned"))  # older runs have none
+    protocol = find_protocol(config).restrict(workflow.kinds)
+    grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
+    sizes = config.model.to_dict()
+    features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        num_features=features,
+        lora=lora_config(config),
+        **sizes,
+    )
+    sampler = SamplerConfig(
+        response_length=r.response_length,
+        constrained=r.constrained,
+        top_p=r.top_p,
+        score_chunk=r.get("score_chunk", 0),  # older runs have none of these
+        unstack=r.get("unstack", False),
+    )
+    return Parts(
+        config=config,
+        tokenizer=tokenizer,
+        agent=Agent(
+            grammar=grammar,
+            template=make_template(config, tokenizer, protocol),
+            model=Transformer(model),
+            sampler=sampler,
+        ),
+        script=teacher.Script.compile(
+            protocol, tokenizer, response_length=r.response_length, max_text=max_text
+        ),
+        workflow=workflow,
+        embed=HashedBagOfTokens(vocab_size=tokenizer.vocab_size, dim=m.key_dim),
+    )
+
+
+def make_template(
+    config: ConfigDict, tokenizer: Tokenizer, protocol: protocol_lib.Protocol
+) -> prompting.Template:
+    """The pieces of a prompt. Raises ConfigError for a tokenizer that cannot write them."""
+    try:
+        if config.get("prompt", "compact") == "chat":  # older runs have none
+            return chat.template(tokenizer, protocol, thinking=protocol.free_text)
+        return prompting.compact(tokenizer, config.memory.shown)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(str(error.args[0])) from error
+
+
+def lora_config(config: ConfigDict) -> lora.LoraConfig:
+    """The adapters of a run; older ones have none."""
+    if "lora" not in config:
+        return lora.LoraConfig()
+    return subconfig(lora.LoraConfig, config.lora, targets=tuple(config.lora.targets))

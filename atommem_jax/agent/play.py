@@ -1,0 +1,141 @@
+"""Jitted players: the rollouts of an agent, or of a scripted teacher, over a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from atommem_jax.agent.build import Parts
+from atommem_jax.config import ConfigError
+from atommem_jax.learning import rollout
+from atommem_jax.model import lora
+from atommem_jax.model.transformer import without_adapters
+from atommem_jax.parallel import host_batches, program
+from atommem_jax.parallel import rules as rules_lib
+from atommem_jax.tasks import encoding, teacher
+from atommem_jax.types import Episode, Trajectory
+
+
+def in_microbatches(
+    play: Callable[[Episode, jax.Array], Trajectory], group: int
+) -> Callable[[Episode, jax.Array], Trajectory]:
+    """Plays a batch `group` trajectories at a time, each group to its own end.
+
+    On a CPU smaller groups are faster per trajectory (caches), and a group whose episodes are
+    over does not wait for the others. On an accelerator use the whole batch.
+    """
+
+    def grouped(episodes: Episode, ids: jax.Array) -> Trajectory:
+        size = ids.shape[0]
+        if group <= 0 or group >= size:
+            return play(episodes, ids)
+        if size % group:
+            raise ConfigError(
+                f"rollout.group={group} does not divide the batch of {size} trajectories; "
+                "choose a divisor, or 0 for the whole batch"
+            )
+
+        def split(x):
+            return x.reshape(size // group, group, *x.shape[1:])
+
+        played = jax.lax.map(lambda pair: play(*pair), (jax.tree.map(split, episodes), split(ids)))
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), played)
+
+    return grouped
+
+
+def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh):
+    """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model.
+
+    Episodes and ids are sharded over `mesh`, and so are the trajectories. Parameters may lie
+    anywhere: they are moved, and cast to `rollout.param_dtype`, once a rollout.
+    """
+    play = make_program(parts, mesh)
+    return functools.partial(
+        play, *host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
+    )
+
+
+def make_program(parts: Parts, mesh: Mesh):
+    """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
+
+    Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
+    A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
+    those of another policy than the one that learns.
+    """
+    group = parts.config.rollout.group
+    model = parts.agent.model.config
+    layout = model.layout
+    dtype = parts.config.rollout.get("param_dtype", "float32")
+    merges = model.dtype == "float32"
+
+    def play_local(agent, setting, params, episodes, ids, seed, temperature):
+        policy = rollout.model_policy(agent, params, temperature)
+        policy = parts.workflow.apply(policy, parts.script)
+        play = in_microbatches(lambda e, i: rollout.run(setting, policy, e, i, seed), group)
+        return play(episodes, ids)
+
+    play_shares = program.data_parallel(
+        play_local,
+        mesh,
+        sharded=(False, False, False, True, True, False, False),
+        sharded_out=True,
+    )
+
+    @jax.jit
+    def play(agent, setting, params, *rest):
+        if merges:
+            params = lora.merge(params, model.lora)
+            agent = agent.replace(model=without_adapters(agent.model))
+        params = cast_matrices(params, dtype)
+        for rules in (rules_lib.TRAINING, rules_lib.ROLLOUT):  # cast where they lie, then moved
+            where = layout.shardings(params, mesh, rules)
+            params = jax.lax.with_sharding_constraint(params, where)
+        return play_shares(agent, setting, params, *rest)
+
+    return play
+
+
+def cast_matrices(params, dtype: str):
+    """Matrices and embeddings in another dtype; norms and the value head stay in float32.
+
+    With "bfloat16" it changes nothing of what a model with `dtype="bfloat16"` computes, which
+    casts them anyway, but halves what decoding reads.
+    """
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf if "norm" in name or "value_head" in name else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def make_scripted_player(
+    parts: Parts,
+    shape: encoding.EpisodeShape,
+    config: teacher.TeacherConfig,
+    mesh: Mesh,
+):
+    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher in the workflow."""
+    config = parts.workflow.restrict(config)
+    # Rates are arguments of the program, so that teachers share what was compiled for one.
+    rates = {
+        name: np.float32(value)
+        for name, value in dataclasses.asdict(config).items()
+        if not isinstance(value, bool)
+    }
+
+    def play_local(setting, rates, episodes, ids, seed):
+        policy = teacher.policy(dataclasses.replace(config, **rates), parts.script)
+        policy = parts.workflow.apply(policy, parts.script)
+        return rollout.run(setting, policy, episodes, ids, seed)
+
+    play = jax.jit(
+        program.data_parallel(
+            play_local, mesh, sharded=(False, False, True, True, False), sharded_out=True
+        )
+    )
+    return functools.partial(play, *host_batches.replicate((parts.setting(shape), rates), mesh))

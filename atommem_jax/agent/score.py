@@ -1,0 +1,94 @@
+"""Plays a split of a data set with a loaded agent, and keeps its records and their summary."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from atommem_jax.agent import build
+from atommem_jax.agent.load import Loaded, find_split
+from atommem_jax.learning import evaluation
+from atommem_jax.parallel import host_batches
+from atommem_jax.tasks import batches as batches_lib
+from atommem_jax.tasks import datasets
+
+
+def evaluate_split(
+    loaded: Loaded,
+    dataset: datasets.Dataset,
+    split: str,
+    *,
+    temperature: float = 0.0,
+    episodes: int = 0,
+    seed: int = 0,
+    out: pathlib.Path | None = None,
+    label: str = "",
+    skip_existing: bool = False,
+) -> dict[str, Any]:
+    """Plays a split once and returns its summary; with `out` it also writes both files.
+
+    With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
+    same split, temperature, step, seed, settings and number of episodes.
+
+    Raises ConfigError for an unknown split.
+    """
+    examples = find_split(dataset, split)
+    examples = examples[:episodes] if episodes else examples
+    name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *loaded.settings])
+    cell: dict[str, Any] = {
+        "split": split,
+        "temperature": temperature,
+        "seed": seed,
+        "step": loaded.step,
+    }
+    if loaded.settings:
+        cell["settings"] = loaded.settings
+    if skip_existing and out is not None:
+        found = _read_summary(out / f"{name}.json", cell | {"episodes": len(examples)})
+        if found is not None:
+            return found
+    tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
+    shape = loaded.shape(dataset, split)
+    size = loaded.parts.config.eval.batch_size
+    play = loaded.player(shape)
+    key = host_batches.replicate(jax.random.key(seed), mesh)
+    heat = host_batches.replicate(np.float32(temperature), mesh)
+    batches = batches_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
+    total = -(-len(examples) // size)
+    records, statistics = evaluation.evaluate(
+        lambda e, ids: play(loaded.params, e, ids, key, heat),
+        tqdm.tqdm(batches, desc=f"{label}{split}", total=total, leave=False, mininterval=1.0),
+        tokenizer.decode,
+        mesh=mesh,
+    )
+    summary: dict[str, Any] = evaluation.summarise(records)
+    categories = build.category_names(loaded.parts.config)
+    summary |= cell | {
+        "statistics": statistics,
+        "categories": evaluation.category_rates(records, categories),
+    }
+    if out is not None:
+        _write(out, name, records, summary)
+    return summary
+
+
+def _read_summary(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary in a file, unless there is none or it is of something else."""
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    same = all(summary.get(field) == value for field, value in expected.items())
+    return summary if same else None
+
+
+def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    # Last, and renamed when whole: a summary that is there says that its records are too.
+    aside = out / f"{name}.json.tmp"
+    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    aside.replace(out / f"{name}.json")

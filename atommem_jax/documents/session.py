@@ -1,0 +1,136 @@
+"""One trajectory, played turn by turn on the host: for documents of a person, and for policies
+that are no JAX program.
+
+The same functions as in training do everything but the responding (`rollout.look`, `rollout.act`),
+so prompts, parsing and memory are those of training, token for token.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atommem_jax.learning import rollout
+from atommem_jax.model import attention
+from atommem_jax.model.sampling import Agent
+from atommem_jax.types import Episode, MemoryState, Phase, Response, Trajectory, Turns, View
+
+WIDTHS = 4
+"""Into how many prompt widths `model_responder` sorts prompts."""
+
+Respond = Callable[[View, jax.Array], Response]
+"""(view [1], key [1]) -> response [1] of one turn."""
+
+
+class Turn(NamedTuple):
+    """What a turn was like."""
+
+    seen: rollout.Seen  # leaves lead with 1
+    before: MemoryState  # after retrieval, as the turn saw it; no leading axis
+    after: MemoryState
+    record: Turns  # no leading axis
+
+
+class Session:
+    """Plays one episode. Iterate over `turns`; then `trajectory` is the whole of it.
+
+    Args:
+      setting: sizes and grammar.
+      respond: the policy.
+      episode: without a leading axis.
+      table: what is remembered before the first turn; None for an empty memory.
+      trajectory_id: with `seed` it determines all randomness, as in `rollout.run`.
+      seed: of sampling.
+    """
+
+    def __init__(
+        self,
+        setting: rollout.Setting,
+        respond: Respond,
+        episode: Episode,
+        *,
+        table: MemoryState | None = None,
+        trajectory_id: int = 0,
+        seed: int = 0,
+    ):
+        self.setting, self.respond = setting, respond
+        self.episode = jax.tree.map(lambda x: jnp.asarray(x)[None], episode)
+        self._ids = jnp.asarray([trajectory_id], jnp.int32)
+        self._key = jax.random.fold_in(jax.random.key(seed), trajectory_id)
+        self._env = _start(setting, self.episode, table)
+        self._records: list[Turns] = []
+
+    @property
+    def memory(self) -> MemoryState:
+        """As it is now; no leading axis."""
+        return _first(self._env.memory)
+
+    def turns(self) -> Iterator[Turn]:
+        """Plays the turns that are left, up to `max_turns`, each when it is asked for."""
+        while len(self._records) < self.setting.config.max_turns:
+            if int(self._env.phase[0]) == Phase.DONE:
+                return
+            seen = _look(self.setting, self._env, self.episode)
+            key = jax.random.fold_in(self._key, len(self._records))
+            response = self.respond(seen.view, key[None])
+            self._env, record = _act(self.setting, self._env, seen, self.episode, response)
+            record = jax.device_get(record)
+            self._records.append(record)
+            yield Turn(seen, _first(seen.env.memory), self.memory, _first(record))
+
+    def trajectory(self) -> Trajectory:
+        """The turns played so far, as a batch of one. Raises ValueError before the first."""
+        if not self._records:
+            raise ValueError("trajectory: no turn has been played; iterate over turns() first")
+        records = jax.tree.map(lambda *leaves: np.stack(leaves), *self._records)
+        return rollout.finish(self._ids, self._env, records)
+
+
+def model_responder(agent: Agent, params, temperature: float) -> Respond:
+    """The policy of a model; 0 is greedy.
+
+    The prompt width must hold the longest prompt, and most are shorter: their padding is cut to one
+    of a few widths, each of which is compiled when it is first needed.
+    """
+    heat = jnp.asarray(temperature, jnp.float32)
+
+    def respond(view: View, keys: jax.Array) -> Response:
+        width = choose_width(agent, view.prompt.shape[1], int(view.prompt_length[0]))
+        cut = view.replace(prompt=view.prompt[:, view.prompt.shape[1] - width :])
+        return _generate(agent, params, cut, keys, heat)
+
+    return respond
+
+
+def choose_width(agent: Agent, prompt_width: int, length: int) -> int:
+    """The least of `WIDTHS` even parts of `prompt_width` that holds `length` tokens."""
+    multiple = attention.row_multiple(agent.model.config.attention, prompt_width)
+    for part in range(1, WIDTHS):
+        width = -(-prompt_width * part // WIDTHS)
+        width = -(-width // multiple) * multiple
+        if length <= width <= prompt_width:
+            return width
+    return prompt_width
+
+
+@jax.jit
+def _generate(agent: Agent, params, view: View, keys, temperature) -> Response:
+    policy = rollout.model_policy(agent, params, temperature)
+    return policy(view, None, keys)  # a model looks at nothing but the view
+
+
+@jax.jit
+def _start(setting, episodes, table):
+    begin = functools.partial(rollout.start, table=table)
+    return jax.vmap(begin, in_axes=(None, 0))(setting, episodes)
+
+
+_look = jax.jit(rollout.look)
+_act = jax.jit(rollout.act)
+
+
+def _first(tree):
+    return jax.tree.map(lambda x: x[0], tree)

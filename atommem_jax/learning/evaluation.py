@@ -1,0 +1,236 @@
+"""Rollouts over a split -> per-question records -> EM and F1 with bootstrap intervals.
+
+Every sample of the split is scored, and the count is part of the summary. Intervals resample
+*episodes*, because the questions of one episode share a memory and are not independent.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from atommem_jax.learning import reward
+from atommem_jax.parallel import host_batches, processes
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.tasks.batches import EpisodeBatch
+from atommem_jax.types import ActionKind, Episode, Phase, Trajectory
+
+Record = dict[str, Any]
+
+_COUNTED = [kind for kind in ActionKind if kind != ActionKind.NONE]
+_FATES = ("attempted", "applied", "invalid")
+
+
+def decode_answers(
+    answers: Int[np.ndarray, "B Q X"],
+    lengths: Int[np.ndarray, "B Q"],
+    decode: Callable[[Sequence[int]], str],
+) -> list[list[str]]:
+    """Answers as text; '' where none was given. Each distinct answer is decoded once."""
+    known: dict[tuple[int, ...], str] = {(): ""}
+    texts: list[list[str]] = []
+    for rows, sizes in zip(answers.tolist(), lengths.tolist(), strict=True):
+        texts.append([])
+        for row, size in zip(rows, sizes, strict=True):
+            ids = tuple(row[:size])
+            if ids not in known:
+                known[ids] = decode(ids)
+            texts[-1].append(known[ids])
+    return texts
+
+
+def score_answers(
+    texts: Sequence[Sequence[str]],
+    aliases: Sequence[Sequence[Sequence[str]]],
+    metric: reward.Metric = reward.exact_match,
+) -> Float[np.ndarray, "B Q"]:
+    """The answer to question i against the aliases of question i; 0 past the last question."""
+    scores = np.zeros((len(texts), max(map(len, texts), default=0)), np.float32)
+    for b, accepted in enumerate(aliases):
+        row = reward.score_answers(texts[b][: len(accepted)], accepted, metric)
+        scores[b, : len(accepted)] = row
+    return scores
+
+
+@jax.jit
+def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
+    """Means over a batch of trajectories, as float32 scalars.
+
+    Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
+    turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
+    policy wrote, not those of a fixed program. `well_formed` is a share of the actions begun, and
+    `ended` of the turns: those that were shorter than they might have been.
+    """
+    turns = trajectories.turns
+    live = turns.live.astype(jnp.float32)
+    episodes = float(live.shape[0])
+    turn_count = jnp.maximum(live.sum(), 1.0)
+    written = jnp.where(turns.scripted, 0, turns.response_lengths).astype(jnp.float32)
+    tokens = jnp.maximum(written.sum(), 1.0)
+    responses = jnp.maximum((turns.live & ~turns.scripted).astype(jnp.float32).sum(), 1.0)
+    reading = turns.live & (turns.phase == Phase.READING)
+    places = jnp.arange(turns.actions.kind.shape[2], dtype=jnp.int32)[None, None]
+    begun = turns.live[..., None] & (places < turns.actions.count[..., None])
+    ended = turns.live & ~turns.scripted & (turns.response_lengths < turns.response.shape[2])
+    answered = trajectories.answer_lengths > 0
+    # Rows past an episode's last question are padding: only what was put can go unanswered.
+    number = jnp.arange(answered.shape[1], dtype=jnp.int32)[None, None]
+    put = jnp.any(turns.live[..., None] & (turns.question[..., None] == number), axis=1)
+    result = {
+        "turns": live.sum() / episodes,
+        "response_tokens": tokens / responses,
+        "prompt_tokens": turns.prompt_lengths.sum().astype(jnp.float32) / turn_count,
+        "tokens": tokens,
+        "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum().astype(jnp.float32)
+        / turn_count,
+        "sampled_nll": -turns.log_probs.sum() / tokens,
+        "unanswered": jnp.sum(put & ~answered).astype(jnp.float32)
+        / jnp.maximum(put.sum().astype(jnp.float32), 1.0),
+        "reading_turns": reading.sum().astype(jnp.float32) / episodes,
+        "well_formed": (begun & turns.actions.well_formed).sum().astype(jnp.float32)
+        / jnp.maximum(begun.sum().astype(jnp.float32), 1.0),
+        "ended": ended.sum().astype(jnp.float32) / responses,
+    }
+    for fate in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
+        counts = getattr(turns.report, fate).sum(axis=(0, 1)).astype(jnp.float32) / episodes
+        for kind in _COUNTED:
+            if fate in _FATES or kind == ActionKind.CREATE:
+                result[f"{fate}/{kind.name.lower()}"] = counts[kind]
+    return result
+
+
+def _handling(trajectories: Trajectory, episodes: Episode) -> Iterator[list[tuple[int, str]]]:
+    """Per episode: (category, what its turn did) of every fact that was read."""
+    turns = host_batches.fetch(trajectories.turns)
+    category = np.asarray(episodes.annotations.category)
+    names = {ActionKind.CREATE: "create", ActionKind.UPDATE: "update"}
+    for b in range(category.shape[0]):
+        done: dict[int, str] = {}
+        for t in np.flatnonzero(turns.live[b] & (turns.phase[b] == Phase.READING)):
+            chunk = int(turns.chunk[b, t])
+            done.setdefault(chunk, "none")
+            for kind, name in names.items():
+                if turns.report.applied[b, t, kind]:
+                    done[chunk] = name
+        yield [(int(c), what) for chunk, what in done.items() for c in category[b, chunk] if c >= 0]
+
+
+def evaluate(
+    play: Callable[[Episode, Int[Array, " B"]], Trajectory],
+    batches: Iterable[tuple[EpisodeBatch, int]],
+    decode: Callable[[Sequence[int]], str],
+    *,
+    first_id: int = 0,
+    mesh: Mesh | None = None,
+) -> tuple[list[Record], dict[str, float]]:
+    """Plays every sample once; with several processes each decodes and scores its own rows.
+
+    Args:
+      play: (episodes [B], trajectory ids [B]) -> trajectories; jitted.
+      batches: from `tasks.batches.iterate_split`, with the rows of this process: the last batch
+        is filled up, and only the first `real` rows of the whole batch count.
+      decode: token ids -> text.
+      first_id: trajectory id of the split's first sample; the others follow in order.
+      mesh: what the batches are sharded over; None is the first device alone.
+
+    Returns:
+      One record a question, and statistics weighted by episodes; those of all processes, on each.
+    """
+    mesh = mesh or mesh_lib.single()
+    records: list[Record] = []
+    totals: dict[str, float] = {}
+    seen = 0
+    for batch, real in batches:
+        rows = host_batches.process_rows(mesh, host_batches.whole_size(mesh, len(batch.aliases)))
+        ids = (first_id + seen + rows).astype(np.int32)
+        trajectories = play(*host_batches.shard((batch.episodes, ids), mesh))
+        answers, lengths, log_probs = host_batches.fetch(
+            (trajectories.answers, trajectories.answer_lengths, trajectories.answer_log_prob)
+        )
+        turn_counts = np.asarray(host_batches.fetch(trajectories.turns.live)).sum(axis=1)
+        texts = decode_answers(answers, lengths, decode)
+        em = score_answers(texts, batch.aliases)
+        f1 = score_answers(texts, batch.aliases, reward.f1)
+        handled = list(_handling(trajectories, batch.episodes))
+        for b in np.flatnonzero(rows < real):
+            for q, accepted in enumerate(batch.aliases[b]):
+                question = batch.episodes.questions[b, q]
+                length = int(batch.episodes.question_lengths[b, q])
+                records.append(
+                    {
+                        "episode": int(batch.ids[b]),
+                        "trajectory": int(ids[b]),
+                        "question": q,
+                        "text": decode(question[:length].tolist()),
+                        "answer": texts[b][q],
+                        "aliases": accepted,
+                        "em": float(em[b, q]),
+                        "f1": float(f1[b, q]),
+                        "log_prob": float(log_probs[b, q]),
+                        "turns": int(turn_counts[b]),
+                        "handled": handled[b] if q == 0 else [],
+                    }
+                )
+        kept = host_batches.first_rows(trajectories, real)
+        for name, value in jax.device_get(statistics(kept)).items():
+            totals[name] = totals.get(name, 0.0) + float(value) * real
+        seen += real
+    means = {name: value / max(seen, 1) for name, value in totals.items()}
+    return _merge(processes.gather(records)), means
+
+
+def _merge(parts: Sequence[list[Record]]) -> list[Record]:
+    """The records of all processes in the order of one; rows that several hold count once."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = {(r["trajectory"], r["question"]): r for part in parts for r in part}
+    return [rows[place] for place in sorted(rows)]
+
+
+def summarise(
+    records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """Mean EM and F1 over questions, with 95% percentile bootstrap intervals over episodes.
+
+    Raises ValueError where there are no records.
+    """
+    if not records:
+        raise ValueError("records is empty: nothing was evaluated; check the split")
+    episodes = sorted({record["episode"] for record in records})
+    row = {episode: i for i, episode in enumerate(episodes)}
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(episodes), size=(resamples, len(episodes)))
+    counts = np.zeros(len(episodes))
+    for record in records:
+        counts[row[record["episode"]]] += 1
+    summary: dict[str, float] = {"episodes": len(episodes), "questions": len(records)}
+    for name in ("em", "f1"):
+        sums = np.zeros(len(episodes))
+        for record in records:
+            sums[row[record["episode"]]] += record[name]
+        means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        prefix = "" if name == "em" else "f1_"
+        summary[name] = float(sums.sum() / counts.sum())
+        summary[f"{prefix}ci_low"], summary[f"{prefix}ci_high"] = float(low), float(high)
+    return summary
+
+
+def category_rates(records: Sequence[Record], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Per category of fact: how many were read, and the shares created, updated and ignored."""
+    table: dict[str, dict[str, float]] = {}
+    for record in records:
+        for category, what in record["handled"]:
+            row = table.setdefault(
+                names[category], {"facts": 0, "create": 0, "update": 0, "none": 0}
+            )
+            row["facts"] += 1
+            row[what] += 1
+    for row in table.values():
+        for what in ("create", "update", "none"):
+            row[what] /= row["facts"]
+    return table

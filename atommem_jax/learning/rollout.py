@@ -1,0 +1,391 @@
+"""The turn loop: a whole multi-turn episode is one jitted program.
+
+Every turn shows what the standing query retrieves, builds the prompt, lets a *policy* respond,
+parses the response and applies its actions to the slot table. `run` loops over turns in a
+`lax.while_loop` that ends when every trajectory is over, and returns a record of each turn.
+
+A policy is any function `(view, episodes, keys) -> Response` on a batch: `model_policy` samples
+from the transformer; scripted teachers (`tasks.teacher`) and static workflows are others. So
+teacher trajectories, training rollouts and evaluation see the same prompts, token for token.
+
+Phases (paper, section 3; exact rules in "Memory semantics" of the README):
+
+    READING --last chunk--> ANSWERING --read budget spent--> FINAL
+                               ^  |---------- answer ----------|
+                               +-- next question --+-- none left --> DONE
+
+Randomness is fold_in(fold_in(fold_in(seed, trajectory id), turn), position): a trajectory can
+be replayed from (params, seed, trajectory id) whoever else is in the batch.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from atommem_jax.language import prompt as prompting
+from atommem_jax.language.grammar import Grammar
+from atommem_jax.memory import slot_table
+from atommem_jax.model.sampling import Agent, generate
+from atommem_jax.types import (
+    EMPTY,
+    NUM_KINDS,
+    ActionKind,
+    Actions,
+    Embed,
+    Episode,
+    MemoryState,
+    Observation,
+    Phase,
+    Policy,
+    Report,
+    Response,
+    Trajectory,
+    Turns,
+    View,
+)
+
+PERMITTED = np.zeros((len(Phase), NUM_KINDS), bool)
+PERMITTED[Phase.READING, ActionKind.CREATE : ActionKind.ANSWER] = True
+PERMITTED[Phase.ANSWERING, [ActionKind.READ, ActionKind.ANSWER]] = True
+PERMITTED[Phase.FINAL, ActionKind.ANSWER] = True
+
+EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Static sizes and budgets of an episode."""
+
+    max_turns: int  # T; `turn_bound` gives the number that is always enough
+    prompt_width: int  # P; see `prompt.width`
+    slots: int = 5  # N
+    entry_length: int = 8  # L
+    scratchpad_length: int = 2  # S
+    query_length: int = 8  # Y
+    shown: int = 4  # K
+    key_dim: int = 128  # D
+    eviction: str = "lru"
+    read_budget: int = 1  # reading turns in a row that may keep the chunk
+    answer_read_budget: int = 1  # turns a question that may read instead of answering
+
+    def turn_bound(self, chunks: int, questions: int) -> int:
+        """Turns after which every episode of this size is over, whatever the policy does."""
+        return chunks * (1 + self.read_budget) + questions * (1 + self.answer_read_budget)
+
+
+@flax.struct.dataclass
+class Environment:
+    """Where one trajectory stands between two turns."""
+
+    slot_table: MemoryState
+    phase: Int[Array, ""]
+    chunk: Int[Array, ""]  # next to show while reading
+    question: Int[Array, ""]  # next to put while answering
+    reads: Int[Array, ""]  # budgeted reads spent on this chunk's streak, or on this question
+    answers: Int[Array, "Q X"]
+    answer_lengths: Int[Array, " Q"]
+    answer_log_prob: Float[Array, " Q"]
+
+
+@flax.struct.dataclass
+class Setting:
+    """Everything an episode runs in, except the policy."""
+
+    grammar: Grammar
+    template: prompting.Template
+    config: RolloutConfig = flax.struct.field(pytree_node=False)
+    embed: Embed = flax.struct.field(pytree_node=False)
+
+    @property
+    def pad_id(self) -> int:
+        return self.template.pad_id
+
+
+def model_policy(agent: Agent, params, temperature: Float[Array, ""]) -> Policy:
+    """Samples from the transformer. `temperature` is traced; 0 is greedy."""
+
+    def respond(view: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
+        del episodes
+        return generate(
+            agent,
+            params,
+            view.prompt,
+            view.prompt_length,
+            view.phase,
+            keys,
+            temperature,
+            skip=view.phase == Phase.DONE,
+        )
+
+    return respond
+
+
+def start(setting: Setting, episode: Episode, table: MemoryState | None = None) -> Environment:
+    """Before the first chunk (or the first question, without chunks).
+
+    table: what is remembered already; None for an empty memory, as in training.
+    """
+    c = setting.config
+    questions = episode.questions.shape[0]
+    if table is None:
+        table = slot_table.init(
+            slots=c.slots,
+            entry_length=c.entry_length,
+            scratchpad_length=c.scratchpad_length,
+            query_length=c.query_length,
+            shown=c.shown,
+            key_dim=c.key_dim,
+            pad_id=setting.pad_id,
+        )
+    zero = jnp.zeros((), jnp.int32)
+    env = Environment(
+        memory=table,
+        phase=jnp.full((), int(Phase.READING), jnp.int32),
+        chunk=zero,
+        question=zero,
+        reads=zero,
+        answers=jnp.full((questions, setting.grammar.max_text), setting.pad_id, jnp.int32),
+        answer_lengths=jnp.zeros((questions,), jnp.int32),
+        answer_log_prob=jnp.zeros((questions,), jnp.float32),
+    )
+    return _put_question(setting, env, episode, episode.num_chunks == 0)
+
+
+def _put_question(
+    setting: Setting, env: Environment, episode: Episode, when: Bool[Array, ""]
+) -> Environment:
+    """Starts question `env.question` with a fresh budget, or ends the episode."""
+    exists = env.question < episode.num_questions
+    index = jnp.minimum(env.question, episode.num_questions - 1)
+    asked = slot_table.set_query(
+        env.memory, episode.questions[index], episode.question_lengths[index], setting.pad_id
+    )
+    first = Phase.ANSWERING if setting.config.answer_read_budget > 0 else Phase.FINAL
+    phase = jnp.where(exists, int(first), int(Phase.DONE))
+    put = when & exists
+    return env.replace(
+        memory=jax.tree.map(lambda new, old: jnp.where(put, new, old), asked, env.memory),
+        phase=jnp.where(when, phase, env.phase),
+        reads=jnp.where(when, 0, env.reads),
+    )
+
+
+def begin_turn(
+    setting: Setting, env: Environment, episode: Episode
+) -> tuple[Environment, View, Float[Array, " K"]]:
+    """Retrieval with the standing query, then the prompt; also the cosines of what is shown."""
+    with jax.named_scope("retrieve"):
+        table, scores = slot_table.retrieve(env.memory, setting.embed)
+    shown, shown_lengths = slot_table.observe(table, setting.pad_id)
+    reading = env.phase == Phase.READING
+    answering = (env.phase == Phase.ANSWERING) | (env.phase == Phase.FINAL)
+    rows = jnp.arange(episode.questions.shape[0])
+    put = jnp.where(reading, rows < episode.num_questions, rows == env.question)
+    chunk = jnp.minimum(env.chunk, episode.chunks.shape[0] - 1)
+    observation = Observation(
+        phase=env.phase,
+        questions=episode.questions,
+        question_lengths=jnp.where(put, episode.question_lengths, 0),
+        chunk=episode.chunks[chunk],
+        chunk_length=jnp.where(reading, episode.chunk_lengths[chunk], 0),
+        scratchpad=table.scratchpad,
+        scratchpad_length=table.scratchpad_length,
+        query=table.query,
+        query_length=table.query_length,
+        shown=shown,
+        shown_lengths=shown_lengths,
+    )
+    with jax.named_scope("assemble"):
+        prompt, length = prompting.assemble(
+            setting.template, observation, prompt_width=setting.config.prompt_width
+        )
+    view = View(
+        observation=observation,
+        prompt=prompt,
+        prompt_length=length,
+        phase=env.phase,
+        chunk=jnp.where(reading, env.chunk, EMPTY),
+        question=jnp.where(answering, env.question, EMPTY),
+    )
+    return env.replace(memory=table), view, scores
+
+
+def end_turn(
+    setting: Setting, env: Environment, episode: Episode, response: Response
+) -> tuple[Environment, Actions, Report]:
+    """Parses the response, applies its actions and moves on by the advance rule."""
+    c = setting.config
+    with jax.named_scope("parse"):
+        actions = setting.grammar.parse(response.tokens, response.lengths)
+    with jax.named_scope("transition"):
+        table, report = slot_table.transition(
+            env.memory,
+            actions,
+            permitted=jnp.asarray(PERMITTED)[env.phase],
+            eviction=c.eviction,
+            embed=setting.embed,
+            pad_id=setting.pad_id,
+        )
+    env = env.replace(memory=table)
+    has_read = report.applied[ActionKind.READ] > 0
+
+    reading = env.phase == Phase.READING
+    edited = sum(report.applied[kind] for kind in EDITS) > 0
+    stay = has_read & ~edited & (env.reads < c.read_budget)
+    chunk = jnp.where(reading & ~stay, env.chunk + 1, env.chunk)
+
+    has_answered = report.applied[ActionKind.ANSWER] > 0
+    retry = has_read & ~has_answered
+    finished = ~reading & ~retry
+    env = _record_answer(env, actions, response, has_answered)
+    reads = jnp.where(jnp.where(reading, stay, retry), env.reads + 1, 0)
+    spent = ~reading & (reads >= c.answer_read_budget)
+    env = env.replace(
+        chunk=chunk,
+        question=jnp.where(finished, env.question + 1, env.question),
+        reads=reads,
+        phase=jnp.where(spent, int(Phase.FINAL), env.phase),
+    )
+    read_all = reading & (chunk >= episode.num_chunks)
+    return _put_question(setting, env, episode, read_all | finished), actions, report
+
+
+def _record_answer(
+    env: Environment, actions: Actions, response: Response, has_answered: Bool[Array, ""]
+) -> Environment:
+    """The first sound answer of the turn is the answer to the question put."""
+    sound = (actions.kind == ActionKind.ANSWER) & actions.well_formed & (actions.length > 0)
+    first = jnp.argmax(sound)
+    here = (jnp.arange(env.answers.shape[0]) == env.question) & has_answered
+    length = jnp.minimum(actions.length[first], env.answers.shape[1])
+    return env.replace(
+        answers=jnp.where(here[:, None], actions.text[first][None, :], env.answers),
+        answer_lengths=jnp.where(here, length, env.answer_lengths),
+        answer_log_prob=jnp.where(here, jnp.sum(response.log_probs), env.answer_log_prob),
+    )
+
+
+@flax.struct.dataclass
+class Seen:
+    """What a batch sees at the start of a turn: from `look` to `act`."""
+
+    env: Environment  # after retrieval
+    view: View
+    scores: Float[Array, "B K"]  # cosines of what is shown
+
+
+def look(setting: Setting, env: Environment, episodes: Episode) -> Seen:
+    """The first half of a turn of a batch, up to where the policy responds."""
+    return Seen(*jax.vmap(begin_turn, in_axes=(None, 0, 0))(setting, env, episodes))
+
+
+def act(
+    setting: Setting, env: Environment, seen: Seen, episodes: Episode, response: Response
+) -> tuple[Environment, Turns]:
+    """The second half: the environments after it, and its record without the axis T.
+
+    env: from before the turn; finished trajectories stay as they were there.
+    """
+    live = env.phase != Phase.DONE
+    view = seen.view
+    new, actions, report = jax.vmap(end_turn, in_axes=(None, 0, 0, 0))(
+        setting, seen.env, episodes, response
+    )
+
+    def where_live(new, old):
+        return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 1)), new, old)
+
+    record = Turns(
+        live=live,
+        phase=view.phase,
+        chunk=view.chunk,
+        question=view.question,
+        prompt=view.prompt,
+        prompt_lengths=view.prompt_length,
+        response=response.tokens,
+        response_lengths=response.lengths,
+        log_probs=response.log_probs,
+        values=response.values,
+        scripted=response.scripted,
+        actions=actions,
+        report=report,
+        shown=seen.env.memory.shown,
+        shown_entries=view.observation.shown,
+        shown_scores=seen.scores,
+        occupancy=jax.vmap(slot_table.occupancy)(seen.env.memory),
+    )
+    record = jax.tree.map(lambda x: where_live(x, jnp.zeros_like(x)), record)
+    return jax.tree.map(where_live, new, env), record
+
+
+def _one_turn(setting, policy, env, episodes, keys):
+    """A turn of a batch: (environments, record)."""
+    seen = look(setting, env, episodes)
+    return act(setting, env, seen, episodes, policy(seen.view, episodes, keys))
+
+
+def run(
+    setting: Setting,
+    policy: Policy,
+    episodes: Episode,
+    ids: Int[Array, " B"],
+    seed: PRNGKeyArray,
+) -> Trajectory:
+    """Plays a batch of episodes to their end.
+
+    Args:
+      setting: grammar, template, sizes and embedding.
+      policy: see `Policy`.
+      episodes: leaves lead with B.
+      ids: trajectory ids; with `seed` they determine all randomness.
+      seed: a scalar PRNG key.
+
+    Returns:
+      Trajectory with leaves [B, ...]; turns past an episode's end are zero, `live` False.
+      An episode still running after `max_turns` keeps empty answers for its open questions.
+    """
+    max_turns = setting.config.max_turns
+    trajectory_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, ids)
+    env = jax.vmap(start, in_axes=(None, 0))(setting, episodes)
+
+    def step(env, turn):
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(trajectory_keys, turn)
+        return _one_turn(setting, policy, env, episodes, keys)
+
+    record = jax.eval_shape(step, env, jnp.zeros((), jnp.int32))[1]
+    records = jax.tree.map(lambda x: jnp.zeros((max_turns, *x.shape), x.dtype), record)
+
+    def keep_going(carry):
+        turn, env, _ = carry
+        return (turn < max_turns) & jnp.any(env.phase != Phase.DONE)
+
+    def body(carry):
+        turn, env, records = carry
+        env, record = step(env, turn)
+        records = jax.tree.map(
+            lambda all_, new: jax.lax.dynamic_update_index_in_dim(all_, new, turn, 0),
+            records,
+            record,
+        )
+        return turn + 1, env, records
+
+    first = (jnp.zeros((), jnp.int32), env, records)
+    with jax.named_scope("turns"):
+        _, env, records = jax.lax.while_loop(keep_going, body, first)
+    return finish(ids, env, records)
+
+
+def finish(ids: Int[Array, " B"], env: Environment, records: Turns) -> Trajectory:
+    """Trajectories of environments [B] and the records [T B] that led to them."""
+    return Trajectory(
+        id=ids,
+        turns=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records),
+        answers=env.answers,
+        answer_lengths=env.answer_lengths,
+        answer_log_prob=env.answer_log_prob,
+        memory=env.memory,
+    )

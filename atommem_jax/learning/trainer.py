@@ -1,0 +1,511 @@
+"""From trajectories to better parameters: one SFT step, one PPO update, each jitted once.
+
+The trainer knows `Trajectory` and `Batch`, not how they were made. `make_batch` turns finished
+trajectories and their rewards into rows, one a turn. `update_step` shuffles *trajectories* into
+mini-batches and takes an optimiser step on each; `sft_step` takes one step on all its rows.
+
+Rows are packed into micro-batches (`microbatches`). Turns that never took place, and with a pure
+policy-gradient loss those of groups whose advantages are all zero, cost nothing; no row is ever
+dropped, and the denominators count every generated token, packed or not. So the result equals that
+of the unpacked batch.
+
+With adapters (`lora`) the train state holds the trainable part alone, and the frozen one is passed
+beside it: only the first is differentiated.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from atommem_jax.learning import advantage, loss, microbatches
+from atommem_jax.learning.microbatches import Metrics, PyTree
+from atommem_jax.learning.optimizer import TrainState, apply_gradients
+from atommem_jax.model import attention, lora, sampling
+from atommem_jax.model.sampling import Agent
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.parallel import program, rules
+from atommem_jax.types import EMPTY, Batch, Trajectory
+
+# Metrics of `loss.ppo_loss` that are means over the tokens scored.
+_PER_TOKEN = (
+    "ratio",
+    "ratio_square",
+    "clip_fraction",
+    "dual_clip_fraction",
+    "approx_kl",
+    "entropy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """How advantages and the loss are made (paper, section 4; defaults as published)."""
+
+    estimator: str = "group"  # or "gae": turn-level, with the value head
+    group_size: int = 16  # trajectories of the same episode, next to each other in the batch
+    divide_by_std: bool = False
+    leave_one_out: bool = False
+    credit: str = "trajectory"  # or "question": answer tokens use their own question's reward
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    epochs: int = 1
+    minibatches: int = 1
+    microbatch_rows: int = 128
+    eighths: tuple[int, ...] = microbatches.EIGHTHS  # of the full width
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0  # 0 turns it off
+    weighting: str = "token_mean"  # or "trajectory_equal"
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0  # KL to the reference, with estimator `kl_kind`
+    kl_kind: str = "k3"
+    value_coef: float = 0.5  # used with estimator "gae" only
+    value_clip: float = 0.0  # 0 turns it off
+
+    def validate(self, prefix: str = "ppo") -> None:
+        """Raises ValueError, naming field, value and allowed values."""
+        allowed = {
+            "estimator": ("group", "gae"),
+            "credit": ("trajectory", "question"),
+            "weighting": ("token_mean", "trajectory_equal"),
+            "kl_kind": ("k1", "k2", "k3"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{prefix}.{name}={getattr(self, name)!r}: allowed are {values}")
+        for name in ("epochs", "minibatches", "microbatch_rows", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
+        microbatches.check_eighths(self.eighths, f"{prefix}.eighths")
+        if self.estimator == "group" and self.group_size < 2:
+            raise ValueError(
+                f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
+                f"{self.group_size}; raise it or use {prefix}.estimator='gae'"
+            )
+
+    @property
+    def needs_every_row(self) -> bool:
+        """True where a row with zero advantage has a gradient all the same."""
+        return self.entropy_coef != 0 or self.kl_coef != 0 or self.estimator == "gae"
+
+
+def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
+    return jnp.arange(batch.response.shape[1])[None, :] < batch.response_lengths[:, None]
+
+
+def _flatten(x: Array) -> Array:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def make_batch(trajectories: Trajectory, advantages=None, returns=None) -> Batch:
+    """Rows [B * T, ...] of all turns; dead and scripted turns have length 0 and weight 0.
+
+    advantages: Float[B T], copied to every token of the turn; returns: Float[B T].
+    """
+    turns = trajectories.turns
+    mask = jnp.arange(turns.response.shape[2])[None, None] < turns.response_lengths[..., None]
+    learned = turns.live & ~turns.scripted
+    mask = (mask & learned[..., None]).astype(jnp.float32)
+    per_turn = jnp.zeros(turns.live.shape, jnp.float32)
+    advantages = per_turn if advantages is None else advantages
+    returns = per_turn if returns is None else returns
+    return Batch(
+        prompt=_flatten(turns.prompt),
+        prompt_lengths=_flatten(turns.prompt_lengths),
+        response=_flatten(turns.response),
+        response_lengths=_flatten(jnp.where(learned, turns.response_lengths, 0)),
+        phase=_flatten(turns.phase),
+        trajectory=jnp.repeat(jnp.arange(turns.live.shape[0]), turns.live.shape[1]),
+        old_log_probs=_flatten(turns.log_probs),
+        ref_log_probs=_flatten(jnp.zeros_like(turns.log_probs)),
+        advantages=_flatten(mask * advantages[..., None]),
+        returns=_flatten(returns),
+        old_values=_flatten(turns.values),
+        weights=_flatten(mask),
+    )
+
+
+def _keep_in_place(agent: Agent, state: TrainState, mesh: Mesh) -> TrainState:
+    """A donated state comes back where it lay."""
+    return jax.lax.with_sharding_constraint(state, agent.model.config.layout.shardings(state, mesh))
+
+
+def _width_multiple(agent: Agent, batch: Batch) -> int:
+    full = batch.prompt.shape[1] + batch.response.shape[1] - 1
+    return attention.row_multiple(agent.model.config.attention, full)
+
+
+def _score(
+    agent: Agent, params, batch: Batch, temperature, width: int | None = None
+) -> sampling.Scores:
+    return sampling.score(
+        agent,
+        params,
+        batch.prompt,
+        batch.prompt_lengths,
+        batch.response,
+        batch.response_lengths,
+        batch.phase,
+        temperature,
+        width,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("optimizer", "rows", "eighths", "mesh"),
+    donate_argnames=("state",),
+)
+def sft_step(
+    agent: Agent,
+    state: TrainState,
+    trajectories: Trajectory,
+    keep: Bool[Array, " B"],
+    frozen: PyTree | None = None,
+    *,
+    optimizer: optax.GradientTransformation,
+    rows: int,
+    eighths: tuple[int, ...] = microbatches.EIGHTHS,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
+
+    Trajectories and `keep` are sharded over `mesh` (None: the first device alone), the rest is
+    replicated. `rows` is the size of a micro-batch on each device. `frozen` are the parameters
+    beside those of the state, see `lora.partition`.
+    """
+
+    mesh = mesh or mesh_lib.single()
+
+    def step(agent, params, frozen, trajectories, keep):
+        batch = make_batch(trajectories)
+        kept = jnp.repeat(keep, trajectories.turns.live.shape[1])
+        batch = batch.replace(weights=jnp.where(kept[:, None], batch.weights, 0.0))
+        tokens = program.psum(batch.weights.sum())
+        denominator = jnp.maximum(tokens, 1.0)
+
+        def loss_fn(params, part: Batch, width: int):
+            params = lora.join(params, frozen)
+            scores = _score(agent, params, part, jnp.ones((), jnp.float32), width)
+            value, metrics = loss.sft_loss(scores.log_probs, part.weights, denominator)
+            metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / denominator
+            return value, (metrics, {})
+
+        active = batch.weights.sum(axis=1) > 0
+        grads, metrics, _ = microbatches.accumulate_gradients(
+            loss_fn,
+            params,
+            batch,
+            active,
+            rows,
+            layout=agent.model.config.layout,
+            multiple=_width_multiple(agent, batch),
+            eighths=eighths,
+        )
+        kept_count = program.psum(keep.astype(jnp.float32).sum())
+        grads, metrics = program.psum((grads, metrics))
+        return grads, {**metrics, "tokens": tokens, "kept": kept_count}
+
+    gradients = program.fsdp_parallel(
+        step,
+        mesh,
+        sharded=(False, False, False, True, True),
+        sharded_out=(False, False),
+    )
+    grads, metrics = gradients(agent, state.params, frozen, trajectories, keep)
+    state, extra = apply_gradients(state, grads, optimizer)
+    state = _keep_in_place(agent, state, mesh)
+    return state, {
+        "loss": metrics["nll"],
+        "entropy": metrics["entropy"],
+        "tokens": metrics["tokens"],
+        "kept": metrics["kept"] / keep.shape[0],
+        **extra,
+    }
+
+
+def turn_advantages(
+    config: PPOConfig,
+    trajectories: Trajectory,
+    rewards: Float[Array, "B Q"],
+    num_questions: Int[Array, " B"],
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Advantage and return of every turn.
+
+    rewards: score of each question, 0 past `num_questions`. A trajectory's reward is their mean
+    (paper, section 4). With estimator 'group' the advantage is relative to the trajectories of
+    the same episode; with credit 'question' answering turns take that of their own question.
+    With 'gae' a question's share of the reward arrives with the turn that ends it.
+    """
+    chex.assert_rank([rewards, num_questions], [2, 1])
+    turns = trajectories.turns
+    share = rewards / jnp.maximum(num_questions, 1)[:, None].astype(jnp.float32)
+    at = jnp.maximum(turns.question, 0)
+    is_question = turns.live & (turns.question != EMPTY)
+    if config.estimator == "gae":
+        following = jnp.concatenate(
+            [turns.question[:, 1:], jnp.full_like(turns.question[:, :1], EMPTY)], axis=1
+        )
+        alive_next = jnp.concatenate([turns.live[:, 1:], jnp.zeros_like(turns.live[:, :1])], axis=1)
+        ends = is_question & ((following != turns.question) | ~alive_next)
+        paid = jnp.where(ends, jnp.take_along_axis(share, at, axis=1), 0.0)
+        gae = functools.partial(
+            advantage.turn_level_gae, discount=config.discount, gae_lambda=config.gae_lambda
+        )
+        return jax.vmap(gae)(paid, turns.values, turns.live)
+    relative = functools.partial(
+        advantage.group_relative,
+        divide_by_std=config.divide_by_std,
+        leave_one_out=config.leave_one_out,
+    )
+    groups = rewards.shape[0] // config.group_size
+    total = share.sum(axis=1)
+    whole = relative(total.reshape(groups, config.group_size)).reshape(-1)
+    result = jnp.broadcast_to(whole[:, None], turns.live.shape)
+    if config.credit == "question":
+        own = relative(rewards.reshape(groups, config.group_size, -1)).reshape(rewards.shape)
+        result = jnp.where(is_question, jnp.take_along_axis(own, at, axis=1), result)
+    returns = jnp.broadcast_to(total[:, None], turns.live.shape)
+    return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
+
+
+def _ppo_loss(
+    config: PPOConfig,
+    agent: Agent,
+    temperature,
+    frozen,
+    denominators,
+    params,
+    part: Batch,
+    width: int,
+):
+    tokens, turns = denominators
+    scores = _score(agent, lora.join(params, frozen), part, temperature, width)
+    value, metrics = loss.ppo_loss(
+        scores.log_probs,
+        part.old_log_probs,
+        part.advantages,
+        part.weights,
+        tokens,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip or None,
+    )
+    metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights) / tokens
+    value -= config.entropy_coef * metrics["entropy"]
+    if config.kl_coef:
+        kl = loss.kl_estimate(scores.log_probs, part.ref_log_probs, config.kl_kind)
+        metrics["reference_kl"] = loss.masked_sum(kl, part.weights) / tokens
+        value += config.kl_coef * metrics["reference_kl"]
+    if config.estimator == "gae":
+        on = (part.weights.sum(axis=1) > 0).astype(jnp.float32)
+        v_loss, v_metrics = loss.value_loss(
+            scores.values,
+            part.returns,
+            part.old_values,
+            on,
+            turns,
+            config.value_clip or None,
+        )
+        value += config.value_coef * v_loss
+        metrics |= {"value_loss": v_loss, **v_metrics}
+    gap = loss.largest_gap(scores.log_probs, part.old_log_probs, part.weights)
+    return value, (metrics, {"log_prob_gap": jax.lax.stop_gradient(gap)})
+
+
+def reference_log_probs(
+    agent: Agent, params, batch: Batch, temperature, rows: int
+) -> Float[Array, "M R"]:
+    """Scores every row under frozen parameters, `rows` at a time on each device."""
+    rows = program.count_rows(rows)
+    size = batch.response_lengths.shape[0]
+    padded = -(-size // rows) * rows
+    index = jnp.minimum(jnp.arange(padded), size - 1).reshape(-1, rows)
+
+    def score_rows(picked):
+        part = microbatches.over_devices(jax.tree.map(lambda x: x[picked], batch))
+        return _score(agent, params, part, temperature).log_probs
+
+    scored = jax.lax.map(score_rows, index)
+    return scored.reshape(padded, -1)[:size]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "config", "mesh"), donate_argnames=("state",)
+)
+def update_step(
+    agent: Agent,
+    state: TrainState,
+    trajectories: Trajectory,
+    rewards: Float[Array, "B Q"],
+    num_questions: Int[Array, " B"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    reference: PyTree | None = None,
+    frozen: PyTree | None = None,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: PPOConfig,
+    mesh: Mesh | None = None,
+) -> tuple[TrainState, Metrics]:
+    """PPO on one rollout: `epochs` times over `minibatches` sets of whole trajectories.
+
+    Each block of `minibatches` neighbours deals one trajectory to every mini-batch, in random
+    order: siblings are spread, and the mini-batches do not depend on the number of devices.
+
+    Trajectories (siblings adjacent), rewards and num_questions are sharded over `mesh` (None: the
+    first device alone), the rest is replicated. `reference` holds the parameters that the KL is to,
+    needed with `kl_coef`; `key` deals the mini-batches. `frozen` are the parameters beside those of
+    the state, and of the reference, see `lora.partition`.
+
+    Returns:
+      The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
+      |sampler - learner| log-prob in the first mini-batch, before any parameter has moved. Clip
+      fractions, KL and entropy are over the rows that were scored (`scored_share` of the tokens).
+
+    Raises:
+      ValueError: a device's share of the trajectories does not divide into mini-batches and
+        groups.
+    """
+    mesh = mesh or mesh_lib.single()
+    shares = 1 if mesh_lib.splits_parameters(mesh) else mesh.shape[rules.DATA]
+    share = trajectories.id.shape[0] // shares
+    if share % config.minibatches or share % config.group_size:
+        raise ValueError(
+            f"{share} trajectories a device do not divide by ppo.minibatches={config.minibatches} "
+            f"and ppo.group_size={config.group_size}; no trajectory may be lost: change one of the "
+            "three, or mesh.data"
+        )
+
+    def update(
+        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
+    ):
+        size, max_turns = trajectories.turns.live.shape
+        advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
+        batch = make_batch(trajectories, advantages, returns)
+        if config.kl_coef:
+            batch = batch.replace(
+                ref_log_probs=reference_log_probs(
+                    agent,
+                    lora.join(reference, frozen),
+                    batch,
+                    temperature,
+                    config.microbatch_rows,
+                )
+            )
+
+        def one_minibatch(state, chosen):
+            return _minibatch_step(
+                config, optimizer, agent, temperature, frozen, state, batch, chosen
+            )
+
+        def one_epoch(state, epoch):
+            rows = _deal(
+                size, max_turns, jax.random.fold_in(key, epoch), minibatches=config.minibatches
+            )
+            return jax.lax.scan(one_minibatch, state, rows)
+
+        state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
+        live = trajectories.turns.live
+        shape = {
+            "advantage_std": _masked_deviation(advantages, live),
+            "explained_variance": explained_variance(trajectories.turns.values, returns, live),
+        }
+        return state, metrics, shape
+
+    run = program.fsdp_parallel(
+        update,
+        mesh,
+        sharded=(False, False, False, False, True, True, True, False, False),
+        sharded_out=(False, False, False),
+    )
+    state, metrics, shape = run(
+        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
+    )
+    state = _keep_in_place(agent, state, mesh)
+    gap = metrics.pop("log_prob_gap")[0, 0]
+    scored = metrics.pop("scored")
+    result = {
+        name: values.sum() / jnp.maximum(scored.sum(), 1e-9)
+        if name in _PER_TOKEN
+        else values.mean()
+        for name, values in metrics.items()
+    }
+    result |= {"log_prob_gap": gap, "scored_share": scored.mean()}
+    return state, {**result, **shape, "skipped": metrics["skipped"].sum()}
+
+
+def _deal(
+    size: int, max_turns: int, key: PRNGKeyArray, *, minibatches: int
+) -> Int[Array, "minibatches rows"]:
+    """Rows (turns of whole trajectories) of each mini-batch, on this device."""
+    blocks = size // minibatches
+    first = program.first_row(blocks)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(blocks))
+    order = jax.vmap(lambda k: jax.random.permutation(k, minibatches))(keys)
+    chosen = (order + jnp.arange(blocks)[:, None] * minibatches).T
+    rows = chosen[..., None] * max_turns + jnp.arange(max_turns)[None, None]
+    return rows.reshape(minibatches, blocks * max_turns)
+
+
+def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch, chosen):
+    """One optimiser step on the rows `chosen` of every device."""
+    # A single mini-batch is the batch: rows are ordered later.
+    part = batch if config.minibatches == 1 else jax.tree.map(lambda x: x[chosen], batch)
+    mask = _response_mask(part)
+    weights, tokens = loss.token_weights(
+        mask, part.trajectory, batch.response.shape[0], config.weighting
+    )
+    active = mask.any(axis=1)
+    tokens, turns = program.psum((tokens, active.sum().astype(jnp.float32)))
+    part = part.replace(weights=weights)
+    if not config.needs_every_row:
+        active &= jnp.any(part.advantages != 0, axis=1)
+    denominators = (tokens, jnp.maximum(turns, 1.0))
+    loss_fn = functools.partial(_ppo_loss, config, agent, temperature, frozen, denominators)
+    grads, sums, maxima = microbatches.accumulate_gradients(
+        loss_fn,
+        state.params,
+        part,
+        active,
+        config.microbatch_rows,
+        layout=agent.model.config.layout,
+        multiple=_width_multiple(agent, batch),
+        eighths=tuple(config.eighths),
+    )
+    sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
+    grads, sums = program.psum((grads, sums))
+    state, extra = apply_gradients(state, grads, optimizer)
+    state = program.constrain_params(agent.model.config.layout, state)
+    return state, {**sums, **program.pmax(maxima), **extra}
+
+
+def _masked_deviation(x: Float[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, ""]:
+    weights = live.astype(jnp.float32)
+    count, square = program.psum((weights.sum(), loss.masked_sum(jnp.square(x), weights)))
+    return jnp.sqrt(square / jnp.maximum(count, 1.0))
+
+
+def explained_variance(
+    values: Float[Array, "B T"], returns: Float[Array, "B T"], live: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """1 - Var[returns - values] / Var[returns] over the live turns of all devices.
+
+    0 where returns do not vary. Inside `program.fsdp_parallel` only.
+    """
+    weights = live.astype(jnp.float32)
+    count = jnp.maximum(program.psum(weights.sum()), 1.0)
+
+    def variance(x):
+        mean = program.psum(loss.masked_sum(x, weights)) / count
+        return program.psum(loss.masked_sum(jnp.square(x - mean), weights)) / count
+
+    total = variance(returns)
+    left = variance(returns - values)
+    return jnp.where(total > 0, 1.0 - left / jnp.maximum(total, 1e-12), 0.0)

@@ -1,0 +1,139 @@
+"""Softmax attention: plain einsums anywhere, a blocked Pallas kernel for long prompts on TPU.
+
+Rows are left-padded (see `model`): `start[b]` is the first column of row b that holds a token.
+The two implementations of `causal` agree on columns that hold a token; what they give for padding
+is finite and read by nothing.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from atommem_jax.parallel import program
+
+IMPLEMENTATIONS = ("auto", "plain", "splash")
+
+SAVED = "attention"
+"""Name of the kernel's results, for a rematerialisation policy that keeps them."""
+
+LANES = 128
+"""The kernel's lengths are multiples of this."""
+
+_LONG = 1024  # columns from which "auto" takes the kernel
+_BLOCK = 512  # at most, queries and keys a step of the kernel
+_SHARE, _LEAST = 8, 128  # plain: at most so many blocks of queries, of at least so many columns
+_MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
+
+
+def attend(
+    queries: Float[Array, "B heads T depth"],
+    keys: Sequence[Float[Array, "B kv_heads _ depth"]],
+    values: Sequence[Float[Array, "B kv_heads _ depth"]],
+    mask: Bool[Array, "B T S"],
+    *,
+    turned: bool = False,
+) -> Float[Array, "B heads T depth"]:
+    """Softmax attention; each key/value head serves heads / kv_heads query heads.
+
+    keys, values: in one or more pieces, which have S slots together.
+    turned: the keys are [B kv_heads depth _].
+    """
+    batch, heads, length, depth = queries.shape
+    kv_heads = keys[0].shape[1]
+    grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    score = "bkgtd,bkds->bkgts" if turned else "bkgtd,bksd->bkgts"
+    scored = [dot(score, grouped, piece) for piece in keys]
+    scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
+    ends = np.cumsum([piece.shape[2] for piece in values])[:-1]
+    pieces = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
+    out = functools.reduce(jnp.add, [dot("bkgts,bksd->bkgtd", w, v) for w, v in pieces])
+    return out.reshape(batch, heads, length, depth).astype(queries.dtype)
+
+
+def causal(
+    queries: Float[Array, "B heads T depth"],
+    keys: Float[Array, "B kv_heads T depth"],
+    values: Float[Array, "B kv_heads T depth"],
+    start: Int[Array, " B"],
+    *,
+    implementation: str = "auto",
+    interpret: bool = False,
+) -> Float[Array, "B heads T depth"]:
+    """Attention of whole rows to themselves and what came before, from column `start` on.
+
+    implementation: "splash" never holds T x T scores and needs T to be a multiple of `LANES`;
+      "plain" computes scores in blocks of queries, each with the keys up to its end: half of the
+      work, in pieces that stay in a CPU's cache; "auto" takes "splash" on a TPU for rows of 1,024
+      columns and more.
+    interpret: runs the kernel's program without a TPU, slowly.
+
+    Raises ValueError for a length that the kernel cannot have.
+    """
+    length = queries.shape[2]
+    if _use_splash(implementation, length):
+        if length % LANES:
+            raise ValueError(
+                f"model.attention={implementation!r} needs rows of a multiple of {LANES} columns, "
+                f"found {length}; pad them, or set model.attention='plain'"
+            )
+        kernel = functools.partial(_splash, interpret=interpret)
+        heads = ("rows", "heads", None, None)
+        shared = ("rows", "kv_heads", None, None)
+        run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows",)), out=heads)
+        return run(queries, keys, values, start)
+    blocks = []
+    for first in range(0, length, block := max(-(-length // _SHARE), _LEAST)):
+        last = min(first + block, length)
+        columns = jnp.arange(last, dtype=jnp.int32)
+        mask = (columns[None, None, :] <= columns[None, first:, None]) & (
+            columns[None, None, :] >= start[:, None, None]
+        )
+        seen = (keys[:, :, :last],), (values[:, :, :last],)
+        blocks.append(attend(queries[:, :, first:last], *seen, mask))
+    return jnp.concatenate(blocks, axis=2)
+
+
+def row_multiple(implementation: str, length: int) -> int:
+    """What the length of rows of about `length` columns should be a multiple of."""
+    return LANES if _use_splash(implementation, length) else 1
+
+
+def _use_splash(implementation: str, length: int) -> bool:
+    if implementation == "auto":
+        return jax.default_backend() == "tpu" and length >= _LONG
+    return implementation == "splash"
+
+
+def _splash(queries, keys, values, start, *, interpret):
+    """The kernel on one device's rows and heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, seldom needed
+
+    _, heads, length, depth = queries.shape
+    block = next(b for b in (_BLOCK, 256, LANES) if length % b == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = splash_attention.MultiHeadMask(
+        [splash_attention.CausalMask((length, length)) for _ in range(heads)]
+    )
+    kernel = splash_attention.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
+    )
+    # Padding attends to padding: no row is without anything to attend to.
+    segments = (jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]).astype(jnp.int32)
+    run = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention.SegmentIds(s, s)))
+    return run(queries * jnp.asarray(depth**-0.5, queries.dtype), keys, values, segments)

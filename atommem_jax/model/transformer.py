@@ -1,0 +1,618 @@
+"""A decoder-only transformer as one pure function of (params, tokens).
+
+RMSNorm, rotary positions on a configurable share of each head, grouped-query attention with
+optional query/key norms, SwiGLU, tied or untied output head and a value head: the family of
+Llama, SmolLM2 and Qwen3. Layers are stacked with `nn.scan` and optionally rematerialised.
+
+A row is addressed by *slots*: prompts are left-padded to a common width, so that decoding
+writes the same slot in every row. `start[b]` is the first slot of row b that holds a token;
+its rotary position is 0. That one integer per row gives positions and the attention mask.
+
+Two input features serve models trained from scratch and are off for pretrained ones:
+`token_shift` adds the embeddings of the previous tokens (a learned gate per channel), and
+`num_features` projects flags that the prompt computes for each token (see `prompt.match`).
+
+With `lora` matrices get a low-rank branch beside them, see `Adapter` and `lora`; without, nothing
+of it is there.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from atommem_jax.model import attention
+from atommem_jax.model.lora import LAYERS, SUFFIX, LoraConfig
+from atommem_jax.parallel import program, rules
+from atommem_jax.parallel.program import constrain
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": None,  # keep the input of each layer and recompute the rest
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass of a rematerialised layer finds ready."""
+
+_CHAIN = 32  # terms that are added one after the other where exactness is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of a `Transformer`; `validate` says what must agree."""
+
+    vocab_size: int
+    width: int = 64
+    num_layers: int = 3
+    num_heads: int = 2
+    num_kv_heads: int = 2
+    head_width: int = 32
+    mlp_width: int = 192
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of a head that is rotated
+    rope_factor: float = 1.0  # Llama 3's stretch to longer texts, see `rotary_frequencies`; 1: none
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192  # positions that it was trained for before the stretch
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    norm_epsilon: float = 1e-6
+    token_shift: int = 0  # how many previous tokens' embeddings are mixed in
+    num_features: int = 0  # flags per token
+    pad_id: int = 0
+    remat: bool = False  # recompute layers in the backward pass
+    remat_policy: str = "full"  # a key of REMAT_POLICIES
+    attention: str = "auto"  # one of attention.IMPLEMENTATIONS, for whole rows
+    dtype: str = "float32"  # of activations; parameters, norms, softmax and logits are float32
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # adapters; none by default
+
+    def validate(self) -> None:
+        """Raises ValueError, naming the fields that disagree."""
+        for name in (
+            "vocab_size",
+            "width",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_width",
+            "mlp_width",
+            "rope_original_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads}; change one of the two"
+            )
+        if not 0.0 <= self.rope_fraction <= 1.0:
+            raise ValueError(f"model.rope_fraction={self.rope_fraction}: allowed is 0.0 to 1.0")
+        if self.rope_width % 2:
+            raise ValueError(
+                f"model.rope_fraction={self.rope_fraction} of model.head_width={self.head_width} "
+                f"gives {self.rope_width} rotated channels; choose them so that it is even"
+            )
+        if self.rope_factor < 1.0:
+            raise ValueError(
+                f"model.rope_factor={self.rope_factor}: must be at least 1.0, which stretches "
+                "nothing"
+            )
+        if not 0.0 < self.rope_low_frequency_factor < self.rope_high_frequency_factor:
+            raise ValueError(
+                f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must lie "
+                "between 0 and model.rope_high_frequency_factor="
+                f"{self.rope_high_frequency_factor}; change one of the two"
+            )
+        for name, allowed in (
+            ("remat_policy", tuple(REMAT_POLICIES)),
+            ("attention", attention.IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
+                )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
+        self.lora.validate(tuple(self.matrices), self.dtype)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Path -> (in, out) of the matrices that can be adapted; of one layer, where stacked."""
+        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
+        inputs = dict.fromkeys(LAYERS, self.width) | {"out": heads, "down": self.mlp_width}
+        outputs = {
+            **{"query": heads, "key": kv_heads, "value": kv_heads, "out": self.width},
+            **{"gate": self.mlp_width, "up": self.mlp_width, "down": self.width},
+        }
+        shapes = {f"layers/{name}": (inputs[name], outputs[name]) for name in LAYERS}
+        shapes["embedder"] = (self.vocab_size, self.width)
+        if not self.tie_embeddings:
+            shapes["head"] = (self.width, self.vocab_size)
+        return shapes
+
+    @property
+    def rope_width(self) -> int:
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def layout(self) -> rules.Layout:
+        """Where the parameters lie on a mesh."""
+        return rules.Layout(self.num_heads, self.num_kv_heads)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the slots written so far, for all layers.
+
+    Those of the prompt are written once and then only read: decoding would spend most of its time
+    copying them from step to step. What it writes lies apart, in the slots behind them.
+
+    After `unstack` the first four fields are tuples of one array a layer, and those of the keys
+    [B kv_heads head_width slots], in which one query is multiplied faster on a CPU.
+    """
+
+    keys: Float[Array, "layers B kv_heads slots head_width"]
+    values: Float[Array, "layers B kv_heads slots head_width"]
+    later_keys: Float[Array, "layers B kv_heads more head_width"]
+    later_values: Float[Array, "layers B kv_heads more head_width"]
+    recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots that are only read."""
+        return self.values[0].shape[2]
+
+    @property
+    def slots(self) -> int:
+        """All slots, written or not."""
+        return self.prompt_slots + self.later_values[0].shape[2]
+
+    def unstack(self) -> "Cache":
+        """The same with every layer's arrays apart, for `Transformer` with `layers`."""
+        turned = {
+            name: tuple(jnp.swapaxes(getattr(self, name), 3, 4)) for name in ("keys", "later_keys")
+        }
+        values = {name: tuple(getattr(self, name)) for name in ("values", "later_values")}
+        return self.replace(**turned, **values)
+
+    def extend(self, slots: int) -> "Cache":
+        """Room for `slots` more slots, which hold zeros until they are written."""
+        pad = [(0, 0)] * 3 + [(0, slots), (0, 0)]
+        return self.replace(
+            later_keys=jnp.pad(self.later_keys, pad), later_values=jnp.pad(self.later_values, pad)
+        )
+
+
+def _multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
+    """`jax.lax.dot_general` over one axis; `jax.default_matmul_precision("highest")` is kept to.
+
+    With it XLA multiplies float32 as float32 on a TPU. On a CPU it always does, but adds up a row
+    in one chain, whose rounding grows with its length: there the chains are short, and their sums
+    are added in pairs.
+    """
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=dimension_numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    ((left,), (right,)), _ = dimension_numbers
+    size = lhs.shape[left]
+    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    if not exact or jax.default_backend() != "cpu":
+        return dot(lhs, rhs)
+    cuts = list(range(_CHAIN, size, _CHAIN))
+    pairs = zip(jnp.split(lhs, cuts, left), jnp.split(rhs, cuts, right), strict=True)
+    # Without the barriers the compiler could make one product of them.
+    parts = [jax.lax.optimization_barrier(dot(a, b)) for a, b in pairs]
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result.
+
+    Over a tensor axis the result has the operands' type, so that half the bytes are summed there.
+    """
+    del preferred_element_type
+    over_devices = program.partition_size("heads") > 1
+    dtype = lhs.dtype if over_devices else jnp.float32
+    return _multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
+
+
+def _matrix_first(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+    """`_dot_general` of rows [B, 1, in] and a matrix, as the turned matrix times columns.
+
+    A CPU is nearly twice as fast so for a few rows, if the matrix lies [out, in]. The barriers keep
+    the compiler from turning it back.
+    """
+    assert dimension_numbers == (((2,), (0,)), ((), ()))
+    assert lhs.shape[1] == 1
+    columns = jax.lax.optimization_barrier(lhs[:, 0].T)
+    contracted = (((1,), (0,)), ((), ()))
+    out = _dot_general(rhs.T, columns, contracted, precision, preferred_element_type)
+    return jax.lax.optimization_barrier(out).T[:, None]
+
+
+def _dense(features: int, dtype: str, name: str, dot_general=_dot_general) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=dot_general, name=name)
+
+
+class Adapter(nn.Module):
+    """The branch (alpha / rank) (x A) B of a matrix; their product is never made.
+
+    A [in, rank] is normal and B [rank, out] zero. Both are kept in float32 and used in the dtype of
+    what they are applied to, as the matrix is.
+    """
+
+    shape: tuple[int, int]  # of the matrix
+    config: LoraConfig
+    deviation: float  # of A
+
+    def setup(self):
+        rank = self.config.rank
+        self.a = self.param("a", nn.initializers.normal(self.deviation), (self.shape[0], rank))
+        self.b = self.param("b", nn.initializers.zeros, (rank, self.shape[1]))
+
+    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
+        narrow = constrain(_product(x, self.a), "rows", None, None)
+        return _round(_product(narrow, self.b) * self.config.scale)
+
+    def lookup(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T out"]:
+        """For a one-hot x: the matrix is a table."""
+        narrow = jnp.take(constrain(self.a.astype(dtype), "vocab", None), ids, axis=0)
+        return _round(_product(constrain(narrow, "rows", None, None), self.b) * self.config.scale)
+
+    def logits(
+        self, x: Float[Array, "*batch width"], *, transposed: bool
+    ) -> Float[Array, "*batch V"]:
+        """For a readout, float32; `transposed` where the matrix is the table of the embeddings."""
+        first, second = (self.b.T, self.a.T) if transposed else (self.a, self.b)
+        narrow = _product(x, first)
+        wide = jnp.matmul(narrow, second.astype(x.dtype), preferred_element_type=jnp.float32)
+        return wide * self.config.scale
+
+
+def _product(x: Float[Array, "B T in"], matrix: Float[Array, "in out"]) -> Float[Array, "B T out"]:
+    return _dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _round(x: Array) -> Array:
+    """Rounds to bfloat16 where that is the dtype of `x`.
+
+    XLA leaves roundings out between a product and a sum, in one program and not in another: the
+    sampler and the learner would differ.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _adapter(config: ModelConfig, path: str) -> Adapter | None:
+    """The adapter of the matrix at `path`, within the module that has it; None without one."""
+    if not config.lora.adapts(path):
+        return None
+    shape = config.matrices[path]
+    # What A gives is of the size of one channel of its input; a token is one-hot.
+    deviation = 1.0 if path == "embedder" else shape[0] ** -0.5
+    return Adapter(shape, config.lora, deviation, name=path.rpartition("/")[2] + SUFFIX)
+
+
+def _gather(table: Array, axes: tuple[str, str]) -> Array:
+    """A table whole in its width on every device, gathered after its cast and not before."""
+    table = constrain(table, *axes)
+    return constrain(table, *(None if axis == "embed" else axis for axis in axes))
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " pairs"]:
+    """Radians a position for each pair of rotated channels, float32.
+
+    With `rope_factor` above 1 as in Llama 3: a pair that turns fewer than `low` times over the
+    original length is slowed by the factor, one that turns more than `high` times is kept, and
+    between the two the share that is kept grows linearly with the turns.
+    """
+    c = config
+    exponents = jnp.arange(0, c.rope_width, 2, dtype=jnp.float32) / max(c.rope_width, 1)
+    frequencies = c.rope_theta ** (-exponents)
+    if c.rope_factor == 1.0:
+        return frequencies
+    low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
+    turns = c.rope_original_length * frequencies / (2 * math.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / c.rope_factor)
+
+
+def rotate(
+    x: Float[Array, "B heads T depth"],
+    positions: Int[Array, "B T"],
+    frequencies: Float[Array, " pairs"],
+) -> Float[Array, "B heads T depth"]:
+    """Rotary embedding of the first 2 x pairs channels, paired (i, i + pairs), in float32."""
+    width = 2 * frequencies.shape[0]
+    if width == 0:
+        return x
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
+    first, second = jnp.split(rotated, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
+
+
+class Block(nn.Module):
+    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`.
+
+    apart: decodes one token a row with matrices [out, in] and the cache of `Cache.unstack`.
+    """
+
+    config: ModelConfig
+    keep_cache: bool
+    apart: bool = False
+
+    @nn.compact
+    def __call__(self, x, cache, start, positions, mask, index):
+        c = self.config
+        x = constrain(x, "rows", None, None)
+        norm = functools.partial(nn.RMSNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
+        batch, length, _ = x.shape
+
+        def heads(y, count):  # [B heads T depth]: faster on CPU than [B T heads depth]
+            return y.reshape(batch, length, count, c.head_width).transpose(0, 2, 1, 3)
+
+        # With fewer key/value heads than devices on the tensor axis, each holds the one it needs.
+        copies = max(program.partition_size("heads") // c.num_kv_heads, 1)
+
+        def place(y, copies=1):
+            y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
+            return constrain(y, "rows", "heads", None, None)
+
+        def dense(features, name):
+            adapter = _adapter(c, f"layers/{name}")
+            dot_general = _matrix_first if self.apart else _dot_general
+            whole = _dense(features, c.dtype, name, dot_general)
+            return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
+
+        h = norm(name="attention_norm")(x)
+        q = heads(dense(c.num_heads * c.head_width, "query")(h), c.num_heads)
+        k = heads(dense(c.num_kv_heads * c.head_width, "key")(h), c.num_kv_heads)
+        v = heads(dense(c.num_kv_heads * c.head_width, "value")(h), c.num_kv_heads)
+        if c.qk_norm:
+            q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
+        frequencies = rotary_frequencies(c)
+        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q, k, v = place(q), place(k, copies), place(v, copies)
+        if cache is None:
+            attended = attention.causal(q, k, v, start, implementation=c.attention)
+        else:
+            k = jnp.swapaxes(k, 2, 3) if self.apart else k
+            slots = 3 if self.apart else 2
+            k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=slots)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
+            keys, values = (cache.keys, k), (cache.values, v)
+            attended = attention.attend(q, keys, values, mask, turned=self.apart)
+        attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        x = x + dense(c.width, "out")(attended)
+
+        h = norm(name="mlp_norm")(x)
+        gate = constrain(nn.silu(dense(c.mlp_width, "gate")(h)), "rows", None, "mlp")
+        up = constrain(dense(c.mlp_width, "up")(h), "rows", None, "mlp")
+        x = constrain(x + dense(c.width, "down")(gate * up), "rows", None, None)
+        return x, ((k, v) if self.keep_cache else None)
+
+
+class Transformer(nn.Module):
+    """tokens -> hidden states; `logits` and `value` read them out.
+
+    Call `init` with `method="init_all"` so that both heads get their parameters.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.embedder = nn.Embed(
+            c.vocab_size,
+            c.width,
+            embedding_init=nn.initializers.normal(c.width**-0.5),
+            name="embedder",
+        )
+        self.embedder_lora = _adapter(c, "embedder")
+        if c.token_shift:
+            self.shift = self.param("shift", nn.initializers.zeros, (c.token_shift, c.width))
+        if c.num_features:
+            self.features = _dense(c.width, c.dtype, "features")
+        block = Block
+        if c.remat:
+            policy = REMAT_POLICIES[c.remat_policy]
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
+
+        def stack(keep_cache):
+            return nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )(c, keep_cache, name="layers")
+
+        self.stack = stack
+        self.final_norm = nn.RMSNorm(epsilon=c.norm_epsilon, dtype=c.dtype, name="final_norm")
+        if not c.tie_embeddings:
+            self.head = self.param(
+                "head", nn.initializers.normal(c.width**-0.5), (c.width, c.vocab_size)
+            )
+            self.head_lora = _adapter(c, "head")
+        self.value_head = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")
+
+    @nn.compact
+    def _layers(self, keep_cache, *args):
+        return self.stack(keep_cache)(*args)
+
+    def _run_apart(self, layers, x, cache, *args):
+        """As `_layers` with a cache, one after the other instead of in a scan."""
+        block = Block(self.config, keep_cache=True, apart=True, parent=None)
+        written = []
+        for i, params in enumerate(layers):
+            own = Cache(
+                cache.keys[i],
+                cache.values[i],
+                cache.later_keys[i],
+                cache.later_values[i],
+                cache.recent,
+            )
+            x, pair = block.apply({"params": _turn_matrices(params)}, x, own, *args)
+            written.append(pair)
+        return x, tuple(zip(*written, strict=True))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        *,
+        features: Bool[Array, "B T F"] | None = None,
+        cache: Cache | None = None,
+        index: int | Int[Array, ""] = 0,
+        keep_cache: bool = False,
+        layers: tuple[Any, ...] | None = None,
+    ) -> tuple[Float[Array, "B T width"], Cache | None]:
+        """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
+
+        With `cache` the tokens attend to its slots too, and the cache comes back with them
+        written among its later slots. Without, `keep_cache=True` returns a cache of just these T
+        slots.
+
+        layers: `unstack_layers` of the parameters, which are then used in place of the stacked
+        ones; needs a cache that is unstacked too.
+        """
+        c = self.config
+        batch, length = tokens.shape
+        recent = (
+            jnp.full((batch, c.token_shift), c.pad_id, tokens.dtype)
+            if cache is None
+            else cache.recent
+        )
+        window = jnp.concatenate([recent, tokens], axis=1)
+        # Looked up in a table that is whole in its width: cheaper than to move what it gives.
+        table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
+        embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
+        if self.embedder_lora is not None:
+            embedded = embedded + self.embedder_lora.lookup(window, c.dtype)
+        if c.token_shift:  # padding is masked everywhere else, and a published id for it is used
+            embedded = embedded * (window != c.pad_id)[..., None].astype(embedded.dtype)
+        x = embedded[:, c.token_shift :]
+        for back in range(1, c.token_shift + 1):
+            first = c.token_shift - back
+            gain = self.shift[back - 1][None, None].astype(c.dtype)
+            x = x + gain * embedded[:, first : first + length]
+        if c.num_features:
+            if features is None:
+                raise ValueError(
+                    f"model.num_features={c.num_features}, but no features were passed"
+                )
+            x = x + self.features(features.astype(c.dtype))
+
+        slots = index + jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.maximum(slots[None, :] - start[:, None], 0)
+        mask = None
+        if cache is not None:
+            key_slots = jnp.arange(cache.slots, dtype=jnp.int32)
+            mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
+                key_slots[None, None, :] >= start[:, None, None]
+            )
+        keep = keep_cache or cache is not None
+        stacked = None if cache is None else cache.replace(recent=None)
+        offset = index if cache is None else index - cache.prompt_slots
+        if layers is None:
+            x, written = self._layers(keep, x, stacked, start, positions, mask, offset)
+        else:
+            x, written = self._run_apart(layers, x, stacked, start, positions, mask, offset)
+        new_cache = None
+        if keep:
+            tail = window[:, window.shape[1] - c.token_shift :]
+            if cache is None:
+                none = jnp.zeros((*written[0].shape[:3], 0, c.head_width), written[0].dtype)
+                new_cache = Cache(written[0], written[1], none, none, tail)
+            else:
+                new_cache = cache.replace(
+                    later_keys=written[0], later_values=written[1], recent=tail
+                )
+        return self.final_norm(x), new_cache
+
+    def readout(self, dtype) -> Float[Array, "width V"]:
+        """The matrix that `logits` reads hidden states of `dtype` out with."""
+        head = self.embedder.embedding.T if self.config.tie_embeddings else self.head
+        return _gather(head.astype(dtype), ("embed", "vocab"))
+
+    def logits(
+        self,
+        hidden: Float[Array, "*batch width"],
+        readout: Float[Array, "width V"] | None = None,
+        *,
+        apart: bool = False,
+    ) -> Float[Array, "*batch V"]:
+        """float32 logits. Who reads out in pieces passes the same `readout` with each.
+
+        apart: computes them for few rows [B, width] as the layers do that are taken apart.
+        """
+        readout = self.readout(hidden.dtype) if readout is None else readout
+        tied = self.config.tie_embeddings
+        if apart and tied and hidden.dtype == jnp.float32:  # the table lies [V, width] already
+            rows, contracted = hidden[:, None], (((2,), (0,)), ((), ()))
+            out = _matrix_first(rows, readout, contracted)[:, 0]
+        else:
+            out = _multiply(hidden, readout, (((hidden.ndim - 1,), (0,)), ((), ())))
+        adapter = self.embedder_lora if tied else self.head_lora
+        if adapter is not None:
+            out = out + adapter.logits(hidden, transposed=tied)
+        return constrain(out, "rows", *(None,) * (out.ndim - 2), "vocab")
+
+    def value(self, hidden: Float[Array, "*batch width"]) -> Float[Array, "*batch"]:
+        """Expected return, float32; the gradient reaches the trunk."""
+        return self.value_head(hidden.astype(jnp.float32))[..., 0]
+
+    def init_all(self, tokens: Int[Array, "B T"]):
+        """Touches every parameter; for `init` only."""
+        c = self.config
+        features = jnp.zeros((*tokens.shape, c.num_features), bool) if c.num_features else None
+        hidden, _ = self(tokens, jnp.zeros(tokens.shape[:1], jnp.int32), features=features)
+        return self.logits(hidden), self.value(hidden)
+
+
+def unstack_layers(params) -> tuple[Any, ...]:
+    """The parameters of each layer apart, matrices [out, in].
+
+    A loop that runs the stacked layers copies the matrices of each before it uses them, where the
+    compiler cannot multiply by a part of an array, as on a CPU: three times the memory traffic of
+    decoding. A few rows are also multiplied faster there by matrices that lie the other way. Take
+    them apart outside of the loop.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return tuple(_turn_matrices(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count))
+
+
+def _turn_matrices(params):
+    return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, params)
+
+
+def without_adapters(model: Transformer) -> Transformer:
+    """The plain model, for parameters that were merged; `model` itself where it is one."""
+    return Transformer(dataclasses.replace(model.config, lora=LoraConfig()))
+
+
+def init_params(model: Transformer, key: Array):
+    """Fresh float32 parameters."""
+    tokens = jnp.zeros((1, 2), jnp.int32)  # too short for the kernel
+    model = Transformer(dataclasses.replace(model.config, attention="plain"))
+    return model.init(key, tokens, method="init_all")["params"]
+
+
+def count_params(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,521 @@
+"""The memory trace of an episode: what was shown, written and kept, turn by turn, as plain data.
+
+A `Trajectory` records what a policy saw and wrote, but neither the table after each turn nor what
+became of each single action. Both follow from the record: `replay` feeds the recorded responses
+through the turn loop again, applies each turn's actions once more one at a time, and refuses a
+record that it does not reproduce. `describe` makes dictionaries of it that JSON can hold.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from atommem_jax.language.tokenizer import Tokenizer
+from atommem_jax.learning import evaluation, reward, rollout
+from atommem_jax.memory import slot_table
+from atommem_jax.types import (
+    EMPTY,
+    ActionKind,
+    Actions,
+    Episode,
+    MemoryState,
+    Phase,
+    Report,
+    Response,
+    Trajectory,
+    Turns,
+)
+
+Data = dict[str, Any]
+
+_FATES = ("applied", "invalid", "rejected", "truncated", "evicted")
+_NEEDS_TEXT = (ActionKind.CREATE, ActionKind.READ, ActionKind.UPDATE, ActionKind.ANSWER)
+_TARGETED = (ActionKind.UPDATE, ActionKind.DELETE)
+_EVENTS = {
+    ActionKind.CREATE: "added",
+    ActionKind.UPDATE: "updated",
+    ActionKind.DELETE: "deleted",
+}
+
+
+@flax.struct.dataclass
+class Replay:
+    """What a trajectory does not record; with a leading B for a batch."""
+
+    before: MemoryState  # after retrieval, as the turn saw it; fields lead with T
+    after: MemoryState  # after the turn's actions; fields lead with T
+    fates: Report  # of each action alone; fields are "T A kinds", and sum over A to the turn's
+    slots: Int[Array, "T A"]  # slot that the action changed, or EMPTY
+    ousted: Int[Array, "T A L"]  # entry of that slot just before
+    ousted_lengths: Int[Array, "T A"]  # 0 where the slot was free
+    permitted: Bool[Array, "T kinds"]
+    written: Int[Array, "T A R"]  # text of each action, not cut to any width
+
+
+# ---------------------------------------------------------------------------------------------
+# Playing again
+
+
+def replay(
+    setting: rollout.Setting,
+    trajectories: Trajectory,
+    episodes: Episode,
+    start: MemoryState | None = None,
+) -> Replay:
+    """Plays recorded trajectories [B] again, without their policy.
+
+    Args:
+      setting: the one they were played in.
+      trajectories: with fields [B, ...], on the host or on one device.
+      episodes: theirs, in the same order.
+      start: what was remembered before the first turn, with fields [B, ...]; None for nothing.
+
+    Raises ValueError where the record is not reproduced: another setting, episode or start.
+    """
+    turns, played, reached = _replay(setting, trajectories.turns, episodes, start)
+    record, again = jax.device_get((trajectories.turns, turns))
+    live = record.live
+    for field in ("phase", "chunk", "question", "shown", "shown_entries", "occupancy"):
+        _check_same(field, getattr(record, field), getattr(again, field), live)
+    for part in ("report", "actions"):
+        jax.tree.map_with_path(
+            lambda path, x, y, part=part: _check_same(
+                part + jax.tree_util.keystr(path), x, y, live
+            ),
+            getattr(record, part),
+            getattr(again, part),
+        )
+    jax.tree.map_with_path(
+        lambda path, x, y: _check_same("memory" + jax.tree_util.keystr(path), x, y),
+        jax.device_get(_drop_keys(trajectories.memory)),
+        jax.device_get(_drop_keys(reached)),
+    )
+    return jax.device_get(played)
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
+def _replay(
+    setting: rollout.Setting, turns: Turns, episode: Episode, start: MemoryState | None
+) -> tuple[Turns, Replay, MemoryState]:
+    """(the record made again, what it lacked, memory at the end) of one trajectory."""
+
+    def play(env, row: Turns):
+        seen, view, _ = rollout.begin_turn(setting, env, episode)
+        response = Response(
+            tokens=row.response,
+            lengths=row.response_lengths,
+            log_probs=row.log_probs,
+            values=row.values,
+            scripted=row.scripted,
+        )
+        ended, actions, report = rollout.end_turn(setting, seen, episode, response)
+        again = dataclasses.replace(
+            row,
+            phase=view.phase,
+            chunk=view.chunk,
+            question=view.question,
+            actions=actions,
+            report=report,
+            shown=seen.memory.shown,
+            shown_entries=view.observation.shown,
+            occupancy=slot_table.occupancy(seen.memory),
+        )
+        lacked = _recover(setting, seen.memory, ended.memory, again)
+        env = jax.tree.map(lambda new, old: jnp.where(row.live, new, old), ended, env)
+        return env, (again, lacked)
+
+    env, (again, lacked) = jax.lax.scan(play, rollout.start(setting, episode, start), turns)
+    return again, lacked, env.memory
+
+
+def _recover(
+    setting: rollout.Setting, before: MemoryState, after: MemoryState, turn: Turns
+) -> Replay:
+    """What the record of one turn lacks; no leading axes."""
+    wide = dataclasses.replace(setting.grammar, max_text=turn.response.shape[-1])
+    permitted = jnp.asarray(rollout.PERMITTED)[turn.phase]
+    fates, slots, *ousted = _apply_one_by_one(setting, before, turn.actions, permitted)
+    return Replay(
+        before=_drop_keys(before),
+        after=_drop_keys(after),
+        fates=fates,
+        slots=slots,
+        ousted=ousted[0],
+        ousted_lengths=ousted[1],
+        permitted=permitted,
+        written=wide.parse(turn.response, turn.response_lengths).text,
+    )
+
+
+def _apply_one_by_one(
+    setting: rollout.Setting,
+    state: MemoryState,
+    actions: Actions,
+    permitted: Bool[Array, " kinds"],
+) -> tuple[Report, Int[Array, " A"], Int[Array, "A L"], Int[Array, " A"]]:
+    """Fates, slots, and the entries that lay there, of a turn's actions in the order written."""
+
+    def apply(state: MemoryState, action: Actions):
+        alone = jax.tree.map(lambda x: x[None], action)
+        new, report = slot_table.transition(
+            state,
+            dataclasses.replace(alone, count=action.count),
+            permitted=permitted,
+            eviction=setting.config.eviction,
+            embed=setting.embed,
+            pad_id=setting.pad_id,
+        )
+        # Whatever is done to a slot either ends its entry or touches it at a new tick.
+        changed = (new.touched != state.touched) | (new.valid != state.valid)
+        slot = jnp.where(changed.any(), jnp.argmax(changed), EMPTY).astype(jnp.int32)
+        return new, (report, slot, state.entries[slot], jnp.where(slot < 0, 0, state.lengths[slot]))
+
+    # Rows past the count are of kind NONE, which is never attempted.
+    singles = dataclasses.replace(actions, count=jnp.ones_like(actions.kind))
+    return jax.lax.scan(apply, state, singles)[1]
+
+
+def _drop_keys(state: MemoryState) -> MemoryState:
+    """Keys are the widest part of the table, and follow from the entries."""
+    return dataclasses.replace(state, keys=state.keys[..., :0])
+
+
+def _check_same(field: str, recorded, replayed, live=None) -> None:
+    differs = np.asarray(recorded) != np.asarray(replayed)
+    rows = differs if live is None else differs[live]
+    if rows.any():
+        where = np.argwhere(differs)[0]
+        raise ValueError(
+            f"{field}: trajectory {where[0]} recorded what its replay does not reproduce "
+            f"({int(rows.sum())} values differ); allowed is the setting and the episode that it "
+            "was played with, and the memory that it started from. Pass them as they were for the "
+            "rollout."
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Describing
+
+
+def describe(
+    setting: rollout.Setting,
+    trajectories: Trajectory,
+    episodes: Episode,
+    tokenizer: Tokenizer,
+    aliases: Sequence[Sequence[Sequence[str]]],
+    start: MemoryState | None = None,
+) -> list[Data]:
+    """One dictionary an episode, of nothing but what JSON knows.
+
+    Args:
+      setting: the one that the trajectories were played in.
+      trajectories: with fields [B, ...].
+      episodes: theirs, in the same order.
+      tokenizer: of the run.
+      aliases: [b][q] -> accepted answers; none where it is not known which are right.
+      start: what was remembered before the first turn, with fields [B, ...]; None for nothing.
+
+    Returns:
+      Per episode `episode`, `trajectory` (their ids), `em`, `chunks`, `slots`, `start`, `questions`
+      (text, gold, answer, em) and `turns`. A turn holds `phase`, `chunk` and `question` (numbers
+      or None), `scripted`, `query`, `shown`, `response` as generated, `actions` with what became
+      of each, `changes` of the table and of the `scratchpad`, and `entries`, their number before
+      and after. `start` lists the entries before the first turn (slot, text): applying the changes
+      of all turns up to one gives the table there. An `em` is None where nothing is known to be
+      right.
+
+    Raises ValueError as `replay` does.
+    """
+    trajectories, episodes, start = jax.device_get((trajectories, episodes, start))
+    played = replay(setting, trajectories, episodes, start)
+    answers, lengths = np.asarray(trajectories.answers), np.asarray(trajectories.answer_lengths)
+    texts = evaluation.decode_answers(answers, lengths, tokenizer.decode)
+    described = []
+    for b, accepted in enumerate(aliases):
+        trajectory, episode, lacked, table = jax.tree.map(
+            lambda x, b=b: x[b], (trajectories, episodes, played, start)
+        )
+        live = np.flatnonzero(trajectory.turns.live)
+        turns = [jax.tree.map(lambda x, t=t: x[t], (trajectory.turns, lacked)) for t in live]
+        described.append(
+            describe_episode(
+                setting,
+                episode,
+                tokenizer,
+                trajectory=int(trajectory.id),
+                answers=texts[b],
+                aliases=accepted,
+                turns=[_Describer(setting, tokenizer, *turn).describe() for turn in turns],
+                start=table,
+            )
+        )
+    return described
+
+
+def describe_turn(
+    setting: rollout.Setting,
+    tokenizer: Tokenizer,
+    before: MemoryState,
+    after: MemoryState,
+    turn: Turns,
+) -> Data:
+    """One turn as `describe` gives it, while its episode goes on.
+
+    Args:
+      setting: the one that it was played in.
+      tokenizer: of the run.
+      before: memory as the turn saw it, after retrieval.
+      after: memory after its actions.
+      turn: its record; like both memories without leading axes.
+    """
+    turn, lacked = jax.device_get((turn, _recover_jit(setting, before, after, turn)))
+    return _Describer(setting, tokenizer, turn, lacked).describe()
+
+
+_recover_jit = jax.jit(_recover)
+
+
+def describe_episode(
+    setting: rollout.Setting,
+    episode: Episode,
+    tokenizer: Tokenizer,
+    *,
+    trajectory: int,
+    answers: Sequence[str],
+    aliases: Sequence[Sequence[str]],
+    turns: list[Data],
+    start: MemoryState | None = None,
+) -> Data:
+    """The dictionary of one episode; see `describe`.
+
+    Args:
+      setting: the one that it was played in.
+      episode: without a leading axis, on the host.
+      tokenizer: of the run.
+      trajectory: its id.
+      answers: one a question; '' where none was given.
+      aliases: [q] -> accepted answers.
+      turns: of `describe_turn`.
+      start: memory before the first turn, without a leading axis; None for nothing.
+    """
+    questions = _describe_questions(episode, answers, aliases, tokenizer)
+    scores = [question["em"] for question in questions if question["em"] is not None]
+    return {
+        "episode": int(episode.id),
+        "trajectory": trajectory,
+        "em": float(np.mean(scores)) if scores else None,
+        "slots": setting.config.slots,
+        "start": [] if start is None else describe_table(start, tokenizer),
+        "chunks": [
+            tokenizer.decode(episode.chunks[c, : episode.chunk_lengths[c]].tolist())
+            for c in range(int(episode.num_chunks))
+        ],
+        "questions": questions,
+        "turns": turns,
+    }
+
+
+def describe_table(state: MemoryState, tokenizer: Tokenizer) -> list[Data]:
+    """The entries of a memory without a leading axis: `slot` and `text`, by slot."""
+    entries, lengths, valid = jax.device_get((state.entries, state.lengths, state.valid))
+    return [
+        {"slot": int(slot), "text": tokenizer.decode(entries[slot, : lengths[slot]].tolist())}
+        for slot in np.flatnonzero(valid)
+    ]
+
+
+def _describe_questions(
+    episode: Episode, answers: Sequence[str], accepted: Sequence[Sequence[str]], tokenizer
+) -> list[Data]:
+    return [
+        {
+            "text": tokenizer.decode(
+                episode.questions[q, : int(episode.question_lengths[q])].tolist()
+            ),
+            "gold": list(gold),
+            "answer": answers[q],
+            "em": float(reward.exact_match(answers[q], gold)) if gold else None,
+        }
+        for q, gold in enumerate(accepted)
+    ]
+
+
+class _Describer:
+    """One turn in words."""
+
+    def __init__(self, setting: rollout.Setting, tokenizer: Tokenizer, turn: Turns, lacked: Replay):
+        self.setting, self.tokenizer, self.turn, self.lacked = setting, tokenizer, turn, lacked
+
+    def describe(self) -> Data:
+        """The dictionary of the turn."""
+        turn, before, after = self.turn, self.lacked.before, self.lacked.after
+        actions = [self._describe_action(a) for a in range(int(turn.actions.count))]
+        response = turn.response[: int(turn.response_lengths)].tolist()
+        return {
+            "phase": Phase(int(turn.phase)).name.lower(),
+            "chunk": _number(turn.chunk),
+            "question": _number(turn.question),
+            "scripted": bool(turn.scripted),
+            "query": self._text(before.query, before.query_length),
+            "shown": self._describe_shown(),
+            "response": spell(self.tokenizer, response),
+            "actions": actions,
+            "changes": self._describe_changes(actions),
+            "entries": [int(before.valid.sum()), int(after.valid.sum())],
+            "scratchpad": diff(
+                self._text(before.scratchpad, before.scratchpad_length),
+                self._text(after.scratchpad, after.scratchpad_length),
+            ),
+        }
+
+    def _text(self, tokens, length) -> str:
+        return self.tokenizer.decode(tokens[: int(length)].tolist())
+
+    def _describe_shown(self) -> list[Data]:
+        before = self.lacked.before
+        return [
+            {
+                "number": k + 1,
+                "slot": int(slot),
+                "text": self._text(before.entries[slot], before.lengths[slot]),
+                "cosine": round(float(self.turn.shown_scores[k]), 4),
+            }
+            for k, slot in enumerate(self.turn.shown)
+            if slot != EMPTY
+        ]
+
+    def _describe_action(self, a: int) -> Data:
+        actions = self.turn.actions
+        kind, length = ActionKind(int(actions.kind[a])), int(actions.length[a])
+        fates = [name for name in _FATES if getattr(self.lacked.fates, name)[a].any()]
+        kept = min(length, self._cap(kind))
+        action = {
+            "kind": kind.name.lower(),
+            "target": int(actions.target[a]) if kind in _TARGETED else None,
+            "text": self._text(self.lacked.written[a], length),
+            "fates": fates,
+            "slot": _number(self.lacked.slots[a]),
+            "was": self._text(self.lacked.ousted[a], self.lacked.ousted_lengths[a]),
+            "tokens": length,
+        }
+        if "truncated" in fates:
+            action |= {"kept": self._text(actions.text[a], kept), "kept_tokens": kept}
+        if "invalid" in fates:
+            action["why"] = self._explain(kind, a)
+        return action
+
+    def _cap(self, kind: ActionKind) -> int:
+        config = self.setting.config
+        caps = {
+            ActionKind.CREATE: config.entry_length,
+            ActionKind.UPDATE: config.entry_length,
+            ActionKind.READ: config.query_length,
+            ActionKind.SCRATCHPAD: config.scratchpad_length,
+        }
+        width = self.setting.grammar.max_text
+        return min(caps.get(kind, width), width)
+
+    def _explain(self, kind: ActionKind, a: int) -> str:
+        """Why an invalid action was one."""
+        actions, phase = self.turn.actions, Phase(int(self.turn.phase)).name.lower()
+        if not actions.well_formed[a]:
+            return "malformed: not closed, or its target cannot be read"
+        if not self.lacked.permitted[kind]:
+            doing = "on the last turn of a question" if phase == "final" else f"while {phase}"
+            return f"not allowed {doing}"
+        if kind in _NEEDS_TEXT and not actions.length[a]:
+            return "it has no text"
+        target, shown = int(actions.target[a]), self.turn.shown
+        if not 1 <= target <= len(shown) or shown[target - 1] == EMPTY:
+            return f"nothing is shown as Memory {target}" if target else "no such number is shown"
+        return f"Memory {target} was deleted or evicted earlier in this turn"
+
+    def _describe_changes(self, actions: Iterable[Data]) -> list[Data]:
+        """Slots that the turn wrote to, with the entries before and after it."""
+        before, after = self.lacked.before, self.lacked.after
+        events: dict[int, list[str]] = {}
+        for action in actions:
+            event = _EVENTS.get(ActionKind[action["kind"].upper()])
+            if event is None or action["slot"] is None:
+                continue
+            told = events.setdefault(action["slot"], [])
+            told += ["evicted", event] if "evicted" in action["fates"] else [event]
+        return [
+            {
+                "slot": slot,
+                "events": told,
+                "before": self._entry(before, slot),
+                "after": self._entry(after, slot),
+            }
+            for slot, told in sorted(events.items())
+        ]
+
+    def _entry(self, state: MemoryState, slot: int) -> str | None:
+        if not state.valid[slot]:
+            return None
+        return self._text(state.entries[slot], state.lengths[slot])
+
+
+def _number(index) -> int | None:
+    return None if index == EMPTY else int(index)
+
+
+def spell(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of a response with the names of its reserved tokens; pad and eos are left out."""
+    names = {token: name for name, token in tokenizer.reserved.items()}
+    pieces: list[str] = []
+    run: list[int] = []
+    for token in [*ids, tokenizer.eos_id]:
+        if token in names or token == tokenizer.eos_id:
+            pieces += [tokenizer.decode(run), names.get(token, "")]
+            run = []
+        else:
+            run.append(token)
+    return "".join(pieces)
+
+
+def diff(before: str, after: str) -> list[list[str]]:
+    """Runs of words as pairs ('same', 'removed' or 'added'; text) that lead from one to the other.
+
+    What is not removed spells `after`, what is not added spells `before`.
+    """
+    old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, after))
+    runs = []
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for tag, i, j, k, m in matcher.get_opcodes():
+        if tag == "equal":
+            runs.append(["same", "".join(old[i:j])])
+            continue
+        runs += [["removed", "".join(old[i:j])], ["added", "".join(new[k:m])]]
+    return [run for run in runs if run[1]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Choosing
+
+
+def choose(em: Sequence[float], count: int) -> list[int]:
+    """Rows worth looking at: half of them wrong somewhere and half right, as far as there are.
+
+    Args:
+      em: share of right answers of each row.
+      count: how many rows at the most.
+
+    Returns:
+      Rows in their own order; the first ones of either sort.
+    """
+    wrong = [row for row, score in enumerate(em) if score < 1.0]
+    right = [row for row, score in enumerate(em) if score >= 1.0]
+    taken = max((count + 1) // 2, count - len(right))
+    some = wrong[:taken]
+    return sorted([*some, *right[: count - len(some)]])

@@ -1,0 +1,306 @@
+"""The two stages of training, each a function of (state, batch, step) and nothing else.
+
+A stage owns its data stream, its optimiser and its jitted programs. `train.py` loops over the
+steps; a step shows rollout, reward and update in this order. All randomness is derived from the
+config's seed and the step, so that a resumed run repeats what a killed one would have done.
+
+With several processes each reads, decodes and scores the rows that its devices hold. Batches and
+trajectory ids are numbered over all of them, so that their number changes no trajectory.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from atommem_jax.learning import evaluation
+from atommem_jax.learning import trainer
+from atommem_jax.model import lora
+from atommem_jax.parallel import host_batches
+from atommem_jax.weights import fingerprint
+from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.model.transformer import init_params
+from atommem_jax.tasks import batches as batches_lib
+from atommem_jax.tasks import encoding
+from atommem_jax.tasks import teacher
+from atommem_jax.agent import build
+from atommem_jax.agent import play
+from atommem_jax.collection import store
+
+# Streams of randomness, folded into the config's seed: no two of them share a key.
+_INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)
+
+State = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class _Stage:
+    """What both stages share.
+
+    Attributes:
+      frozen: parameters beside those of the state, where adapters are trained (`attach_base`).
+    """
+
+    name: str
+    frozen: Any | None = None
+
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, section: str):
+        self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
+        self.agent = host_batches.replicate(parts.agent, mesh)
+        self.config = parts.config[section]
+        self.steps = self.config.steps
+
+    def key(self, stream: int) -> jax.Array:
+        """The key of one stream of randomness, on every device."""
+        key = jax.random.fold_in(jax.random.key(self.parts.config.seed), stream)
+        return host_batches.replicate(key, self.mesh)
+
+    def batches(self) -> Any:
+        """This stage's resumable stream of `EpisodeBatch`."""
+        offset = 0 if self.name == "sft" else 1
+        return batches_lib.batches(
+            self.examples,
+            self.parts.tokenizer,
+            self.shape,
+            batch_size=self.config.episodes,
+            seed=2 * self.parts.config.seed + offset,
+            rows=self.rows(),
+        )
+
+    def rows(self) -> np.ndarray:
+        """The episodes of a batch that this process reads, ascending."""
+        return host_batches.process_rows(self.mesh, self.config.episodes)
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and placement of the state, for a restore; nothing is allocated."""
+        shapes = jax.eval_shape(lambda: self._create(self._init_params()))
+        return jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            self._shardings(shapes),
+        )
+
+    def _shardings(self, tree: Any) -> Any:
+        return self.parts.agent.model.config.layout.shardings(tree, self.mesh)
+
+    def start(self, params: Any | None) -> State:
+        """A fresh state; from new parameters where `params` is None.
+
+        Nothing is ever whole on a host: every device makes its own part.
+        """
+        if params is None:
+            params = self.init_params()
+        else:
+            params = jax.device_put(params, self._shardings(params))
+        shapes = jax.eval_shape(self._create, params)
+        return jax.jit(self._create, out_shardings=self._shardings(shapes))(params)
+
+    def init_params(self) -> Any:
+        """New parameters, those that are trained."""
+        shapes = jax.eval_shape(self._init_params)
+        return jax.jit(self._init_params, out_shardings=self._shardings(shapes))()
+
+    def params(self, state: State) -> Any:
+        """All parameters of the policy, the frozen ones included."""
+        return lora.join(state["train"].params, self.frozen)
+
+    def _init_params(self) -> Any:
+        key = jax.random.fold_in(jax.random.key(self.parts.config.seed), _INIT)
+        model = self.parts.agent.model
+        return lora.partition(init_params(model, key), model.config.lora)[0]
+
+    def _create(self, params: Any) -> State:
+        return {"train": optimizer_lib.create_state(params, self.optimizer)}
+
+    def score(self, trajectories, aliases) -> np.ndarray:
+        """Exact match of each question in the rows of this process, on the host: Float[B Q]."""
+        answers = host_batches.fetch((trajectories.answers, trajectories.answer_lengths))
+        texts = evaluation.decode_answers(*answers, self.parts.tokenizer.decode)
+        return evaluation.score_answers(texts, aliases)
+
+    def ids(self, step: int, count: int) -> jax.Array:
+        """Trajectory ids of a step with `count` trajectories in all, never used by another."""
+        rows = host_batches.process_rows(self.mesh, count).astype(np.int32)
+        return host_batches.shard(rows + step * count, self.mesh)
+
+
+class Sft(_Stage):
+    """Supervised fine-tuning: on fresh trajectories of a scripted teacher, or collected ones."""
+
+    name = "sft"
+
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
+        super().__init__(parts, mesh, examples, shape, "sft")
+        self.optimizer = build.make_optimizer(self.config.optimizer, self.steps)
+        self.lessons = None
+        if self.config.data:
+            self.lessons = store.Collection(
+                self.config.data, parts, parts.setting(shape), self.config.min_reward
+            )
+            return
+        rates = build.subconfig(teacher.TeacherConfig, parts.config.teacher)
+        self.play = play.make_scripted_player(parts, shape, rates, mesh)
+        self.seed = self.key(_TEACHER)
+
+    def batches(self) -> Any:
+        """This stage's resumable stream: of `EpisodeBatch`, or of `collected.Lessons`."""
+        if self.lessons is None:
+            return super().batches()
+        return self.lessons.batches(
+            batch_size=self.config.episodes, seed=2 * self.parts.config.seed, rows=self.rows()
+        )
+
+    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
+        """Teacher rollout and reward, or what was collected; then one optimiser step."""
+        if self.lessons is None:
+            episodes = host_batches.shard(batch.episodes, self.mesh)
+            trajectories = self.play(episodes, self.ids(step, self.config.episodes), self.seed)
+            rewards = self.score(trajectories, batch.aliases).sum(axis=1)
+            counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
+        else:
+            trajectories, rewards, counts = batch
+            trajectories = host_batches.shard(trajectories, self.mesh)
+        keep = rewards / counts >= self.config.min_reward
+        train, metrics = trainer.sft_step(
+            self.agent,
+            state["train"],
+            trajectories,
+            host_batches.shard(keep, self.mesh),
+            self.frozen,
+            optimizer=self.optimizer,
+            rows=self.config.microbatch_rows,
+            eighths=tuple(self.config.eighths),
+            mesh=self.mesh,
+        )
+        rewards, counts = host_batches.gather_rows((rewards, counts), self.mesh)
+        em = rewards.sum() / counts.sum()
+        return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
+
+
+class Rl(_Stage):
+    """PPO on the agent's own rollouts."""
+
+    name = "rl"
+
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
+        super().__init__(parts, mesh, examples, shape, "rl")
+        self.ppo = build.subconfig(trainer.PPOConfig, self.config.ppo)
+        total = self.steps * self.ppo.minibatches * self.ppo.epochs
+        self.optimizer = build.make_optimizer(self.config.optimizer, total)
+        self.play = play.make_player(parts, shape, mesh)
+        self.seed, self.deal = self.key(_ROLLOUT), self.key(_DEAL)
+        self.temperature = host_batches.replicate(np.float32(self.config.temperature), mesh)
+
+    def _create(self, params: Any) -> State:
+        state = super()._create(params)
+        if self.ppo.kl_coef:
+            # A copy: the parameters of the train state are donated at every step.
+            state["reference"] = jax.tree.map(jnp.copy, params)
+        return state
+
+    def rows(self) -> np.ndarray:
+        """The episodes of a batch of which this process holds trajectories, ascending."""
+        return np.unique(self._trajectories() // self.ppo.group_size)
+
+    def _trajectories(self) -> np.ndarray:
+        """The trajectories of a step that this process holds."""
+        return host_batches.process_rows(self.mesh, self.config.episodes * self.ppo.group_size)
+
+    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
+        """Rollout, reward, update."""
+        total = self.config.episodes * self.ppo.group_size
+        started = time.perf_counter()
+        # Siblings are neighbours; a group may lie over several processes.
+        chosen = np.searchsorted(self.rows(), self._trajectories() // self.ppo.group_size)
+        tasks = jax.tree.map(lambda x: x[chosen], batch.episodes)
+        aliases = [batch.aliases[i] for i in chosen]
+        counts = np.array([len(accepted) for accepted in aliases], np.int32)
+        episodes = host_batches.shard(tasks, self.mesh)
+        trajectories = self.play(
+            self.params(state), episodes, self.ids(step, total), self.seed, self.temperature
+        )
+        rewards = self.score(trajectories, aliases)
+        statistics = jax.device_get(evaluation.statistics(trajectories))
+        played = time.perf_counter()
+
+        train, metrics = trainer.update_step(
+            self.agent,
+            state["train"],
+            trajectories,
+            *host_batches.shard((rewards, counts), self.mesh),
+            jax.random.fold_in(self.deal, state["train"].step),
+            self.temperature,
+            state.get("reference"),
+            self.frozen,
+            optimizer=self.optimizer,
+            config=self.ppo,
+            mesh=self.mesh,
+        )
+        metrics = jax.device_get(metrics)
+        rewards, counts = host_batches.gather_rows((rewards, counts), self.mesh)
+        done = time.perf_counter()
+        return {**state, "train": train}, {
+            "em": rewards.sum() / counts.sum(),
+            "reward": float((rewards.sum(axis=1) / counts).mean()),
+            **metrics,
+            **statistics,
+            "rollout_seconds": played - started,
+            "update_seconds": done - played,
+            "tokens_per_second": statistics["tokens"] / (done - started),
+            "trajectories_per_second": total / (done - started),
+        }
+
+
+def attach_base(plan: Sequence[_Stage], params: Any) -> tuple[Any, str]:
+    """Has all stages train adapters on `params`, those of a plain model.
+
+    Returns what training starts from, new adapters and the value head of the base, and the
+    fingerprint of what is frozen.
+    """
+    first = plan[0]
+    config = first.parts.agent.model.config.lora
+    start, frozen = lora.partition(params, config)
+    where = first._shardings(frozen)
+    frozen = jax.device_put(frozen, where)
+    mark = fingerprint.fingerprint_base(frozen)
+    cast = functools.partial(play.cast_matrices, dtype=config.base_dtype)
+    frozen = jax.jit(cast, out_shardings=where)(frozen)
+    for stage in plan:
+        stage.frozen = frozen
+    return first.init_params() | start, mark
+
+
+class Validator:
+    """Greedy EM on the first `eval.episodes` of the validation split."""
+
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
+        config = parts.config.eval
+        self.parts, self.mesh, self.shape, self.batch_size = parts, mesh, shape, config.batch_size
+        self.examples = examples[: config.episodes]
+        fitted = encoding.fit_shape(self.examples, parts.tokenizer)
+        self.shape = shape.join(fitted)
+        self.play = play.make_player(parts, self.shape, mesh)
+        key = jax.random.fold_in(jax.random.key(parts.config.seed), _VALIDATE)
+        self.seed = host_batches.replicate(key, mesh)
+        self.greedy = host_batches.replicate(np.float32(0.0), mesh)
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Mean EM, its interval, and operations an episode."""
+        records, statistics = evaluation.evaluate(
+            lambda episodes, ids: self.play(params, episodes, ids, self.seed, self.greedy),
+            batches_lib.iterate_split(
+                self.examples,
+                self.parts.tokenizer,
+                self.shape,
+                batch_size=self.batch_size,
+                rows=host_batches.process_rows(self.mesh, self.batch_size),
+            ),
+            self.parts.tokenizer.decode,
+            mesh=self.mesh,
+        )
+        return {**statistics, **evaluation.summarise(records)}

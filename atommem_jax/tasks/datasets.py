@@ -1,0 +1,137 @@
+"""Prepared data sets: a family's builder runs once, and its splits are read back by name.
+
+A family is a TFDS builder that writes the examples of `schema`, one JSON text a record.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from atommem_jax.tasks.schema import Example
+
+
+class Split(Sequence[Example]):
+    """The examples of one split, decoded when they are asked for."""
+
+    def __init__(self, records: Any):
+        """Wraps a TFDS data source whose records have the one field `example`."""
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of a split of {len(self)}")
+        return json.loads(self._records[index % len(self)]["example"])
+
+    def __iter__(self) -> Iterator[Example]:
+        block = 1024  # the record reader is several times faster for many at once
+        for first in range(0, len(self), block):
+            rows = range(first, min(first + block, len(self)))
+            yield from (
+                json.loads(record["example"]) for record in self._records.__getitems__(rows)
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared data set: its directory and its splits by name."""
+
+    directory: str
+    splits: Mapping[str, Split]
+
+    def split(self, name: str) -> Split:
+        """The examples of split `name`. Raises KeyError, naming the splits that there are."""
+        if name not in self.splits:
+            raise KeyError(f"split is {name!r}; {self.directory} has: {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Dataset:
+    """Writes the data set that `task` describes under `data_root`, unless it is there already.
+
+    Args:
+      task: `name` is the family, 'synthetic', 'babi' or 'multihop_qa'; the rest are fields of its
+        config class, `SyntheticConfig`, `BabiConfig` or `MultihopQaConfig`.
+      data_root: directory of all prepared data sets; made where it does not exist. Processes that
+        share it on one machine wait for each other.
+
+    Raises:
+      ValueError: an unknown family or field, or a value that the family does not allow.
+      FileNotFoundError: files that the family reads are not there.
+    """
+    import tensorflow_datasets as tfds  # half a second that readers of plain examples can save
+
+    fields = dict(task)
+    name = fields.pop("name", None)
+    make_config, make_builder = _family(name)
+    known = [field.name for field in dataclasses.fields(make_config)]
+    for field in fields:
+        if field not in known:
+            allowed = ", ".join(known)
+            raise ValueError(f"config.task.{field} is no field of task {name!r}; it has {allowed}.")
+    os.makedirs(data_root, exist_ok=True)
+    config = make_config(**fields)
+    with _lock(os.path.join(data_root, f".{name}.lock")):
+        # Made under the lock too: a builder looks for prepared data only when it is made.
+        builder = make_builder(config, os.fspath(data_root))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    return Dataset(
+        directory=str(builder.data_dir),
+        splits={split: Split(builder.as_data_source(split=split)) for split in builder.info.splits},
+    )
+
+
+def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
+    if name == "synthetic":
+        from atommem_jax.tasks import synthetic
+
+        return synthetic.SyntheticConfig, synthetic.make_builder
+    if name == "babi":
+        from atommem_jax.tasks import babi
+
+        return babi.BabiConfig, babi.make_builder
+    if name == "multihop_qa":
+        from atommem_jax.tasks import multihop_qa
+
+        return multihop_qa.MultihopQaConfig, multihop_qa.make_builder
+    raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa'.")
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[None]:
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+        yield
+
+
+def tokenizer_texts(dataset: Dataset) -> Iterator[str]:
+    """Yields each different text of the train split once: what a tokenizer may be trained on."""
+    seen: set[str] = set()
+    for example in dataset.split("train"):
+        for text in _texts(example):
+            if text not in seen:
+                seen.add(text)
+                yield text
+
+
+def _texts(example: Example) -> Iterator[str]:
+    for fact in itertools.chain.from_iterable(example["chunks"]):
+        yield fact["text"]
+        if fact.get("note"):
+            yield fact["note"]
+    for question in example["questions"]:
+        yield question["text"]
+        yield from question["aliases"]
+    yield example["focus"]

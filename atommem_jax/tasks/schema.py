@@ -1,0 +1,40 @@
+"""What an example is, as text: facts in chunks, questions with their answers.
+
+Every family of tasks writes its samples in this schema, one JSON text a record; everything after
+it (`datasets`, `encoding`, `batches`) knows of no family.
+"""
+
+from typing import NotRequired, TypedDict
+
+
+class Fact(TypedDict):
+    """One sentence of a document, and what is worth storing of it.
+
+    That is the sentence itself, or a `note`: other words, which follow from the sentence and from
+    what was stored before it. It has the form of an answer, without a full stop.
+    """
+
+    text: str
+    note: NotRequired[str]  # stored instead of the text; without it, or where '', the text is
+    subject: str  # leading words of what is stored that name what it is about; '' where unknown
+    support: bool  # worth storing, as far as was known when it was read
+    supersedes: int  # number of the fact whose entry it replaces, or -1
+    category: int  # the family's own label, for statistics
+
+
+class Question(TypedDict):
+    """One question; `aliases` are the accepted answers, the canonical one first."""
+
+    text: str
+    aliases: list[str]
+    needs: list[int]  # numbers of the facts that answer it, in the order in which they are used
+    focus: NotRequired[str]
+
+
+class Example(TypedDict):
+    """One sample. Its facts are numbered 0, 1, ... in reading order, over all chunks."""
+
+    id: int  # number of the sample within its split
+    chunks: list[list[Fact]]
+    questions: list[Question]
+    focus: str  # a good standing query over all questions

@@ -1,0 +1,310 @@
+"""Exact FLOPs of the decoder, `model.transformer`, from its sizes and the length of rows.
+
+A multiply and an add are two FLOPs. Matrix products count, those of the attention included;
+softmax, norms, rotary embeddings, activations, masks, the sampling of a token, memory retrieval
+and AdamW's arithmetic do not: they are no work for the matrix unit. Nor do three small products:
+the value head, the flags of `prompt.match`, and Muon's orthogonalisation.
+
+Two counts are kept apart. *Model* FLOPs are what the mathematics asks for: tokens that exist, keys
+that a query may attend to (half of the square), logits that are read, and a backward pass of twice
+the forward, or once where weights are frozen (`lora`). MFU divides these. *Hardware* FLOPs are what
+is executed: also padding, the masked half of the square with plain attention, steps of the decode
+loop for rows that have ended, and what rematerialisation computes again.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from atommem_jax.model.lora import LAYERS
+from atommem_jax.model.transformer import ModelConfig
+
+BLOCK = 512
+"""Queries and keys a step of the blocked attention kernel, which skips blocks that are masked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs over all devices."""
+
+    model: float = 0.0
+    hardware: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.model + other.model, self.hardware + other.hardware)
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(self.model * times, self.hardware * times)
+
+    __rmul__ = __mul__
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of the same lengths; lists of these describe a batch.
+
+    Attributes:
+      count: rows on all devices.
+      prompt: tokens of the prompt that exist.
+      response: tokens of the response, the end of sequence included.
+      width: columns that are computed when scored, at least prompt + response - 1; 0 for just that.
+      prompt_width: columns of the prompt that are prefilled; 0 for just `prompt`.
+      limit: longest response, for which logits are computed; 0 for just `response`.
+    """
+
+    count: float
+    prompt: int
+    response: int
+    width: int = 0
+    prompt_width: int = 0
+    limit: int = 0
+
+    def __post_init__(self):
+        for name, least in (
+            ("width", self.fed),
+            ("prompt_width", self.prompt),
+            ("limit", self.response),
+        ):
+            if getattr(self, name) and getattr(self, name) < least:
+                raise ValueError(
+                    f"Rows.{name}={getattr(self, name)} is less than the {least} that "
+                    f"prompt={self.prompt} and response={self.response} need"
+                )
+
+    @property
+    def fed(self) -> int:
+        """Tokens that scoring feeds: the last one predicts nothing."""
+        return self.prompt + max(self.response - 1, 0)
+
+
+def count_params(config: ModelConfig, *, value_head: bool = True) -> int:
+    """Parameters of the model, without building it."""
+    c = config
+    layer = _layer_matrices(c) + 2 * c.width + (2 * c.head_width if c.qk_norm else 0)
+    embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
+    inputs = (c.token_shift + c.num_features) * c.width
+    return c.num_layers * layer + embeddings + inputs + c.width + (c.width + 1 if value_head else 0)
+
+
+def count_trained(config: ModelConfig) -> int:
+    """Those that have a gradient: all, or adapters and value head."""
+    c = config
+    if not c.lora.rank:
+        return count_params(c)
+    sizes = {path: sum(shape) for path, shape in c.matrices.items() if c.lora.adapts(path)}
+    times = {path: c.num_layers if path.startswith("layers/") else 1 for path in sizes}
+    return c.lora.rank * sum(sizes[path] * times[path] for path in sizes) + c.width + 1
+
+
+def _attention_matrices(c: ModelConfig) -> int:
+    return c.width * c.head_width * 2 * (c.num_heads + c.num_kv_heads)
+
+
+def _layer_matrices(c: ModelConfig) -> int:
+    return _attention_matrices(c) + 3 * c.width * c.mlp_width
+
+
+def _adapters(c: ModelConfig) -> tuple[int, int]:
+    """Numbers in the adapters that a token goes through in all layers, and a readout."""
+    sizes = {path: shape for path, shape in c.matrices.items() if c.lora.adapts(path)}
+    layers = sum(sum(shape) for path, shape in sizes.items() if path.startswith("layers/"))
+    lookup = c.width if "embedder" in sizes else 0  # A is a table: no product
+    readout = sum(sizes.get("embedder" if c.tie_embeddings else "head", ()))
+    return c.lora.rank * (c.num_layers * layers + lookup), c.lora.rank * readout
+
+
+def causal_pairs(length: int) -> int:
+    """(query, key) pairs of a row that attends to itself and what came before."""
+    return length * (length + 1) // 2
+
+
+def computed_pairs(length: int, *, blocked: bool) -> int:
+    """Pairs that are computed: the whole square, or the blocks that are not all masked."""
+    if not blocked:
+        return length * length
+    block = next((b for b in (BLOCK, 256, 128) if length % b == 0), length)
+    return causal_pairs(length // block) * block * block
+
+
+def forward(config: ModelConfig, tokens: float, pairs: float, logits: float) -> float:
+    """FLOPs of a forward pass.
+
+    Args:
+      config: sizes.
+      tokens: that go through the layers.
+      pairs: (query, key) pairs in each layer and head.
+      logits: positions where the head is read out.
+    """
+    c = config
+    per_token = 2 * (c.num_layers * _layer_matrices(c) + c.num_features * c.width)
+    narrow, readout = _adapters(c)
+    per_token += 2 * narrow
+    per_logit = 2 * (c.width * c.vocab_size + readout)
+    return tokens * per_token + pairs * _per_pair(c) + logits * per_logit
+
+
+def _per_pair(c: ModelConfig) -> int:
+    return 4 * c.num_layers * c.num_heads * c.head_width  # queries x keys, weights x values
+
+
+def backward(config: ModelConfig, tokens: float, pairs: float, logits: float) -> float:
+    """FLOPs of the backward pass, nothing recomputed: two products for each of the forward pass.
+
+    The flags of tokens (`num_features`) are data, and need one only. Weights that are frozen need
+    one less: they have no gradient.
+    """
+    c = config
+    left_out = tokens * 2 * c.num_features * c.width
+    if c.lora.rank:
+        per_token = c.num_layers * _layer_matrices(c) + c.num_features * c.width
+        left_out += 2 * (tokens * per_token + logits * c.width * c.vocab_size)
+    return 2 * forward(config, tokens, pairs, logits) - left_out
+
+
+def recomputed(
+    config: ModelConfig, tokens: float, pairs: float, logits: float, *, chunked: bool, blocked: bool
+) -> float:
+    """FLOPs that the backward pass repeats of the forward pass.
+
+    What a layer hands to the next is not needed again, so its last product (`down`, and B of its
+    adapter) is left out.
+
+    Args:
+      config: sizes, `remat` and `remat_policy`.
+      tokens: as in `forward`.
+      pairs: as in `forward`.
+      logits: as in `forward`.
+      chunked: logits are computed a chunk at a time (`rollout.score_chunk`), and again.
+      blocked: attention by the kernel, which computes scores again whatever `remat` says: once in
+        each of its two backward passes, for which `backward` counts one product a pair less.
+    """
+    c = config
+    _, readout = _adapters(c)
+    again = logits * 2 * (c.width * c.vocab_size + readout) if chunked else 0.0
+    if blocked:
+        # Five products a pair need scores once; the kernel's passes for queries and for keys and
+        # values make them and the gradient of the weights twice: seven for the four of `backward`.
+        again += pairs * _per_pair(c) * 3 / 2
+    if not c.remat:
+        return again
+    policy = getattr(c, "remat_policy", "full")
+    products = _layer_matrices(c) - c.mlp_width * c.width
+    if policy != "dots":
+        adapted = [n for n in LAYERS if c.lora.adapts(f"layers/{n}")]
+        narrow = sum(sum(c.matrices[f"layers/{n}"]) for n in adapted)
+        narrow -= c.width if "down" in adapted else 0
+        again += tokens * 2 * c.num_layers * (products + c.lora.rank * narrow)
+    if policy != "attention" or not blocked:
+        again += pairs * _per_pair(c)
+    return again
+
+
+# ------------------------------------------------------------------ rows
+
+
+def score(
+    config: ModelConfig,
+    rows: Iterable[Rows],
+    *,
+    train: bool,
+    blocked: bool = False,
+    chunked: bool = False,
+) -> Flops:
+    """Log-probs of given responses (`sampling.score`), with the gradient where `train`.
+
+    Args:
+      config: of the model.
+      rows: what is scored.
+      train: adds the backward pass and what it recomputes.
+      blocked: attention by the kernel.
+      chunked: see `recomputed`.
+    """
+    total = Flops()
+    for row in rows:
+        wanted = (row.fed, causal_pairs(row.fed), row.response)
+        width = row.width or row.fed
+        done = (width, computed_pairs(width, blocked=blocked), row.limit or row.response)
+        model, hardware = forward(config, *wanted), forward(config, *done)
+        if train:
+            model += backward(config, *wanted)
+            hardware += backward(config, *done)
+            hardware += recomputed(config, *done, chunked=chunked, blocked=blocked)
+        total += Flops(model, hardware) * row.count
+    return total
+
+
+def prefill(config: ModelConfig, rows: Iterable[Rows], *, blocked: bool = False) -> Flops:
+    """The prompts of a rollout, into the cache. The first logits count as decoding."""
+    total = Flops()
+    for row in rows:
+        width = row.prompt_width or row.prompt
+        total += row.count * Flops(
+            forward(config, row.prompt, causal_pairs(row.prompt), 0),
+            forward(config, width, computed_pairs(width, blocked=blocked), 0),
+        )
+    return total
+
+
+def decode(config: ModelConfig, rows: Iterable[Rows], *, steps: int | None = None) -> Flops:
+    """The responses of a rollout, one token at a time.
+
+    Every step reads logits, draws a token and feeds it; all rows take part, ended or not, and each
+    query is multiplied with every slot of the cache.
+
+    Args:
+      config: of the model.
+      rows: their `prompt_width` and `limit` say how many slots the cache has.
+      steps: that the loop takes; None for as many as the longest response has tokens.
+    """
+    rows = list(rows)
+    steps = max((row.response for row in rows), default=0) if steps is None else steps
+    total = Flops()
+    for row in rows:
+        fed = max(row.response - 1, 0)
+        attended = causal_pairs(row.prompt + fed) - causal_pairs(row.prompt)
+        slots = (row.prompt_width or row.prompt) + (row.limit or row.response)
+        total += row.count * Flops(
+            forward(config, fed, attended, row.response),
+            forward(config, steps, steps * slots, steps),
+        )
+    return total
+
+
+# ------------------------------------------------------------------ phases
+
+
+def rollout(
+    config: ModelConfig, turns: Iterable[Iterable[Rows]], *, blocked: bool = False
+) -> Flops:
+    """All turns of a batch of episodes; one list of rows a turn. Retrieval is not counted."""
+    total = Flops()
+    for turn in turns:
+        rows = list(turn)
+        total += prefill(config, rows, blocked=blocked) + decode(config, rows)
+    return total
+
+
+def sft(
+    config: ModelConfig, rows: Iterable[Rows], *, blocked: bool = False, chunked: bool = False
+) -> Flops:
+    """One SFT step on the rows that are kept."""
+    return score(config, rows, train=True, blocked=blocked, chunked=chunked)
+
+
+def update(
+    config: ModelConfig,
+    rows: Iterable[Rows],
+    *,
+    epochs: int = 1,
+    reference: bool = False,
+    blocked: bool = False,
+    chunked: bool = False,
+) -> Flops:
+    """One PPO update: every row that has a gradient once an epoch.
+
+    reference: scores them under frozen parameters too (`ppo.kl_coef`), once.
+    """
+    rows = list(rows)
+    total = epochs * score(config, rows, train=True, blocked=blocked, chunked=chunked)
+    if reference:
+        total += score(config, rows, train=False, blocked=blocked)
+    return total

@@ -1,0 +1,192 @@
+"""`experiments/collect.py` from the outside: killed and resumed, and training on what it wrote."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from atommem_jax.collection import store
+from atommem_jax.config import ConfigError
+from atommem_jax.metrics import read_metrics
+from experiments import train
+from tests.conftest import COMPILATION_CACHE
+from tests.helpers import runs
+from tests.helpers.stub_endpoint import Answer, Stub, teach
+
+SECRET = "sk-very-secret"
+
+
+EPISODES = 12
+
+
+def fail_at_times():
+    """Answers of the rule-based teacher, with a failure of each kind among the first."""
+    failures = [
+        Answer(status=500),
+        Answer(status=429, headers={"Retry-After": "0.02"}),
+        Answer(body=b"{"),
+        Answer(stalls=True),
+    ]
+    lock = threading.Lock()
+
+    def answer(request):
+        with lock:
+            failed = failures.pop() if failures else None
+        return failed or Answer(teach(request["messages"]))
+
+    return answer
+
+
+def make_command(stub, folder, data_root, *more):
+    return [
+        f"--base_url={stub.url}",
+        "--model=stub",
+        f"--episodes={EPISODES}",
+        f"--out={folder}",
+        f"--data_root={data_root}",
+        "--timeout=2",
+        "--backoff=0.001",
+        "--price_per_million=1,10",
+        *runs.make_flags(),
+        *more,
+    ]
+
+
+def read_lines(folder) -> list[dict]:
+    lines = (folder / store.EPISODES).read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda r: (r["example"], r["sample"]))
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory, data_root):
+    """(folder, what the last run printed, requests of all runs) of a run that was killed once."""
+    folder = tmp_path_factory.mktemp("teacher")
+    reached = threading.Event()
+    usual = fail_at_times()
+
+    def answer(request):
+        lines = folder / store.EPISODES
+        if not reached.is_set() and lines.exists() and lines.read_bytes().count(b"\n") >= 3:
+            reached.set()
+        return usual(request)
+
+    os.environ["STUB_KEY"] = SECRET
+    try:
+        with Stub(answer) as stub:
+            command = make_command(stub, folder, data_root, "--api_key_env=STUB_KEY")
+            process = runs.start("collect.py", *command)
+            while process.poll() is None and not reached.wait(0.01):
+                pass
+            process.send_signal(signal.SIGKILL)
+            output = b"".join(process.communicate()).decode()
+            assert process.returncode == -signal.SIGKILL, f"ended by itself:\n{output[-3000:]}"
+            before = (folder / store.EPISODES).read_bytes()
+            with (folder / store.EPISODES).open("ab") as file:
+                file.write(before[:100])
+            printed = runs.run("collect.py", *command)
+            assert (folder / store.EPISODES).read_bytes().startswith(before)
+            assert set(stub.keys) == {f"Bearer {SECRET}"}
+    finally:
+        del os.environ["STUB_KEY"]
+    return folder, output + printed, stub.requests
+
+
+def test_a_killed_run_goes_on_to_the_same_trajectories(collection):
+    folder, printed, requests = collection
+    records = read_lines(folder)
+    assert [(r["example"], r["sample"]) for r in records] == [(e, 0) for e in range(EPISODES)]
+    assert f"{EPISODES} trajectories" in printed
+    about = json.loads((folder / store.ABOUT).read_text())
+    assert {r["fingerprint"] for r in records} == {store.digest(about["setting"])}
+    # A teacher that draws nothing says the same to the same, whatever failed before.
+    for record in records[:3]:
+        for turn in record["turns"]:
+            assert any(teach(r["messages"]) == turn["reply"] for r in requests)
+    fields = [set(request) for request in requests]
+    assert all(f == {"model", "messages", "temperature", "max_tokens"} for f in fields)
+
+
+def test_the_summary_adds_up(collection):
+    folder, _, _ = collection
+    records = read_lines(folder)
+    summary = json.loads((folder / store.SUMMARY).read_text())
+    turns = sum(len(record["turns"]) for record in records)
+    rewards = [np.mean(record["em"]) for record in records]
+    assert summary["trajectories"] == EPISODES
+    assert summary["kept"] == sum(reward >= 0.5 for reward in rewards)
+    assert summary["em"] == pytest.approx(np.mean([*itertools.chain(*(r["em"] for r in records))]))
+    assert summary["em"] > 0.5, "the stub is a good teacher"
+    assert (summary["turns"], summary["requests"], summary["failures"]) == (turns, turns, 0)
+    assert summary["prompt_tokens"] == 100 * turns
+    assert summary["cost"] == pytest.approx(turns * (100 + 10 * 10) / 1e6)
+    assert summary["actions"]["answer"]["applied"] == summary["questions"]
+
+
+def test_the_key_is_written_nowhere(collection):
+    folder, printed, _ = collection
+    assert SECRET not in printed
+    for path in folder.iterdir():
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.relaxed_promotion  # optax's schedules
+def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
+    folder, _, _ = collection
+    steps = 12
+    config = runs.make_config(
+        sft__data=str(folder),
+        sft__steps=steps,
+        sft__min_reward=0.5,
+        sft__eval_every=steps,
+        sft__save_every=steps,
+        sft__optimizer__name="adamw",
+        sft__optimizer__warmup_steps=0,
+        rl__steps=0,
+    )
+    train.train(config, str(tmp_path), str(data_root))
+    records = read_lines(folder)
+    kept = [r for r in records if r["reward"] >= 0.5]
+    assert f"sft.data: {len(kept)} of {EPISODES} trajectories of {folder} kept" in (
+        capsys.readouterr().out
+    )
+    metrics = [r for r in read_metrics(tmp_path) if r["stage"] == "sft"]
+    assert len(metrics) == steps
+    assert all(record["kept"] == 1.0 for record in metrics)
+    assert all(np.isfinite(record["loss"]) for record in metrics)
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    # Every token of every turn that can be learned, and no other.
+    learned = {
+        r["example"]: sum(len(t["response"]) for t in r["turns"] if t["admitted"] and not t["cut"])
+        for r in kept
+    }
+    batch = config.sft.episodes
+    assert min(learned.values()) * batch <= metrics[0]["tokens"] <= max(learned.values()) * batch
+    total = sum(record["tokens"] for record in metrics)
+    epochs, rest = divmod(steps * batch, len(kept))
+    assert epochs * sum(learned.values()) <= total
+    assert total <= (epochs + bool(rest)) * sum(learned.values())
+
+    wider = runs.make_config(sft__data=str(folder), memory__entry_length=9)
+    with pytest.raises(ConfigError, match=r"memory\.entry_length=9 \(collected with 8\)"):
+        train.train(wider, str(tmp_path / "other"), str(data_root))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=m"], "collect.py: --base_url is missing: pass it"),
+        (["--base_url=http://h/v1", "--model=m", "--out=x", "--price_per_million=1"], "IN,OUT"),
+    ],
+)
+def test_a_mistake_ends_the_script_before_anything_is_read(arguments, message):
+    assert message in runs.run("collect.py", *arguments, status=2)

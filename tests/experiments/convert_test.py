@@ -1,0 +1,108 @@
+"""The conversion script, in this process: published weights to a checkpoint and back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+
+from atommem_jax.agent import build, load
+from atommem_jax.config import ConfigError
+from atommem_jax.language.tokenizer import HuggingFaceTokenizer
+from atommem_jax.weights import hf_config, huggingface
+from experiments import convert
+from experiments.configs import synthetic
+from tests.helpers import runs, tiny
+from tests.weights import hf_config_test, huggingface_test
+
+FIELDS = {**huggingface_test.QWEN, "vocab_size": 320}
+
+
+@pytest.fixture(autouse=True)
+def _flags():
+    absl_flags.FLAGS(["convert.py"])
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A published model with its tokenizer."""
+    folder = huggingface_test.write(tmp_path / "in", FIELDS, huggingface_test.make_tensors(FIELDS))
+    return hf_config_test.write_tokenizer(folder)
+
+
+def test_to_a_checkpoint_and_back(tmp_path, source):
+    config = synthetic.get_config()
+    convert.write_checkpoint(str(source), str(tmp_path / "run"), config.lock())
+    loaded = load.load(str(tmp_path / "run"))
+    assert loaded.step == 0
+    tokenizer = loaded.parts.tokenizer
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert set(build.reserved_names(config)) <= set(tokenizer.reserved)
+    model = loaded.parts.agent.model.config
+    assert (model.width, model.vocab_size, model.token_shift, model.num_features) == (16, 320, 0, 0)
+    _, params = huggingface.load(source)
+    huggingface_test.assert_same_bits(jax.device_get(loaded.params), params)
+
+    convert.write_huggingface(str(tmp_path / "run"), str(tmp_path / "out"))
+    again = huggingface_test.read_all(tmp_path / "out")
+    huggingface_test.assert_same_bits(again, huggingface_test.make_tensors(FIELDS))
+    read = hf_config.read_tokenizer(tmp_path / "out", 320)
+    assert read.to_bytes() == tokenizer.to_bytes()
+
+
+def test_between_published_forms(tmp_path, source):
+    convert.write_huggingface(str(source), str(tmp_path / "out"), dtype="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    found = huggingface_test.read_all(tmp_path / "out")
+    stored = huggingface_test.make_tensors(FIELDS)["model.norm.weight"]
+    np.testing.assert_array_equal(
+        found["model.norm.weight"], stored.astype(huggingface_test.DTYPES["bfloat16"])
+    )
+
+
+def test_a_mistake_ends_the_script_with_status_2(source):
+    (source / "model.safetensors").unlink()
+    flags = [f"--source={source}", f"--target={source.parent / 'out'}"]
+    printed = runs.run("convert.py", *flags, status=2)
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in printed
+    assert "Traceback" not in printed
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path, source):
+    config = synthetic.get_config()
+    with pytest.raises(ConfigError, match=r"--source=.*: --to=checkpoint needs a Hugging Face"):
+        convert.write_checkpoint(str(tmp_path / "run"), str(tmp_path / "other"), config)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"--tokenizer is missing: .* has no tokenizer\.json"):
+        convert.write_checkpoint(str(source), str(tmp_path / "other"), config)
+
+
+def test_a_vocabulary_without_room_for_the_protocol_is_widened_on_request(tmp_path):
+    fields = {**FIELDS, "vocab_size": 258}
+    folder = huggingface_test.write(tmp_path, fields, huggingface_test.make_tensors(fields))
+    hf_config_test.write_tokenizer(folder)
+    with pytest.raises(hf_config.PublishedError, match=r"reserved names added, and vocab_size"):
+        convert.write_checkpoint(str(folder), str(tmp_path / "run"), synthetic.get_config())
+    with pytest.raises(ConfigError, match=r"--vocab_size=200: must be at least the model's own"):
+        convert.write_checkpoint(
+            str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=200
+        )
+    convert.write_checkpoint(
+        str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=320
+    )
+    params = load.load(str(tmp_path / "run")).params
+    _, before = huggingface.load(folder)
+    table = np.asarray(params["embedder"]["embedding"])
+    known = np.asarray(before["embedder"]["embedding"])
+    np.testing.assert_array_equal(table[:258], known)
+    np.testing.assert_allclose(table[258:], np.tile(known.mean(0), (62, 1)), atol=1e-6)
+    assert params["head"].shape == (16, 320)
+
+
+def test_sizes_go_into_the_config():
+    model = hf_config.parse_config(hf_config_test.LLAMA_3_1_8B)
+    config = convert.describe_run(tiny.make_config(), model)
+    assert config.model.rope_factor == 8.0
+    assert config.tokenizer.vocab_size == 128_256
+    assert tiny.make_config().model.width == 16, "the given config is as it was"

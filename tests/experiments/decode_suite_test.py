@@ -1,0 +1,67 @@
+"""Suite `decode`: its contestants write the same tokens, and its results are complete.
+
+Needs the extra "hf" (`pip install -e '.[test,hf]'`), and for llama.cpp also "llama".
+"""
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import decode_suite
+from tests.helpers import smollm2
+from tests.model import parity_test
+
+SIZES = {"PREFILL": (2, 16), "PROMPT": 12, "STEPS": 6, "BATCHES": (1, 2), "GRAMMAR_BATCH": 2}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    for name, value in SIZES.items():
+        monkeypatch.setattr(decode_suite, name, value)
+
+
+@pytest.fixture
+def subject(tmp_path):
+    theirs = parity_test.make_theirs("qwen3-tied")
+    theirs.save_pretrained(tmp_path)
+    parity_test.write_tokenizer(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(parity_test.FORMATS["system and user"], encoding="utf-8")
+    return decode_suite.load(str(tmp_path), "<|endoftext|>")
+
+
+def test_contestants_write_the_same_tokens(subject):
+    prompts = decode_suite.make_prompts(2, 12, subject.agent.model.config.vocab_size)
+    ours = decode_suite.Ours(subject).generate(prompts).run(None)
+    theirs = decode_suite.Transformers(subject).generate(prompts).run(None)
+    assert ours.shape == (2, SIZES["STEPS"])
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_llama_cpp_writes_the_same_tokens():
+    pytest.importorskip("llama_cpp", reason="a peer of the benchmark, in the extra 'llama'")
+    subject = decode_suite.load(str(smollm2.find()), "<|endoftext|>")
+    prompts = decode_suite.make_prompts(1, 12, subject.agent.model.config.vocab_size)
+    ours = decode_suite.Ours(subject).generate(prompts).run(None)
+    theirs = decode_suite.LlamaCpp(subject).generate(prompts).run(None)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_results_are_complete(subject):
+    results = decode_suite.run(subject, runs=2)
+    measured = {
+        *(f"transformers.{part}_{batch}" for part in ("decode", "generate") for batch in (1, 2)),
+        "transformers.prefill",
+    }
+    assert measured | {"bandwidth", "grammar"} <= results.keys()
+    for name in measured:
+        assert results[name]["ours"] > 0
+        assert results[name]["peer"] > 0
+        assert len(results[name]["ours_seconds"]) == 2
+    for mine, whole in zip(
+        results["transformers.decode_2"]["ours_seconds"],
+        results["transformers.generate_2"]["ours_seconds"],
+        strict=True,
+    ):
+        assert mine < whole
+    assert results["bandwidth"]["share"] > 0
+    assert len(results["grammar"]["shares"]) == 4

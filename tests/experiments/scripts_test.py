@@ -1,0 +1,388 @@
+"""The scripts beside training, from the outside: demo, evaluate, validity, and their help."""
+
+import json
+import pathlib
+import re
+import string
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from atommem_jax.agent import build, load, score
+from atommem_jax.config import ConfigError
+from atommem_jax.language.tokenizer import SentencePieceTokenizer
+from atommem_jax.tasks import encoding, teacher
+from atommem_jax.weights.checkpoint import Checkpointer
+from experiments import train, validity
+from tests.conftest import COMPILATION_CACHE
+from tests.helpers import runs, tiny
+
+SFT_END = runs.SFT_STEPS
+END = runs.SFT_STEPS + runs.RL_STEPS
+EPISODES = runs.OVERRIDES["task.test_examples"]
+BASELINES = ("scratchpad_only", "store_all_one_read")
+METHODS = tuple(
+    f"{name}{suffix}"
+    for name in ("atommem_sft", "atommem_rl", *BASELINES)
+    for suffix in ("", "_t1")
+)
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, data_root):
+    """(workdir, printed) of one small tour."""
+    workdir = tmp_path_factory.mktemp("demo")
+    printed = runs.run(
+        "demo.py",
+        f"--workdir={workdir}",
+        f"--data_root={data_root}",
+        f"--baselines={','.join(BASELINES)}",
+        *runs.make_flags(),
+    )
+    return workdir, printed
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch):
+    """Scripts called in this process keep its own compilation cache."""
+    monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# demo.py
+
+
+def test_the_demo_writes_the_results_that_others_read(demo):
+    workdir, _ = demo
+    results = json.loads((workdir / "results.json").read_text())
+    assert set(results["methods"]) == set(METHODS)
+    for row in results["methods"].values():
+        assert list(row) == ["1x", "2x"]
+        for cell in row.values():
+            assert set(cell) == {"em", "ci_low", "ci_high", "episodes"}
+            assert 0 <= cell["ci_low"] <= cell["em"] <= cell["ci_high"] <= 1
+            assert cell["episodes"] == EPISODES
+    seconds = results["seconds"]
+    assert set(seconds) == {"sft", "rl", "total"}
+    assert 0 < seconds["sft"] + seconds["rl"] < seconds["total"]
+
+
+def test_the_demo_draws_and_prints_what_it_measured(demo):
+    workdir, printed = demo
+    assert np.ptp(matplotlib.image.imread(workdir / "learning.png")) > 0.5
+    results = json.loads((workdir / "results.json").read_text())
+    for name in METHODS:
+        (line,) = re.findall(rf"^ +{name} .*$", printed, re.MULTILINE)
+        scores = [float(x) for x in re.findall(r"([\d.]+) \[", line)]
+        measured = [results["methods"][name][scale]["em"] for scale in ("1x", "2x")]
+        np.testing.assert_allclose(scores, measured, atol=6e-4)
+
+
+def test_the_demo_opens_its_results_with_the_report(demo):
+    workdir, printed = demo
+    (path,) = re.findall(r"^open this in a browser: (.*)$", printed, re.MULTILINE)
+    assert pathlib.Path(path) == (workdir / "report" / "index.html").resolve()
+    assert printed.index(path) < printed.index("Exact match")
+    page = pathlib.Path(path).read_text(encoding="utf-8")
+    for name in ("learned, after SFT", "learned, after RL", *BASELINES):
+        assert f">{name.replace('_', ' ')}<" in page
+
+
+def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(demo):
+    workdir, _ = demo
+    folder, end = workdir / "baselines" / "store_all_one_read", read_params(workdir, SFT_END)
+    with Checkpointer(folder / "checkpoints", best_metric="em", read_only=True) as source:
+        assert source.latest_step() == runs.RL_STEPS
+        config = source.restore_config(runs.RL_STEPS)
+        tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
+    assert (config.workflow, config.sft.steps) == ("store_all_one_read", 0)
+    assert_equal(train.load_initial(config, tokenizer), end)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read_params(folder), end)
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_a_masked_baseline_has_an_sft_of_its_own(demo):
+    folder = demo[0] / "baselines" / "scratchpad_only" / "checkpoints"
+    with Checkpointer(folder, best_metric="em", read_only=True) as source:
+        assert source.latest_step() == END
+        config = source.restore_config(END)
+    assert (config.workflow, config.init_from) == ("scratchpad_only", "")
+
+
+def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
+    workdir, _ = demo
+    config = runs.make_config(sft__steps=0, init_from=str(workdir))
+    with pytest.raises(ConfigError, match=r"init_from=.*tokenizer is not that of this task"):
+        train.load_initial(config, tiny.make_tokenizer())
+    own = load.load(str(workdir)).parts.tokenizer
+    wider = runs.make_config(sft__steps=0, init_from=str(workdir), model__width=32)
+    with pytest.raises(ConfigError, match=r"another model: model\.width=32 \(checkpoint: 16\)"):
+        train.load_initial(wider, own)
+
+
+def test_the_demo_needs_the_scale_that_it_trains_at():
+    flags = runs.make_flags(task__scales=(2, 4))
+    printed = runs.run("demo.py", "--workdir=nowhere", *flags, status=2)
+    assert "task.scales=(2, 4): the demo needs 1 among them" in printed
+
+
+def test_an_unknown_baseline_ends_with_status_2():
+    printed = runs.run("demo.py", "--workdir=nowhere", "--baselines=store_all,rag", status=2)
+    assert "--baselines=rag: allowed are scratchpad_only, store_all," in printed
+
+
+def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
+    workdir, _ = demo
+    found = {path.stem for path in (workdir / "eval").glob("*.json")}
+    assert found == {
+        f"test_{scale}_t{temperature}_step{step}"
+        for scale in ("1x", "2x")
+        for temperature in (0, 1)
+        for step in (SFT_END, END)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_every_sample_of_a_split_is_scored_once(demo):
+    workdir, _ = demo
+    for scale in ("1x", "2x"):
+        stem = f"test_{scale}_t1_step{END}"
+        records = read_lines(workdir / "eval" / f"{stem}.jsonl")
+        summary = json.loads((workdir / "eval" / f"{stem}.json").read_text())
+        # The last batch is filled up to 16: what fills it is not counted.
+        rows = [(record["episode"], record["question"]) for record in records]
+        assert sorted(rows) == [(e, q) for e in range(EPISODES) for q in range(2)]
+        assert (summary["episodes"], summary["questions"]) == (EPISODES, 2 * EPISODES)
+        right = []
+        for record in records:
+            words = record["answer"].lower().strip(string.punctuation + " ")
+            right.append(words in [alias.lower() for alias in record["aliases"]])
+            assert record["em"] == right[-1]
+        assert summary["em"] == pytest.approx(np.mean(right))
+        assert summary["ci_low"] <= summary["em"] <= summary["ci_high"]
+        assert summary["f1_ci_low"] <= summary["f1"] <= summary["f1_ci_high"]
+        assert summary["f1"] >= summary["em"]
+
+
+def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
+    workdir, _ = demo
+    printed = runs.run(
+        "evaluate.py",
+        f"--checkpoint={workdir}",
+        f"--data_root={data_root}",
+        f"--out={tmp_path}",
+        "--split=test_1x",
+        "--temperature=1",
+        "--temperature=0",
+    )
+    assert re.findall(r"temperature (\d)", printed) == ["1", "0"]
+    lines = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
+    for temperature, line in zip((1, 0), lines, strict=True):
+        name = f"test_1x_t{temperature}_step{END}"
+        records = read_lines(tmp_path / f"{name}.jsonl")
+        assert records == read_lines(workdir / "eval" / f"{name}.jsonl")
+        summary = json.loads((tmp_path / f"{name}.json").read_text())
+        assert summary == json.loads((workdir / "eval" / f"{name}.json").read_text())
+        assert line.split()[-2:] == [str(EPISODES), str(2 * EPISODES)]
+        assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
+
+
+def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
+    workdir, _ = demo
+    loaded = load.load(str(workdir))
+    dataset = build.load_dataset(loaded.parts.config, str(data_root))
+
+    class PlayedError(Exception):
+        pass
+
+    def refuse(shape):
+        raise PlayedError
+
+    monkeypatch.setattr(loaded, "player", refuse)
+
+    def ask(split="test_2x", out=workdir / "eval", **options):
+        return score.evaluate_split(loaded, dataset, split, out=out, skip_existing=True, **options)
+
+    for options in ({}, {"episodes": EPISODES}, {"episodes": 2 * EPISODES}):
+        saved = workdir / "eval" / f"test_2x_t0_step{END}.json"
+        assert ask(**options) == json.loads(saved.read_text())
+    assert ask(temperature=1.0)["temperature"] == 1.0
+    for options in (
+        {"episodes": EPISODES - 1},
+        {"seed": 1},
+        {"temperature": 0.5},
+        {"split": "validation_1x"},
+        {"out": None},
+    ):
+        with pytest.raises(PlayedError):
+            ask(**options)
+    loaded.settings = ["rollout.constrained=false"]  # which is another measurement
+    with pytest.raises(PlayedError):
+        ask()
+
+
+def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
+    workdir, _ = demo
+    folder = workdir / "checkpoints"
+    found = {
+        "workdir": load.load(str(workdir)),
+        "folder": load.load(str(folder)),
+        "number": load.load(str(workdir), str(SFT_END)),
+        "path": load.load(str(folder / str(SFT_END))),
+    }
+    steps = {"workdir": END, "folder": END, "number": SFT_END, "path": SFT_END}
+    for name, loaded in found.items():
+        assert loaded.step == steps[name]
+        assert loaded.workdir == str(workdir)
+        saved = runs.read_state(workdir, loaded.step)["train"]["params"]
+        assert_equal(loaded.params, saved)
+
+
+def test_a_checkpoint_says_what_its_episodes_were_like(demo, data_root):
+    loaded = load.load(str(demo[0]))
+    train_split = build.load_dataset(loaded.parts.config, str(data_root)).split("train")
+    shape = encoding.fit_shape(train_split, loaded.parts.tokenizer)
+    assert loaded.trained_shape == shape
+    assert (shape.facts, shape.questions) == (1, 2)
+
+
+def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
+    workdir, _ = demo
+    with (
+        Checkpointer(workdir / "checkpoints", best_metric="em", read_only=True) as source,
+        Checkpointer(tmp_path / "checkpoints", best_metric="em") as copy,
+    ):
+        for step, em in ((SFT_END, 0.9), (END, 0.1)):
+            copy.save(
+                step,
+                runs.read_state(workdir, step),
+                config=source.restore_config(step),
+                tokenizer=source.restore_tokenizer(step),
+                data_state=0,
+                progress={},
+                metrics={"em": em},
+            )
+    best, last = load.load(str(tmp_path), "best"), load.load(str(tmp_path), "last")
+    assert (best.step, last.step) == (SFT_END, END)
+    assert_equal(best.params, runs.read_state(workdir, SFT_END)["train"]["params"])
+
+
+def read_params(workdir: pathlib.Path, step: int = runs.RL_STEPS) -> dict:
+    return runs.read_state(workdir, step)["train"]["params"]
+
+
+def assert_equal(params, saved) -> None:
+    assert jax.tree.structure(params) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), saved)
+
+
+def test_checkpoints_that_are_not_there_are_explained(demo, tmp_path):
+    workdir, _ = demo
+    with pytest.raises(ConfigError, match=f"no complete checkpoint in .*{tmp_path.name}.*empty"):
+        load.load(str(tmp_path))
+    with pytest.raises(ConfigError, match="does not exist"):
+        load.load(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=f"step=3: .* holds steps {SFT_END}, .*{END}"):
+        load.load(str(workdir), "3")
+    with pytest.raises(ConfigError, match="--step=first: allowed are last, best or a number"):
+        load.load(str(workdir), "first")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_root):
+    workdir, _ = demo
+    printed = runs.run(
+        "evaluate.py",
+        f"--checkpoint={workdir}",
+        f"--data_root={data_root}",
+        "--split=test_3x",
+        status=2,
+    )
+    assert "--split=test_3x" in printed
+    assert "test_2x" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_missing_checkpoint_flag_ends_with_status_2():
+    assert "--checkpoint is missing" in runs.run("evaluate.py", status=2)
+
+
+# ---------------------------------------------------------------------------------------------
+# validity.py
+
+
+def test_the_validity_table_tells_memory_from_none(data_root):
+    config = runs.make_config(mesh__data=1, task__scales=(1,))
+    dataset = build.load_dataset(config, str(data_root))
+    policies = {name: teacher.SCRIPTED[name] for name in ("clean", "no_memory")}
+    table = validity.measure(config, dataset, policies, episodes=8)
+    assert [list(row) for row in table.values()] == [["test_1x"], ["test_1x"]]
+    assert table["clean"]["test_1x"]["em"] == 1.0
+    assert table["no_memory"]["test_1x"]["em"] < 0.2
+    assert table["clean"]["test_1x"]["episodes"] == 8
+    header, first, second, footer = validity.render(table).splitlines()
+    assert first.startswith("clean ")
+    assert "1.000" in first
+    assert second.startswith("no_memory ")
+    assert header.index("test_1x") + len("test_1x") == first.index("1.000") + len("1.000")
+    assert footer.endswith("episodes a cell: 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "verdict"),
+    [
+        ("clean", [0.95, 0.96], "solves"),
+        ("clean", [1.0, 0.94], "not solvable"),
+        ("noisy_teacher", [0.9, 0.9], "RL starts"),
+        ("store_all", [0.75, 0.5], "falls short"),
+        ("store_all", [0.76, 0.5], "does not press"),
+        ("store_all", [0.5, 0.5], "not with scale"),
+        ("store_all", [0.5], "falls short"),
+    ],
+)
+def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
+    assert verdict in validity.judge(name, scores)
+
+
+# ---------------------------------------------------------------------------------------------
+# All
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("train.py", ["--config", "--workdir", "--data_root"]),
+        ("evaluate.py", ["--checkpoint", "--step", "--split", "--temperature", "--data_root"]),
+        ("collect.py", ["--config", "--base_url", "--model", "--out", "--split", "--data_root"]),
+        ("demo.py", ["--config", "--workdir", "--baselines", "--data_root"]),
+        (
+            "benchmark.py",
+            ["--suite", "--json", "--runs", "--checkpoint", "--config", "--data_root"],
+        ),
+        ("report.py", ["--workdir", "--compare", "--split", "--step", "--out", "--data_root"]),
+        ("sweep.py", ["--config", "--workdir", "--jobs", "--only", "--data_root"]),
+        ("convert.py", ["--source", "--target", "--to", "--dtype", "--tokenizer", "--config"]),
+        ("validity.py", ["--config", "--episodes", "--json", "--data_root"]),
+        ("answer.py", ["--checkpoint", "--document", "--question", "--save_memory", "--set"]),
+    ],
+)
+def test_help_lists_the_flags(script, names):
+    # absl ends --help with status 1.
+    printed = runs.run(script, "--help", status=1)
+    assert f"python experiments/{script}" in printed
+    for name in names:
+        assert re.search(rf"^  {name}:", printed, re.MULTILINE), name

@@ -1,0 +1,111 @@
+"""Keys: exact properties, and what a hashed projection promises about cosines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atommem_jax.memory import embedding
+
+EMBED = embedding.HashedBagOfTokens(vocab_size=50, dim=100, seed=3)
+_embed = jax.jit(EMBED)
+
+
+def _key(tokens, width=6, pad=0):
+    row = jnp.array(list(tokens) + [pad] * (width - len(tokens)), jnp.int32)
+    return np.asarray(_embed(row, jnp.int32(len(tokens))))
+
+
+def test_keys_are_float32_unit_vectors():
+    for tokens in ([7], [7, 7], [1, 2, 3, 4, 5, 6]):
+        key = _key(tokens)
+        assert key.shape == (100,)
+        assert key.dtype == np.float32
+        assert np.linalg.norm(key.astype(np.float64)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_one_token_has_a_key_of_equal_magnitudes():
+    np.testing.assert_allclose(np.abs(_key([7])), 0.1, rtol=1e-6)
+
+
+def test_the_empty_text_has_the_zero_key():
+    np.testing.assert_array_equal(_key([]), np.zeros(100))
+
+
+def test_padding_and_order_change_no_bit():
+    want = _key([5, 9, 11])
+    np.testing.assert_array_equal(_key([5, 9, 11], pad=49), want)
+    np.testing.assert_array_equal(_key([5, 9, 11], width=17), want)
+    np.testing.assert_array_equal(_key([11, 5, 9]), want)
+
+
+def test_only_proportions_of_tokens_count():
+    np.testing.assert_allclose(_key([5, 9, 5, 9]), _key([9, 5]), rtol=1e-6)
+
+
+def test_any_batch_dims_give_the_same_bits_as_single_texts():
+    rng = np.random.default_rng(0)
+    tokens = jnp.array(rng.integers(0, 50, (3, 5, 6)), jnp.int32)
+    lengths = jnp.array(rng.integers(0, 7, (3, 5)), jnp.int32)
+    batched = np.asarray(_embed(tokens, lengths))
+    mapped = jax.jit(jax.vmap(jax.vmap(EMBED)))(tokens, lengths)
+    np.testing.assert_array_equal(mapped, batched)
+    for i in range(3):
+        for j in range(5):
+            single = _key(np.asarray(tokens[i, j, : int(lengths[i, j])]))
+            np.testing.assert_array_equal(batched[i, j], single)
+
+
+def test_a_cosine_approximates_the_cosine_of_token_counts():
+    """Noise of a projection on 4,096 signs: five deviations of 1/64 each."""
+    embed = embedding.HashedBagOfTokens(vocab_size=200, dim=4096)
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 12, (8, 20))  # few ids, so that texts share many
+    counts = np.stack([np.bincount(row, minlength=12) for row in tokens]).astype(float)
+    counts /= np.linalg.norm(counts, axis=1, keepdims=True)
+    keys = np.asarray(embed(jnp.array(tokens, jnp.int32), jnp.full(8, 20, jnp.int32)))
+    np.testing.assert_allclose(keys @ keys.T, counts @ counts.T, atol=5 / 64)
+
+
+def test_rows_do_not_depend_on_the_vocabulary_size():
+    larger = embedding.HashedBagOfTokens(vocab_size=500, dim=100, seed=3)
+    tokens, length = jnp.array([49, 0, 3], jnp.int32), jnp.int32(3)
+    np.testing.assert_array_equal(larger(tokens, length), EMBED(tokens, length))
+
+
+def test_the_seed_changes_the_rows():
+    other = embedding.HashedBagOfTokens(vocab_size=50, dim=100, seed=4)
+    tokens, length = jnp.array([7], jnp.int32), jnp.int32(1)
+    assert abs(float(jnp.dot(other(tokens, length), EMBED(tokens, length)))) < 0.5
+
+
+def test_signs_are_the_published_splitmix64_stream():
+    """The first output of SplitMix64 from state 0 is public: keys are portable."""
+    assert int(embedding._scramble(np.array([0], np.uint64))[0]) == 0xE220A8397B1DCDAF
+
+
+def test_equal_fields_are_one_static_argument():
+    same = embedding.HashedBagOfTokens(vocab_size=50, dim=100, seed=3)
+    assert same == EMBED
+    assert hash(same) == hash(EMBED)
+    assert embedding.HashedBagOfTokens(vocab_size=51, dim=100, seed=3) != EMBED
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "dim"])
+def test_sizes_must_be_positive(field):
+    with pytest.raises(ValueError, match=f"HashedBagOfTokens.{field}=0: must be at least 1"):
+        embedding.HashedBagOfTokens(**{"vocab_size": 5, "dim": 5, field: 0})
+
+
+def test_texts_too_long_for_exact_norms_are_refused():
+    """4,096² x 128 is 2**31: one repeated token would overflow the square."""
+    embed = embedding.HashedBagOfTokens(vocab_size=5)
+    with pytest.raises(ValueError, match="texts of 4096 tokens in dim=128"):
+        embed(jnp.zeros(4096, jnp.int32), jnp.int32(1))
+    longest = embed(jnp.zeros(4095, jnp.int32), jnp.int32(4095))
+    np.testing.assert_array_equal(longest, embed(jnp.zeros(1, jnp.int32), jnp.int32(1)))
+
+
+def test_one_length_per_text():
+    with pytest.raises(ValueError, match=r"length.shape=\(\): must be tokens.shape"):
+        EMBED(jnp.zeros((2, 3), jnp.int32), jnp.int32(1))

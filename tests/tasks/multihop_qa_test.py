@@ -1,0 +1,603 @@
+"""Multi-hop QA is read from small files written here, and from the published ones where present."""
+
+import collections
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atommem_jax.agent import build, validate
+from atommem_jax.config import ConfigError, load_config
+from atommem_jax.language.tokenizer import SentencePieceTokenizer
+from atommem_jax.learning import reward, rollout
+from atommem_jax.tasks import batches, datasets, encoding, multihop_qa, teacher
+from atommem_jax.tasks.multihop_qa import FactCategory, MultihopQaConfig
+
+PUBLISHED = {
+    "hotpotqa": ("hotpotqa/dev_100.json", 100),
+    "2wikimultihopqa": ("2wikimultihopqa/dev_82.json", 82),
+    "musique": ("musique/dev_100.jsonl", 100),
+}
+LISTED = {
+    "_id": "q0",
+    "question": "Who founded the firm that Ann  works at?",
+    "answer": "Bob Stone",
+    "supporting_facts": [["Ann", 2], ["Firm", 0], ["Ann", 0]],
+    "context": [
+        ["Firm", [" It was founded by Bob Stone. ", "It makes bells."]],
+        ["Ann", ["Ann is a cook.", " ", "She works\nat Firm"]],
+        ["Bells", ["Bells ring."]],
+    ],
+}
+MUSIQUE = {
+    "id": "2hop__0",
+    "question": "Who founded the firm that Ann works at?",
+    "answer": "Bob",
+    "answer_aliases": ["Robert", "Bob"],
+    "answerable": True,
+    "paragraphs": [
+        {
+            "idx": 4,
+            "title": "Firm",
+            "paragraph_text": "Bob likes tea. Firm was founded by Bob. It makes bells.",
+        },
+        {"idx": 7, "title": "Bells", "paragraph_text": "Bells ring."},
+        {"idx": 9, "title": "Ann", "paragraph_text": "Ann cooks.  She joined FIRM in 1990."},
+    ],
+    "question_decomposition": [
+        {"question": "Ann >> employer", "answer": "Firm", "paragraph_support_idx": 9},
+        {"question": "Who founded #1?", "answer": "Bob", "paragraph_support_idx": 4},
+    ],
+}
+
+
+def make_record(number: int, distractors: int = 2, **fields) -> dict:
+    """A question of its own over two documents of its own, and others that say nothing."""
+    context = [[f"Noise {number}.{i}", [f"Noise {number}.{i} hums."]] for i in range(distractors)]
+    context.append([f"Person {number}", [f"Person {number} is at Firm {number}.", "He is glad."]])
+    context.append([f"Firm {number}", ["It is old.", f"It is in Town {number}."]])
+    return {
+        "_id": f"id{number}",
+        "question": f"Where is the firm of Person {number}?",
+        "answer": f"Town {number}",
+        "supporting_facts": [[f"Person {number}", 0], [f"Firm {number}", 1]],
+        "context": context,
+    } | fields
+
+
+def write(folder, records, dataset="hotpotqa", **fields) -> MultihopQaConfig:
+    path = folder / "published"
+    if dataset == "musique":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        path.write_text(json.dumps(records))
+    # So far apart that a handful of questions are all in train.
+    fields = {"test_every": 10**9, "validation_every": 10**9, "documents": 4} | fields
+    return MultihopQaConfig(dataset=dataset, data_file=str(path), **fields)
+
+
+def generate(config: MultihopQaConfig, split: str = "train") -> list[dict]:
+    return list(multihop_qa.generate(config, multihop_qa.read(config), split))
+
+
+def flatten(example: dict) -> list[dict]:
+    return [fact for chunk in example["chunks"] for fact in chunk]
+
+
+def titles(example: dict) -> list[str]:
+    """Of the documents in reading order."""
+    return list(dict.fromkeys(fact["subject"] for fact in flatten(example)))
+
+
+def texts_by_note(example: dict) -> dict[str, dict]:
+    return {fact["note"]: fact for fact in flatten(example)}
+
+
+# ---------------------------------------------------------------------------------------------
+# What an example says
+
+
+@pytest.mark.parametrize("dataset", ["hotpotqa", "2wikimultihopqa"])
+def test_published_sentences_become_facts(tmp_path, dataset):
+    record = LISTED if dataset == "hotpotqa" else LISTED | {"evidences": [], "type": "inference"}
+    filler = make_record(1, supporting_facts=[["Person 1", 0]], context=[["Person 1", ["Hi."]]])
+    config = write(tmp_path, [record, filler], dataset, documents=4)
+    [example] = [e for e in generate(config) if "Ann" in e["focus"]]
+    facts = texts_by_note(example)
+    assert {note: FactCategory(fact["category"]) for note, fact in facts.items()} == {
+        "Firm: It was founded by Bob Stone": FactCategory.SUPPORT,
+        "Firm: It makes bells": FactCategory.SAME_DOCUMENT,
+        "Ann: Ann is a cook": FactCategory.SUPPORT,
+        "Ann: She works at Firm": FactCategory.SUPPORT,
+        "Bells: Bells ring": FactCategory.DISTRACTOR,
+        "Person 1: Hi": FactCategory.DISTRACTOR,
+    }
+    for note, fact in facts.items():
+        assert fact["support"] == (fact["category"] == FactCategory.SUPPORT)
+        assert fact["supersedes"] == -1
+        assert note.startswith(f"{fact['subject']}: ")
+    order = titles(example)
+    assert facts["Ann: Ann is a cook"]["text"] == (
+        f"Document {order.index('Ann') + 1}: Ann\nAnn is a cook."
+    )
+    assert facts["Ann: She works at Firm"]["text"] == "She works at Firm"
+    [question] = example["questions"]
+    assert question["text"] == example["focus"] == "Who founded the firm that Ann works at?"
+    assert question["aliases"] == ["Bob Stone"]
+    # In the order published, whose index 2 counts the sentence that is empty.
+    assert [flatten(example)[number]["note"] for number in question["needs"]] == [
+        "Ann: She works at Firm",
+        "Firm: It was founded by Bob Stone",
+        "Ann: Ann is a cook",
+    ]
+
+
+def test_musique_needs_the_sentence_that_answers_each_step(tmp_path):
+    filler = MUSIQUE | {"id": "2hop__1", "question": "What rings?"}
+    unanswerable = MUSIQUE | {"id": "2hop__2", "answerable": False}
+    unanswerable["question_decomposition"] = [
+        {"question": "?", "answer": "Bob", "paragraph_support_idx": None}
+    ]
+    records = [MUSIQUE, unanswerable, filler]
+    config = write(tmp_path, records, "musique", documents=4)
+    corpus = multihop_qa.read(config)
+    assert corpus.left_out == {"it is marked as not answerable": 1}
+    question = corpus.splits["train"][0]
+    found = [question.documents[d].sentences[s] for d, s in question.support]
+    # "Bob likes tea." holds the answer too, but nothing else of "Who founded Firm?".
+    assert found == ["She joined FIRM in 1990.", "Firm was founded by Bob."]
+    assert question.aliases == ("Bob", "Robert")
+
+
+def test_musique_needs_a_whole_paragraph_where_no_sentence_holds_the_answer(tmp_path):
+    steps = [MUSIQUE["question_decomposition"][0] | {"answer": "Cook"}]
+    config = write(tmp_path, [MUSIQUE | {"question_decomposition": steps}], "musique")
+    [question] = multihop_qa.read(config).splits["train"]
+    assert [question.documents[d].sentences[s] for d, s in question.support] == [
+        "Ann cooks.",
+        "She joined FIRM in 1990.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("He came. She left!  Who? 3 men.", ["He came.", "She left!", "Who?", "3 men."]),
+        ("Mr. J. R. Smith of St. Louis, U.S. Army.", ["Mr. J. R. Smith of St. Louis, U.S. Army."]),
+        ('"Yes." (He nodded.) It\'s over.', ['"Yes."', "(He nodded.)", "It's over."]),
+        ("Born c. 1900 in Rome.The city is old.", ["Born c. 1900 in Rome.", "The city is old."]),
+        ("Version 2.5 of node.js won. iPods sold", ["Version 2.5 of node.js won. iPods sold"]),
+        (" \n ", []),
+    ],
+)  # fmt: skip
+def test_sentences_are_split(text, sentences):
+    assert multihop_qa.split_sentences(text) == sentences
+
+
+@given(st.text(alphabet="aB .!?\"')(\n5", max_size=60))
+def test_splitting_loses_white_space_only(text):
+    sentences = multihop_qa.split_sentences(text)
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert all(sentence == sentence.strip() != "" for sentence in sentences)
+
+
+def test_long_sentences_become_several_facts(tmp_path):
+    record = make_record(0, answer="d", supporting_facts=[["T", 1]])
+    record["context"] = [["T", ["x.", "a b c d e f g."]], ["U", ["y."]]]
+    config = write(tmp_path, [record], documents=2, max_sentence_words=3)
+    [example] = generate(config)
+    needed = [flatten(example)[number]["note"] for number in example["questions"][0]["needs"]]
+    assert needed == ["T: a b c", "T: d e f", "T: g"]
+    assert [fact["support"] for fact in flatten(example)].count(True) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"supporting_facts": [["Person 0", 2], ["Firm 0", 0]]}, "names no sentence"),
+        ({"supporting_facts": [["Person 0", -1]]}, "names no sentence"),
+        ({"supporting_facts": [["Nobody", 0]]}, "names no sentence"),
+        ({"supporting_facts": []}, "names no sentence"),
+        ({"answer": " "}, "no text, or no answer"),
+        ({"question": "one two three four five six seven eight?"}, "max_question_words=7 words"),
+        ({"answer": "one two three"}, "max_answer_words=2 words"),
+    ],
+)
+def test_questions_are_left_out_and_counted(tmp_path, fields, reason):
+    records = [make_record(0, **fields), make_record(1)]
+    config = write(tmp_path, records, max_question_words=7, max_answer_words=2)
+    corpus = multihop_qa.read(config)
+    assert [question.id for question in corpus.splits["train"]] == ["id1"]
+    [(found, count)] = corpus.left_out.items()
+    assert reason in found
+    assert count == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Which documents, and where
+
+
+def test_own_documents_come_before_those_of_other_samples(tmp_path):
+    config = write(tmp_path, [make_record(i) for i in range(20)], documents=3)
+    own = {i: {f"Noise {i}.0", f"Noise {i}.1", f"Person {i}", f"Firm {i}"} for i in range(20)}
+    left = collections.Counter()
+    for example in generate(config):
+        number = int(example["questions"][0]["aliases"][0].removeprefix("Town "))
+        found = titles(example)
+        assert len(found) == 3
+        assert {f"Person {number}", f"Firm {number}"} < set(found) < own[number]
+        left.update(title[-1] for title in found if "Noise" in title)
+    assert set(left) == {"0", "1"}, "which of them is random"
+    for example in generate(config.__class__(**(vars(config) | {"documents": 30}))):
+        number = int(example["questions"][0]["aliases"][0].removeprefix("Town "))
+        assert len(titles(example)) == 30
+        assert own[number] < set(titles(example))
+
+
+def test_documents_stand_anywhere(tmp_path):
+    """Regression: with one seed for all samples the supporting ones always stood at one place."""
+    config = write(tmp_path, [make_record(i) for i in range(60)], documents=6)
+    examples = generate(config)
+    places = [
+        tuple(titles(e).index(flatten(e)[need]["subject"]) for need in e["questions"][0]["needs"])
+        for e in examples
+    ]
+    assert {place for pair in places for place in pair} == set(range(6))
+    assert len(set(places)) > 20, "of 30"
+    assert examples == generate(config), "but the same again"
+    moved = generate(config.__class__(**(vars(config) | {"seed": 1})))
+    assert {tuple(titles(e)) for e in moved}.isdisjoint(tuple(titles(e)) for e in examples)
+
+
+def test_a_sample_keeps_its_documents_when_others_come_or_go(tmp_path):
+    records = [make_record(i) for i in range(30)]
+    by_answer = [
+        {e["questions"][0]["aliases"][0]: titles(e) for e in generate(write(tmp_path, part))}
+        for part in (records, records[:10])
+    ]
+    assert len(by_answer[1]) == 10
+    assert by_answer[0].items() >= by_answer[1].items()
+
+
+def test_half_of_the_samples_have_one_question_the_others_up_to_ten(tmp_path):
+    records = [make_record(i, distractors=0) for i in range(1000)]
+    config = write(tmp_path, records, documents=20, questions=(1, 10))
+    examples = generate(config)
+    asked = [question["aliases"][0] for e in examples for question in e["questions"]]
+    assert sorted(asked) == sorted(record["answer"] for record in records)
+    counts = collections.Counter(len(e["questions"]) for e in examples[:-1])
+    samples = counts.total()
+    assert set(counts) == set(range(1, 11))
+    for number in range(1, 11):
+        rate = 1 / 2 if number == 1 else 1 / 18
+        assert abs(counts[number] - rate * samples) < 4 * np.sqrt(samples * rate * (1 - rate))
+    merged = next(e for e in examples if len(e["questions"]) == 10)
+    assert merged["focus"] == " ".join(question["text"] for question in merged["questions"])
+    for question in merged["questions"]:
+        number = question["aliases"][0].removeprefix("Town ")
+        assert [flatten(merged)[need]["note"] for need in question["needs"]] == [
+            f"Person {number}: Person {number} is at Firm {number}",
+            f"Firm {number}: It is in Town {number}",
+        ]
+    assert [example["id"] for example in examples] == list(range(len(examples)))
+
+
+def test_left_over_questions_and_a_limit(tmp_path):
+    records = [make_record(i) for i in range(7)]
+    assert [len(e["questions"]) for e in generate(write(tmp_path, records, questions=(2, 2)))] == [
+        2,
+        2,
+        2,
+    ]
+    assert len(generate(write(tmp_path, records, max_examples=4))) == 4
+
+
+def test_splits_share_no_question_and_no_supporting_document(tmp_path):
+    # Question i needs a document of its own and one that it shares with three others; its
+    # distractors support its neighbours.
+    records = []
+    for i in range(200):
+        record = make_record(i, distractors=1)
+        record["context"][-1] = [f"Shared {i // 4}", ["It is in Town."]]
+        record["context"].append(make_record((i + 4) % 200)["context"][-2])
+        record["supporting_facts"] = [[f"Person {i}", 0], [f"Shared {i // 4}", 0]]
+        records.append(record)
+    config = write(tmp_path, records, test_every=5, validation_every=5, documents=6)
+    corpus = multihop_qa.read(config)
+    ids = {split: {q.id for q in questions} for split, questions in corpus.splits.items()}
+    assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
+    assert sum(map(len, ids.values())) + sum(corpus.left_out.values()) == 200
+    assert all("supporting document" in reason for reason in corpus.left_out)
+    assert 20 <= len(ids["test"]) <= 60
+    assert all(len(found) > 5 for found in ids.values())
+    support = {
+        split: {doc for question in questions for doc in question.supporting()}
+        for split, questions in corpus.splits.items()
+    }
+    for split in corpus.splits:
+        seen = {title for e in multihop_qa.generate(config, corpus, split) for title in titles(e)}
+        assert seen >= {doc.title for doc in support[split]}
+        for other in corpus.splits:
+            if other != split:
+                assert seen.isdisjoint(doc.title for doc in support[other])
+    # The split is the question's own: neither the seed nor the order of the file moves it.
+    again = write(tmp_path, records[::-1], test_every=5, validation_every=5, documents=6, seed=3)
+    splits = multihop_qa.read(again).splits
+    assert {split: {q.id for q in questions} for split, questions in splits.items()} == ids
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"documents_per_chunk": 1},
+        {"documents_per_chunk": 2},
+        {"documents_per_chunk": 0, "chunk_sentences": 1},
+        {"documents_per_chunk": 2, "chunk_sentences": 4},
+        {"documents_per_chunk": 0, "chunk_words": 11},
+        {"documents_per_chunk": 3, "chunk_sentences": 5, "chunk_words": 12},
+    ],
+)
+def test_chunks_keep_within_their_limits(tmp_path, limits):
+    lengths = [[2, 3], [4], [9, 1, 5], [1, 1, 1], [7, 7], [6, 2, 2, 2], [3], [1]]
+    context = [
+        [f"T{i}", [" ".join(f"s{i}.{n}.{w}" for w in range(size)) for n, size in enumerate(row)]]
+        for i, row in enumerate(lengths)
+    ]
+    record = make_record(0, context=context, supporting_facts=[["T0", 0], ["T2", 1]])
+    config = write(tmp_path, [record], documents=8, **limits)
+    [example] = generate(config)
+    most = {name: getattr(config, name) or 10**9 for name in limits}
+    words = {title: [text.split() for text in texts] for title, texts in context}
+    order = titles(example)
+    told = collections.defaultdict(list)
+    whole = collections.Counter()
+    for chunk in example["chunks"]:
+        parts = [fact["text"].split("\n")[-1].split() for fact in chunk]
+        inside = list(dict.fromkeys(fact["subject"] for fact in chunk))
+        assert len(inside) <= most.get("documents_per_chunk", 10**9)
+        assert len(chunk) <= most.get("chunk_sentences", 10**9)
+        assert sum(map(len, parts)) <= most.get("chunk_words", 10**9)
+        for fact, part in zip(chunk, parts, strict=True):
+            told[fact["subject"]] += [part]
+        for title in inside:  # each opens once in a chunk, with its number in the sample
+            opening = f"Document {order.index(title) + 1}: {title}\n"
+            opened = [fact["text"].startswith(opening) for fact in chunk]
+            assert opened.count(True) == 1
+            assert chunk[opened.index(True)] == next(f for f in chunk if f["subject"] == title)
+            whole[title] += 1
+    assert told == words
+    for title, sentences in words.items():
+        fits = len(sentences) <= most.get("chunk_sentences", 10**9)
+        fits &= sum(map(len, sentences)) <= most.get("chunk_words", 10**9)
+        assert (whole[title] == 1) == fits, "continued only where no chunk can hold it"
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset": "squad"}, "task.dataset is 'squad'; allowed: 'hotpotqa', '2wiki"),
+        ({"questions": (0, 2)}, r"task.questions is \(0, 2\); allowed: \(fewest, most\)"),
+        ({"questions": (3, 2)}, r"task.questions is \(3, 2\)"),
+        ({"questions": (1, 6)}, "task.documents is 10; allowed: at least 12: up to 2 documents"),
+        ({"dataset": "musique", "documents": 3}, "task.documents is 3; allowed: at least 4"),
+        ({"chunk_words": -1}, "task.chunk_words is -1; allowed: 1 or more, or 0 for no limit"),
+        ({"documents_per_chunk": 0}, "documents_per_chunk is 0; allowed: 1 or more, unless"),
+        ({"test_every": 1}, "task.test_every is 1; allowed: 2 or more"),
+        ({"validation_every": 0}, "task.validation_every is 0"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MultihopQaConfig(**fields)
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere.json"])
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_a_missing_file_error_says_where_it_comes_from(dataset, path):
+    with pytest.raises(FileNotFoundError) as error:
+        multihop_qa.read(MultihopQaConfig(dataset=dataset, data_file=path))
+    source = {"hotpotqa": "hotpotqa.github.io", "2wikimultihopqa": "Alab-NII/2wikimultihop"}
+    for part in ("config.task.data_file", path or "not set", source.get(dataset, "musique_v1.0")):
+        assert part in str(error.value)
+
+
+def without(record: dict, field: str) -> dict:
+    return {name: value for name, value in record.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "record", "message"),
+    [
+        *[
+            ("hotpotqa", without(make_record(1), field), f"record 2 has no field '{field}'")
+            for field in ("_id", "question", "answer", "supporting_facts", "context")
+        ],
+        ("hotpotqa", ["?"], "record 2 is a JSON list, no object"),
+        ("hotpotqa", make_record(1, answer=None), "'answer' that is a NoneType; allowed: a str"),
+        ("hotpotqa", make_record(1, context=[["T", "x"]]), "'context' that is not"),
+        ("hotpotqa", make_record(1, context=[["T", [1]]]), "'context' that is not"),
+        ("hotpotqa", make_record(1, supporting_facts=[["T"]]), "'supporting_facts' that are not"),
+        *[
+            ("musique", without(MUSIQUE, field), f"record 2 has no field '{field}'")
+            for field in ("id", "question", "answer", "paragraphs", "question_decomposition")
+        ],
+        ("musique", MUSIQUE | {"paragraphs": [{"idx": 0}]}, "has no field 'title'"),
+        ("musique", MUSIQUE | {"answer_aliases": [1]}, "'answer_aliases' that are not"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, dataset, record, message):
+    good = MUSIQUE if dataset == "musique" else make_record(0)
+    with pytest.raises(ValueError, match=message) as error:
+        multihop_qa.read(write(tmp_path, [good, record], dataset))
+    assert str(tmp_path / "published") in str(error.value)
+    assert "published test files have no answers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "message"),
+    [
+        ("hotpotqa", '{"data": []}', "holds a JSON dict; allowed: a list"),
+        ("hotpotqa", '{"_id": 1}\n{"_id": 2}\n', "is no JSON .*; allowed: a JSON list"),
+        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "record 2 is no JSON"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
+    config = write(tmp_path, [], dataset)
+    (tmp_path / "published").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        multihop_qa.read(config)
+
+
+def test_too_few_questions_or_documents_are_refused(tmp_path):
+    config = write(tmp_path, [make_record(0)], documents=5)
+    with pytest.raises(ValueError, match=r"documents is 5, but .* 'train' come with 4 different"):
+        generate(config)
+    with pytest.raises(ValueError, match="leaves 0 questions to the split 'test'; needed: 1"):
+        generate(config, "test")
+    with pytest.raises(ValueError, match="split is 'dev'; allowed: train, validation, test"):
+        generate(config, "dev")
+    record = make_record(0, supporting_facts=[[title, 0] for title, _ in make_record(0)["context"]])
+    config = write(tmp_path, [record], documents=3)
+    with pytest.raises(ValueError, match=r"documents is 3, but 4 documents support .* id0; raise"):
+        generate(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole road
+
+
+def test_prepared_once_for_what_the_file_says(tmp_path):
+    config = write(tmp_path, [make_record(i) for i in range(60)], test_every=4, validation_every=4)
+    task = {"name": "multihop_qa"} | vars(config)
+    found = datasets.prepare(task, tmp_path / "prepared")
+    corpus = multihop_qa.read(config)
+    for split in ("train", "validation", "test"):
+        expected = list(multihop_qa.generate(config, corpus, split))
+        assert list(found.split(split)) == expected
+        assert len(expected) > 3
+    moved = tmp_path / "moved"
+    (tmp_path / "published").rename(moved)
+    again = datasets.prepare(task | {"data_file": str(moved)}, tmp_path / "prepared")
+    assert again.directory == found.directory
+    moved.write_text(moved.read_text().replace("Town", "City"))
+    changed = datasets.prepare(task | {"data_file": str(moved)}, tmp_path / "prepared")
+    assert changed.directory != found.directory
+    with pytest.raises(FileNotFoundError, match=r"task\.data_file is .*published', which is no"):
+        datasets.prepare(task, tmp_path / "prepared")
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_the_config_is_valid_and_asks_for_a_file(tmp_path, dataset):
+    config = load_config(f"experiments/configs/hotpotqa.py:{dataset}")
+    validate.validate(config)
+    with pytest.raises(ConfigError, match=r"config\.task\.data_file is not set; download"):
+        build.load_dataset(config, str(tmp_path))
+    assert build.category_names(config) == ["support", "same_document", "distractor"]
+
+
+def test_rare_letters_are_spelled_in_bytes(tmp_path):
+    records = [make_record(i) for i in range(20)]
+    records[3]["context"][0][1] = ["\u015e hums."]
+    config = load_config("experiments/configs/hotpotqa.py")
+    config.tokenizer.vocab_size = 640
+    lengths = {}
+    dataset = datasets.Dataset(str(tmp_path), {"train": generate(write(tmp_path, records))})
+    for coverage in (0.99, 1.0):
+        config.tokenizer.character_coverage = coverage
+        tokenizer = build.fit_tokenizer(config, dataset)
+        assert tokenizer.to_bytes() == build.fit_tokenizer(config, dataset).to_bytes()
+        lengths[coverage] = len(tokenizer.encode("\u015e"))
+    assert lengths == {0.99: 3, 1.0: 1}, "a space and two bytes, or one piece"
+
+
+def test_the_clean_teacher_answers_everything(tmp_path):
+    records = [make_record(i, distractors=1) for i in range(16)]
+    records[0] = make_record(0, answer="yes")
+    records[1]["supporting_facts"].append(["Person 1", 1])
+    task = write(tmp_path, records, questions=(1, 2), documents=5, chunk_sentences=1)
+    examples = generate(task)
+    assert {len(example["questions"]) for example in examples} == {1, 2}
+
+    config = load_config("experiments/configs/hotpotqa.py")
+    config.tokenizer.vocab_size = 640
+    config.memory.slots, config.memory.shown = 6, 5
+    config.memory.entry_length, config.memory.query_length = 12, 20
+    config.rollout.max_actions, config.rollout.response_length = 2, 56
+    config.rollout.answer_length = 4
+    config.model.width, config.model.num_layers = 16, 1
+    dataset = datasets.Dataset(str(tmp_path), {"train": examples})
+    tokenizer = SentencePieceTokenizer.train(
+        datasets.tokenizer_texts(dataset),
+        config.tokenizer.vocab_size,
+        build.reserved_names(config),
+    )
+    parts = build.build(config, tokenizer)
+    shape = encoding.fit_shape(examples, tokenizer)
+    validate.validate(config)
+    validate.validate_shape(config, parts, shape, examples)
+    batch = batches.EncodedDataset(examples, tokenizer, shape).stack(range(len(examples)))
+    policy = teacher.policy(teacher.TeacherConfig(), parts.script)
+    played = jax.device_get(
+        jax.jit(rollout.run, static_argnums=1)(
+            parts.setting(shape), policy, batch.episodes, batch.ids, jax.random.key(0)
+        )
+    )
+    assert not played.turns.report.invalid.any()
+    for b, (example, aliases) in enumerate(zip(examples, batch.aliases, strict=True)):
+        answers = [
+            tokenizer.decode(played.answers[b, q, : played.answer_lengths[b, q]].tolist())
+            for q in range(len(aliases))
+        ]
+        np.testing.assert_array_equal(reward.score_answers(answers, aliases), 1.0)
+        memory = jax.tree.map(lambda leaf, b=b: leaf[b], played.memory)
+        kept = {
+            tokenizer.decode(memory.entries[slot, : memory.lengths[slot]].tolist())
+            for slot in np.flatnonzero(memory.valid)
+        }
+        assert kept == {fact["note"] for fact in flatten(example) if fact["support"]}
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_published_files_are_read_whole(shared_data, dataset):
+    name, count = PUBLISHED[dataset]
+    path = shared_data / name
+    if not path.is_file():
+        pytest.skip(f"no {dataset} at {path}")
+    config = MultihopQaConfig(dataset=dataset, data_file=str(path), chunk_words=150)
+    corpus = multihop_qa.read(config)
+    assert sum(map(len, corpus.splits.values())) + sum(corpus.left_out.values()) == count
+    assert set(corpus.left_out) <= {
+        "of train, with a supporting document of a question of another split",
+        "of validation, with a supporting document of a question of another split",
+    }
+    text = path.read_text(encoding="utf-8")
+    records = map(json.loads, text.splitlines()) if dataset == "musique" else json.loads(text)
+    published = {" ".join(record["question"].split()): record for record in records}
+    for split in corpus.splits:
+        for example in multihop_qa.generate(config, corpus, split):
+            facts = flatten(example)
+            [question] = example["questions"]
+            record = published[question["text"]]
+            assert question["aliases"][0] == record["answer"]
+            assert len(titles(example)) <= 10 <= sum("Document " in f["text"] for f in facts)
+            needed = [facts[number] for number in question["needs"]]
+            assert needed == sorted(needed, key=lambda fact: not fact["support"])
+            subjects = [fact["subject"] for fact in needed]
+            if dataset == "musique":
+                paragraphs = {p["idx"]: p for p in record["paragraphs"]}
+                steps = record["question_decomposition"]
+                hops = [paragraphs[step["paragraph_support_idx"]] for step in steps]
+                assert subjects == [" ".join(hop["title"].split()) for hop in hops]
+                for fact, hop, step in zip(needed, hops, steps, strict=True):
+                    assert step["answer"].lower() in fact["note"].lower()
+                    assert fact["text"].split("\n")[-1] in " ".join(hop["paragraph_text"].split())
+            else:
+                assert subjects == [title for title, _ in record["supporting_facts"]]
+            assert sum(fact["support"] for fact in facts) == len(needed)

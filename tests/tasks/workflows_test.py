@@ -1,0 +1,233 @@
+"""Workflows: masks leave only their kinds, programs write what plain Python says they should."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atommem_jax.agent import build, validate
+from atommem_jax.config import ConfigError
+from atommem_jax.learning import rollout, trainer
+from atommem_jax.tasks import teacher, workflows
+from atommem_jax.tasks.teacher import TeacherConfig
+from atommem_jax.types import EMPTY, ActionKind, Phase, Response
+from tests.helpers import tiny
+
+PROGRAMS = [name for name, flow in workflows.WORKFLOWS.items() if flow.program is not None]
+EPISODES = range(12)
+
+
+@functools.cache
+def make_parts(name: str) -> build.Parts:
+    config = tiny.make_config().copy_and_resolve_references()
+    config.workflow = name
+    config.memory.slots = 5
+    return build.build(config, tiny.make_tokenizer())
+
+
+@functools.cache
+def episodes():
+    return tiny.make_episodes(EPISODES)[0]
+
+
+def play(name: str, rates: TeacherConfig | None = None, answers=None):
+    """Every tiny episode with a teacher's answers, or those of another policy. NumPy leaves."""
+    parts = make_parts(name)
+    setting = parts.setting(tiny.make_shape())
+    restricted = parts.workflow.restrict(rates or TeacherConfig())
+    policy = answers or teacher.policy(restricted, parts.script)
+    policy = parts.workflow.apply(policy, parts.script)
+    ids = jnp.arange(len(EPISODES), dtype=jnp.int32)
+    run = jax.jit(lambda setting, e, i: rollout.run(setting, policy, e, i, jax.random.key(0)))
+    return jax.device_get(run(setting, episodes(), ids))
+
+
+def read_facts(b: int) -> list[list[int]]:
+    """The facts of an episode in reading order, one a chunk."""
+    e = jax.device_get(episodes())
+    lengths = e.chunk_lengths[b, : int(e.num_chunks[b])]
+    return [e.chunks[b, c, :n].tolist() for c, n in enumerate(lengths)]
+
+
+def read_table(played, b: int) -> list[list[int]]:
+    """The entries at the end, oldest first."""
+    table = jax.tree.map(lambda x: x[b], played.memory)
+    slots = sorted(np.flatnonzero(table.valid), key=lambda s: table.created[s])
+    return [table.entries[s, : table.lengths[s]].tolist() for s in slots]
+
+
+def find_kinds(played) -> set[int]:
+    return set(np.flatnonzero(played.turns.report.attempted.sum(axis=(0, 1))).tolist())
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+
+
+@pytest.mark.parametrize("name", workflows.WORKFLOWS)
+@pytest.mark.parametrize("phase", [Phase.READING, Phase.ANSWERING, Phase.FINAL])
+def test_a_turn_can_open_only_actions_that_exist(name, phase):
+    parts = make_parts(name)
+    grammar, reserved = parts.agent.grammar, parts.tokenizer.reserved
+    allowed = np.asarray(grammar.allowed(grammar.start(phase), 14))
+    opens = {kind for kind in ActionKind if kind and allowed[reserved[f"<{kind.name.lower()}>"]]}
+    permitted = {
+        Phase.READING: set(ActionKind) - {ActionKind.NONE, ActionKind.ANSWER},
+        Phase.ANSWERING: {ActionKind.READ, ActionKind.ANSWER},
+        Phase.FINAL: {ActionKind.ANSWER},
+    }[phase]
+    assert opens == permitted & set(parts.workflow.kinds)
+    assert allowed[parts.tokenizer.eos_id] == (phase == Phase.READING)
+
+
+def test_an_action_without_a_tag_is_not_parsed():
+    text = tiny.make_tokenizer().encode("tea")
+    update = tiny.spell_action(ActionKind.UPDATE, text, target=1)
+    create = tiny.spell_action(ActionKind.CREATE, text)
+    tokens = jnp.asarray([*update, *create], jnp.int32)
+    full = make_parts("learned").agent.grammar.parse(tokens, tokens.shape[0])
+    part = make_parts("no_update").agent.grammar.parse(tokens, tokens.shape[0])
+    assert full.kind.tolist()[:2] == [ActionKind.UPDATE, ActionKind.CREATE]
+    assert part.kind.tolist()[:2] == [ActionKind.CREATE, ActionKind.NONE]
+
+
+def test_all_workflows_share_the_tokens_of_the_learned_policy():
+    """So that one SFT checkpoint can start them all."""
+    config = tiny.make_config().copy_and_resolve_references()
+    names = set()
+    for config.workflow in workflows.WORKFLOWS:
+        names.add(tuple(build.reserved_names(config)))
+    assert len(names) == 1
+
+
+def test_a_masked_teacher_stays_within_its_kinds():
+    noisy = TeacherConfig(store_distractor=0.5)
+    corrects = int((episodes().annotations.supersedes != EMPTY).sum())
+    assert corrects > 0
+    masked = play("no_update", noisy)
+    assert ActionKind.UPDATE not in find_kinds(masked)
+    assert ActionKind.CREATE in find_kinds(masked)
+    notes = play("scratchpad_only", noisy)
+    assert find_kinds(notes) == {ActionKind.SCRATCHPAD, ActionKind.ANSWER}
+    assert not notes.turns.occupancy.any()
+    assert not notes.turns.scripted.any()
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs
+
+
+def test_storing_everything_leaves_the_last_facts():
+    """Without a standing query nothing is shown, so the entries of least recent touch go first."""
+    parts = make_parts("store_all_one_read")
+    played = play("store_all_one_read")
+    assert parts.setting(tiny.make_shape()).config.slots == 5
+    for b in EPISODES:
+        assert read_table(played, b) == read_facts(b)[-5:]
+
+
+def test_a_sliding_window_shows_the_last_chunks_whatever_is_asked():
+    played = play("sliding_window")
+    assert make_parts("sliding_window").setting(tiny.make_shape()).config.slots == 4
+    answering = played.turns.live & (played.turns.phase != Phase.READING)
+    assert answering.sum() >= len(EPISODES)
+    for b in EPISODES:
+        last = sorted(read_facts(b)[-4:])
+        assert sorted(read_table(played, b)) == last
+        for t in np.flatnonzero(answering[b]):
+            shown = played.turns.shown_entries[b, t]
+            lengths = (shown != tiny.make_tokenizer().pad_id).sum(axis=1)
+            texts = [row[:n].tolist() for row, n in zip(shown, lengths, strict=True) if n]
+            assert sorted(texts) == last
+
+
+def test_the_strong_program_edits_what_is_corrected():
+    played = play("store_all_update")
+    counts = played.turns.report.applied.sum(axis=1)
+    facts = np.array([len(read_facts(b)) for b in EPISODES])
+    # Every fact becomes an entry or the new text of one.
+    edits = counts[:, ActionKind.CREATE] + counts[:, ActionKind.UPDATE]
+    np.testing.assert_array_equal(edits, facts)
+    assert counts[:, ActionKind.UPDATE].sum() > 0
+    assert counts[:, ActionKind.DELETE].sum() > 0
+    assert not played.turns.report.invalid.any()
+    first = played.turns.report.applied[:, 0, ActionKind.READ]
+    np.testing.assert_array_equal(first, 1)  # the standing query
+
+
+def test_no_memory_keeps_nothing():
+    played = play("no_memory")
+    assert find_kinds(played) == {ActionKind.ANSWER}
+    assert not played.memory.valid.any()
+    assert not played.memory.scratchpad_length.any()
+
+
+def test_answers_may_be_looked_up_several_times():
+    sizes = {
+        name: make_parts(name).setting(tiny.make_shape()).config.answer_read_budget
+        for name in ("learned", "store_all", "store_all_update")
+    }
+    assert sizes == {"learned": 1, "store_all": 3, "store_all_update": 3}
+
+
+def shout(views, episodes, keys) -> Response:
+    """Writes rubbish wherever it is asked; NaN shows where its word counted."""
+    del episodes, keys
+    rows = views.phase.shape[0]
+    asked = views.phase != Phase.DONE
+    return Response(
+        tokens=jnp.full((rows, 14), tiny.make_tokenizer().reserved["<answer>"], jnp.int32),
+        lengths=jnp.where(asked, 14, 0),
+        log_probs=jnp.where(asked[:, None], jnp.nan, 0.0) * jnp.ones((rows, 14)),
+        values=jnp.full((rows,), jnp.nan),
+        scripted=jnp.zeros((rows,), bool),
+    )
+
+
+def test_the_policy_has_no_word_where_the_program_writes():
+    played = play("store_all_one_read", answers=shout)
+    turns = played.turns
+    reading = turns.live & (turns.phase == Phase.READING)
+    np.testing.assert_array_equal(turns.scripted, reading)
+    assert np.isfinite(turns.log_probs[reading]).all()
+    assert np.isnan(turns.log_probs[turns.live & ~reading]).all()
+    for b in EPISODES:
+        assert read_table(played, b) == read_facts(b)[-5:]
+
+
+@pytest.mark.parametrize("name", ["store_all_one_read", "learned"])
+def test_only_what_the_policy_wrote_is_learned(name):
+    played = play(name)
+    batch = jax.device_get(trainer.make_batch(jax.tree.map(jnp.asarray, played)))
+    turns = played.turns
+    written = turns.live & ~(turns.scripted if name != "learned" else np.zeros_like(turns.live))
+    lengths = np.where(written, turns.response_lengths, 0).reshape(-1)
+    np.testing.assert_array_equal(batch.response_lengths, lengths)
+    np.testing.assert_array_equal((batch.weights > 0).sum(axis=1), lengths)
+    if name != "learned":
+        assert (lengths == 0).sum() > (lengths > 0).sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+
+def test_an_unknown_workflow_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"workflow='rag': allowed are learned, .*no_store"):
+        workflows.find("rag")
+    config = tiny.make_config().copy_and_resolve_references()
+    config.workflow = "rag"
+    with pytest.raises(ConfigError, match="workflow='rag': allowed are"):
+        validate.validate(config)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_values_are_not_learned_of_turns_that_a_program_writes(name):
+    config = tiny.make_config().copy_and_resolve_references()
+    config.workflow = name
+    validate.validate(config)
+    config.rl.ppo.estimator = "gae"
+    with pytest.raises(ConfigError, match=f"estimator='gae'.*workflow='{name}'.*use"):
+        validate.validate(config)

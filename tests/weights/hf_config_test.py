@@ -1,0 +1,232 @@
+"""config.json and tokenizer files: what was published, both ways, and what is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+import tokenizers
+
+from atommem_jax.language.tokenizer import HuggingFaceTokenizer
+from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.weights import hf_config, huggingface
+from atommem_jax.weights.hf_config import PublishedError
+from experiments.configs import published
+from tests.weights import huggingface_test
+
+# As published with Qwen3-8B; AtomMem-8B was trained from it and has the same layout.
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "tensors"),
+    [
+        ("qwen3_8b", QWEN3_8B, 36 * 11 + 3),
+        ("llama3.1_8b", LLAMA_3_1_8B, 32 * 9 + 3),
+        ("smollm2_135m", SMOLLM2_135M, 30 * 9 + 2),
+    ],
+)
+def test_a_published_config_is_enough(preset, fields, tensors):
+    config = hf_config.parse_config(fields)
+    sizes = published.get_preset(preset).sizes()
+    assert config == ModelConfig(**sizes, pad_id=fields.get("pad_token_id", 0))
+    shapes = huggingface.published_shapes(config)
+    assert len(shapes) == tensors
+    last = fields["num_hidden_layers"] - 1
+    assert shapes[f"model.layers.{last}.mlp.down_proj.weight"] == (
+        fields["hidden_size"],
+        fields["intermediate_size"],
+    )
+    assert ("lm_head.weight" in shapes) != fields["tie_word_embeddings"]
+
+
+def test_newer_and_older_fields_say_the_same():
+    older = hf_config.parse_config(LLAMA_3_1_8B)
+    newer = {k: v for k, v in LLAMA_3_1_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    newer["rope_parameters"] = {**LLAMA_3_1_8B["rope_scaling"], "rope_theta": 500000.0}
+    assert hf_config.parse_config(newer) == older
+    assert older.rope_factor == 8.0
+    assert older.head_width == 128, "hidden_size / num_attention_heads where head_dim is absent"
+
+
+@pytest.mark.parametrize("fields", [QWEN3_8B, LLAMA_3_1_8B, SMOLLM2_135M])
+def test_configs_come_back(fields):
+    config = hf_config.parse_config(fields)
+    written = json.loads(json.dumps(hf_config.format_config(config)))
+    assert hf_config.parse_config(written) == config
+    kept = set(fields) & set(written) - {"torch_dtype", "pad_token_id", "max_position_embeddings"}
+    assert {name: written[name] for name in kept} == {name: fields[name] for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, ["architectures=['GemmaForCausalLM']", "Qwen3F"]),
+        ({"architectures": None}, ["architectures=[]"]),
+        ({"model_type": "llama"}, ["model_type='llama'", "'qwen3'"]),
+        ({"attention_bias": True}, ["attention_bias=True: allowed is False"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu': allowed is 'silu'"]),
+        ({"use_sliding_window": True}, ["use_sliding_window=True"]),
+        ({"layer_types": ["sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_scaling.rope_type='yarn'"]),
+        ({"rope_scaling": {"type": "llama3"}}, ["rope_scaling: factor is None"]),
+        ({"hidden_size": None}, ["hidden_size is None; it must be a whole number"]),
+        ({"num_hidden_layers": "36"}, ["num_hidden_layers is '36'"]),
+        ({"rms_norm_eps": None}, ["rms_norm_eps is None; it must be a number"]),
+        ({"num_key_value_heads": 5}, ["model.num_heads=32 is not a multiple of", "=5"]),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(change, words):
+    with pytest.raises(PublishedError) as caught:
+        hf_config.parse_config({**QWEN3_8B, **change}, where="there/config.json")
+    for word in ("there/config.json", *words):
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_broken_config_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    for text, word in [("{", "is not JSON"), ("[]", "holds list; it must hold an object")]:
+        path.write_text(text)
+        with pytest.raises(PublishedError, match=rf"config\.json: {word}"):
+            hf_config.read_config(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def write_tokenizer(folder, **names):
+    """A byte-level tokenizer of 258 ids: the bytes, then <|end|> and <|pad|>."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|end|>", "<|pad|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {"eos_token": {"content": "<|end|>"}, "pad_token": "<|pad|>"} | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_a_tokenizer_is_read_and_written(tmp_path):
+    read = hf_config.read_tokenizer(write_tokenizer(tmp_path), 300, reserved=["<create>", "<end>"])
+    assert (read.eos_id, read.pad_id, read.vocab_size) == (256, 257, 300)
+    assert read.reserved == {"<create>": 258, "<end>": 259}
+    assert read.decode(read.encode("a <create> b")) == "a <create> b"
+    hf_config.write_tokenizer(tmp_path, read)
+    again = hf_config.read_tokenizer(tmp_path, 300, reserved=["<create>", "<end>"])
+    assert again.to_bytes() == read.to_bytes()
+
+
+def test_a_tokenizer_goes_with_its_model(tmp_path):
+    fields = {**huggingface_test.QWEN, "vocab_size": 258}
+    tensors = huggingface_test.make_tensors(fields)
+    config, params = huggingface.load(huggingface_test.write(tmp_path / "in", fields, tensors))
+    tokenizer = hf_config.read_tokenizer(write_tokenizer(tmp_path / "in"), config.vocab_size)
+    huggingface.save(tmp_path / "out", params, config, tokenizer=tokenizer)
+    read = hf_config.read_config(tmp_path / "out")
+    assert read == dataclasses.replace(config, pad_id=257)
+    again = hf_config.read_tokenizer(tmp_path / "out", read.vocab_size)
+    assert isinstance(again, HuggingFaceTokenizer)
+    assert again.to_bytes() == tokenizer.to_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 256
+
+
+@pytest.mark.parametrize(
+    ("size", "arguments", "names", "words"),
+    [
+        (257, {}, {}, ["tokenizer.json: has 258 ids", "vocab_size of the model is 257"]),
+        (259, {"reserved": ["<a>", "<b>"]}, {}, ["has 260 ids with 2 reserved names added"]),
+        (258, {}, {"pad_token": None}, ["pad_token is None", "pass pad_token"]),
+        (258, {}, {"pad_token": "<|end|>"}, ["pad_token: found '<|end|>', which is also eos"]),
+        (258, {}, {"eos_token": "<eos>"}, ["eos_token: found '<eos>'"]),
+        (258, {"pad_token": "<none>"}, {}, ["pad_token: found '<none>'"]),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, size, arguments, names, words):
+    with pytest.raises(PublishedError) as caught:
+        hf_config.read_tokenizer(write_tokenizer(tmp_path, **names), size, **arguments)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_tokenizer_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(PublishedError, match=r"tokenizer\.json: no such file"):
+        hf_config.read_tokenizer(tmp_path, 258)
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(PublishedError, match=r"tokenizer\.json: is no tokenizer"):
+        hf_config.read_tokenizer(tmp_path, 258)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(PublishedError, match=r"tokenizer_config\.json: no such file"):
+        hf_config.read_tokenizer(tmp_path, 258)
