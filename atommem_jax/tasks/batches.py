@@ -81,9 +81,9 @@ def batches(
 
     Batch k is a function of (seed, batch_size, k) alone, and of it the iterator gives `rows`, by
     default all: those that this process holds (`host_batches.process_rows`). So `get_state()`
-    counts batches, is the same on every process, and may be given to `set_state` of an iterator with
-    other rows. Every epoch has a new order. Batches run over the end of an epoch; only what is
-    left after `num_epochs` (None: without end) and does not fill a batch is dropped.
+    counts batches, is the same on every process, and may be given to `set_state` of an iterator
+    with other rows. Every epoch has a new order. Batches run over the end of an epoch; only what
+    is left after `num_epochs` (None: without end) and does not fill a batch is dropped.
 
     Raises ValueError where `batch_size` is below 1 or larger than all samples of all epochs, or
     `rows` are none of a batch.
