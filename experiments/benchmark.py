@@ -29,12 +29,15 @@ import jax
 from absl import flags as absl_flags
 
 from atommem_jax.agent import validate
-from atommem_jax.config import check
-from experiments import flags, train, validity
+from atommem_jax.config import check, parse
+from experiments import flags
 from experiments.benchmarks import memory_suite, suites
 
-for _name in ("episodes", "json"):
-    absl_flags.declare_key_flag(_name)  # of validity.py: --help lists them here too
+CONFIG = flags.define_config("experiments/configs/synthetic.py")
+EPISODES = absl_flags.DEFINE_integer(
+    "episodes", 0, "How many of each split in suite task; 0 for all."
+)
+JSON = absl_flags.DEFINE_string("json", None, "File for the results; none is written without.")
 SUITE = absl_flags.DEFINE_list(
     "suite", list(suites.DEFAULT_SUITES), f"Which to run, of {', '.join(suites.SUITES)}."
 )
@@ -79,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     check_suites(SUITE.value)
     options = read_options()
-    config = train.CONFIG.value
+    config = parse(CONFIG.value)
     validate.validate(config)
     # Compile times are part of the result: nothing may come from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -89,11 +92,11 @@ def main(argv: Sequence[str]) -> None:
     for name in SUITE.value:
         print(f"suite {name}", flush=True)
         bench.run(name)
-        if validity.JSON.value:
-            suites.write(bench.results, validity.JSON.value)
+        if JSON.value:
+            suites.write(bench.results, JSON.value)
     print(suites.render(bench.results))
-    if validity.JSON.value:
-        print(f"results: {validity.JSON.value}")
+    if JSON.value:
+        print(f"results: {JSON.value}")
 
 
 def check_suites(names: Sequence[str]) -> None:
@@ -133,7 +136,7 @@ def read_options() -> suites.Options:
         load=load,
         trajectories=TRAJECTORIES.value,
         sampled=SAMPLED.value,
-        episodes=validity.EPISODES.value,
+        episodes=EPISODES.value,
         plot=PLOT.value,
         torch_compile=TORCH_COMPILE.value,
         pretrained=PRETRAINED.value,

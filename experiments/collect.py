@@ -23,9 +23,8 @@ from atommem_jax.agent import build, load, validate
 from atommem_jax.collection import store
 from atommem_jax.collection.endpoint import Endpoint, Patience
 from atommem_jax.collection.player import Player, Tally, collect
-from atommem_jax.config import check
+from atommem_jax.config import check, flatten, parse
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.runs import agreement
 from atommem_jax.tasks import datasets, schema
 from experiments import flags
 
@@ -102,9 +101,9 @@ def main(argv) -> None:
         patience=Patience(TIMEOUT.value, RETRIES.value, BACKOFF.value, LONGEST_WAIT.value),
     )
     # ------------------------------------------------------------------ config, data
-    config = CONFIG.value
+    config = parse(CONFIG.value)
     validate.validate(config)
-    check("shape" not in config, "this config names no data (config.shape); pass one with a task")
+    check(config.shape is None, "this config names no data (config.shape); pass one with a task")
     mesh_lib.prepare_devices(1)
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     examples = _choose(dataset, SPLIT.value, EPISODES.value)
@@ -120,7 +119,7 @@ def main(argv) -> None:
         "split": SPLIT.value,
         "model": MODEL.value,
         **options,
-        **agreement.flatten(config.task, "task."),
+        **flatten(config.task.to_dict(), "task."),
     }
     with store.Writer(pathlib.Path(OUT.value), store.describe_setting(parts), source) as writer:
         tally = Tally(MIN_REWARD.value, prices)

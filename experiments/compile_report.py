@@ -1,6 +1,6 @@
 """Compiles the programs of a training run for a TPU topology, on a machine without one.
 
-    python experiments/compile_report.py --config=experiments/configs/qwen3_8b.py \
+    python experiments/compile_report.py --config=experiments/configs/published.py:qwen3_8b \
         --topology=v5e:8x8 --config.mesh.fsdp=16 --config.mesh.tensor=4 --json=report.json
 
 For each phase (SFT step, rollout, PPO update) it tells whether the program fits, what the memory
@@ -27,10 +27,9 @@ import tqdm
 from absl import flags as absl_flags
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, validate
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, Experiment, check, parse
 from atommem_jax.learning import microbatches
 from atommem_jax.model import attention
 from atommem_jax.model.transformer import without_adapters
@@ -43,7 +42,7 @@ from atommem_jax.tpu_model import hardware, hlo, lowering, presentation, rooflin
 from atommem_jax.tpu_model.flops import Rows
 from experiments import flags
 
-CONFIG = flags.define_config("experiments/configs/qwen3_8b.py")
+CONFIG = flags.define_config("experiments/configs/published.py:qwen3_8b")
 TOPOLOGY = absl_flags.DEFINE_string("topology", "v5e:8x8", "TPU generation and topology.")
 SLICES = absl_flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre network.")
 PHASES = absl_flags.DEFINE_list("phase", list(lowering.PHASES), "Phases to compile.")
@@ -68,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             f"--phase={phase}: the phases are {', '.join(lowering.PHASES)}",
         )
     topology = hardware.parse_topology(TOPOLOGY.value, SLICES.value)
-    config = CONFIG.value.copy_and_resolve_references()
+    config = parse(CONFIG.value)
     devices = hardware.get_topology(topology)
     fits = True
     if SEARCH.value:
@@ -94,14 +93,14 @@ def describe(config, topology, mesh: Mesh, phases) -> dict[str, Any]:
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
         "microbatch_rows": config.rl.ppo.microbatch_rows,
-        "rollout_group": config.rollout.group,
+        "rollout_microbatch": config.rollout.microbatch,
         "quick": QUICK.value,
         **presentation.to_json(phases),
     }
 
 
 def compile_phases(
-    config: ConfigDict, topology: hardware.Topology, devices: Sequence[Any], names: Sequence[str]
+    config: Experiment, topology: hardware.Topology, devices: Sequence[Any], names: Sequence[str]
 ) -> tuple[list[presentation.Phase], Mesh]:
     """Lowers and compiles each phase for the mesh of the config.
 
@@ -124,15 +123,15 @@ def compile_phases(
     return phases, mesh
 
 
-def prepare(config: ConfigDict) -> ConfigDict:
+def prepare(config: Experiment) -> Experiment:
     """A copy with the choices that a TPU would make at run time."""
-    config = config.copy_and_resolve_references()
-    if config.model.attention == "auto" and "shape" in config and config.shape.chunk_length >= 1024:
-        config.model.attention = "splash"
+    long = config.shape is not None and config.shape["chunk_length"] >= 1024
+    if config.model.attention == "auto" and long:
+        return config.replace({"model.attention": "splash"})
     return config
 
 
-def make_mesh(config: ConfigDict, topology: hardware.Topology, devices: Sequence[Any]) -> Mesh:
+def make_mesh(config: Experiment, topology: hardware.Topology, devices: Sequence[Any]) -> Mesh:
     """The mesh of the config on the devices of a topology; with all of them."""
     c = config.mesh
     slices = max(topology.slices, c.slices)
@@ -149,10 +148,10 @@ def make_mesh(config: ConfigDict, topology: hardware.Topology, devices: Sequence
     return mesh
 
 
-def load_agent(config: ConfigDict) -> tuple[build.Parts, EpisodeShape]:
+def load_agent(config: Experiment) -> tuple[build.Parts, EpisodeShape]:
     """What is trained, and the sizes of its episodes: of `config.shape`, or of the data."""
-    if "shape" in config:
-        return lowering.make_parts(config), EpisodeShape(**config.shape.to_dict())
+    if config.shape is not None:
+        return lowering.make_parts(config), EpisodeShape(**config.shape)
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     tokenizer = build.fit_tokenizer(config, dataset)
     shape = encoding.fit_shape(dataset.split("train"), tokenizer)
@@ -162,7 +161,7 @@ def load_agent(config: ConfigDict) -> tuple[build.Parts, EpisodeShape]:
 def compile_phase(
     name: str,
     program: lowering.Program,
-    config: ConfigDict,
+    config: Experiment,
     parts: build.Parts,
     shape: EpisodeShape,
     topology: hardware.Topology,
@@ -238,7 +237,7 @@ class Work:
         full = self.sizes.prompt_width + self.config.rollout.response_length - 1
         section = self.config.sft if name == "sft" else self.config.rl.ppo
         multiple = attention.row_multiple(self.model.attention, full)
-        widths = microbatches.list_widths(full, multiple, tuple(section.eighths))
+        widths = microbatches.list_widths(full, multiple, section.length_buckets)
         fed = self.prompt + self.response - 1
         width = next(w for w in widths if w >= fed)
         return [
@@ -263,7 +262,7 @@ class Work:
     @property
     def groups(self) -> int:
         """Groups that a share of the batch plays one after the other."""
-        share, group = self.rows // self.shares, self.config.rollout.group
+        share, group = self.rows // self.shares, self.config.rollout.microbatch
         return share // group if 0 < group < share else 1
 
     def microbatches(self, name: str) -> int:
@@ -307,7 +306,7 @@ class Work:
             params = flops_lib.count_params(self.model) / self.mesh[rules.TENSOR]
             stored = presentation.device_bytes(program.state)
             width = 2 if self.config.rollout.param_dtype == "bfloat16" else 4
-            group = self.config.rollout.group or self.rows // self.shares
+            group = self.config.rollout.microbatch or self.rows // self.shares
             slots = self.sizes.prompt_width + self.config.rollout.response_length
             rows = min(group, self.rows // self.shares) * self.shares
             placement = roofline.Placement(self.shares, self.mesh[rules.TENSOR])
@@ -391,7 +390,7 @@ class Work:
 
 
 def search(
-    config: ConfigDict, topology: hardware.Topology, devices: Sequence[Any], names: Sequence[str]
+    config: Experiment, topology: hardware.Topology, devices: Sequence[Any], names: Sequence[str]
 ) -> dict[str, Any]:
     """Tries mesh shapes and micro-batches; prints those that fit, the best modelled first."""
     rows = sorted({config.rl.ppo.microbatch_rows, 1, 2})
@@ -402,10 +401,16 @@ def search(
         itertools.product(hardware.list_meshes(topology.devices, slices=topology.slices), rows)
     )
     for (data, fsdp, tensor), count in tqdm.tqdm(grid, desc="meshes"):
-        trial = config.copy_and_resolve_references()
-        trial.mesh.data, trial.mesh.fsdp, trial.mesh.tensor = data, fsdp, tensor
-        trial.mesh.slices = topology.slices
-        trial.rl.ppo.microbatch_rows = trial.sft.microbatch_rows = count
+        trial = config.replace(
+            {
+                "mesh.data": data,
+                "mesh.fsdp": fsdp,
+                "mesh.tensor": tensor,
+                "mesh.slices": topology.slices,
+                "rl.ppo.microbatch_rows": count,
+                "sft.microbatch_rows": count,
+            }
+        )
         label = f"mesh {data} x {fsdp} x {tensor}, {count} rows a micro-batch"
         try:
             phases, mesh = compile_phases(trial, topology, devices, names)

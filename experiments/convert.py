@@ -26,19 +26,18 @@ from typing import Any
 import jax
 from absl import flags as absl_flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, load, validate
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, Experiment, check, parse
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.transformer import ModelConfig
-from atommem_jax.parallel import mesh
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.weights import gguf, hf_config, huggingface
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
-from experiments import flags, train
+from experiments import flags
 
+CONFIG = flags.define_config("experiments/configs/synthetic.py")
 SOURCE = absl_flags.DEFINE_string("source", None, "Directory, .gguf file, run, or checkpoint.")
 TARGET = absl_flags.DEFINE_string("target", None, "Directory that is written.")
 TO = absl_flags.DEFINE_enum(
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         check(bool(flag.value), f"--{flag.name} is missing: see --help")
     try:
         if TO.value == "checkpoint":
-            config = train.CONFIG.value
+            config = parse(CONFIG.value)
             mesh_lib.prepare_devices(config.mesh.cpu_devices)
             write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
         elif TO.value == "adapters":
@@ -116,7 +115,7 @@ def write_adapters(source: str, target: str, *, base: str = "", dtype: str = "fl
     )
 
 
-def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size: int = 0) -> None:
+def write_checkpoint(source: str, target: str, config: Experiment, *, vocab_size: int = 0) -> None:
     """Writes step 0 of a run that has the model, and otherwise the settings of `config`.
 
     vocab_size: ids of the model that is written; 0 for those that it was published with.
@@ -146,7 +145,7 @@ def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size
         checkpointer.save(
             0,
             {"train": {"params": params}},
-            config=config,
+            config=config.to_dict(),
             tokenizer=parts.tokenizer.to_bytes(),
             data_state=b"",
             progress={},
@@ -155,21 +154,14 @@ def write_checkpoint(source: str, target: str, config: ConfigDict, *, vocab_size
     _say(target, params, model)
 
 
-def describe_run(config: ConfigDict, model: ModelConfig) -> ConfigDict:
-    """A copy of `config` with the sizes of a model, and without what published ones do not have."""
-    config = config.copy_and_resolve_references()
-    fields = {f.name for f in dataclasses.fields(ModelConfig)} - {
-        *("vocab_size", "pad_id", "num_features"),  # follow from the tokenizer and the prompt
-        *build.HOW_TO_COMPUTE,
-        "lora",  # a section of its own
+def describe_run(config: Experiment, model: ModelConfig) -> Experiment:
+    """`config` with the sizes of a model, and without what published ones do not have."""
+    sizes = config.model.sizes()
+    changes = {
+        f"model.{name}": getattr(model, name) for name in sizes if name not in build.HOW_TO_COMPUTE
     }
-    with config.unlocked():
-        for name in sorted(fields):
-            config.model[name] = getattr(model, name)
-        config.model.match_features = False
-        config.tokenizer.vocab_size = model.vocab_size
-        config.init_from, config.lora.rank = "", 0  # it is what others start from
-    return config
+    changes |= {"model.match_features": False, "tokenizer.vocab_size": model.vocab_size}
+    return config.replace(changes | {"init_from": "", "lora.rank": 0})  # others start from it
 
 
 def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
@@ -206,7 +198,7 @@ def read_tokenizer(
 
 def make_mesh(config: ModelConfig) -> Mesh:
     """All devices that the width divides over share the parameters."""
-    return mesh.make_mesh(1, fsdp=math.gcd(jax.device_count(), config.width))
+    return mesh_lib.make_mesh(1, fsdp=math.gcd(jax.device_count(), config.width))
 
 
 def _say(target: str, params: Any, config: ModelConfig) -> None:

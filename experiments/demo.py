@@ -11,22 +11,25 @@ Interrupted, it goes on where it was.
 
 import json
 import pathlib
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, load, score
-from atommem_jax.config import check
+from atommem_jax.config import Experiment, check, parse
 from atommem_jax.metrics import read_metrics
 from atommem_jax.report import page as page_lib
 from atommem_jax.report import run as run_lib
+from atommem_jax.runs import resume
 from atommem_jax.tasks import datasets, workflows
-from experiments import flags, train
+from experiments import flags
 
-absl_flags.adopt_module_key_flags(train)  # --help lists them
+CONFIG = flags.define_config("experiments/configs/synthetic.py")
+WORKDIR = flags.define_workdir("Where everything goes.", "runs/demo")
 
 LARGEST_SCALE = 4
 TEMPERATURES = {"": 0.0, "_t1": 1.0}
@@ -42,18 +45,18 @@ Cells = dict[str, dict[str, Any]]
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
-    folder = pathlib.Path(train.WORKDIR.value or "runs/demo")
+    folder = pathlib.Path(WORKDIR.value)
     for name in BASELINES.value:
         check(
             name in workflows.WORKFLOWS and name != "learned",
             f"--baselines={name}: allowed are "
             f"{', '.join(other for other in workflows.WORKFLOWS if other != 'learned')}",
         )
-    run(train.CONFIG.value, folder, flags.DATA_ROOT.value, BASELINES.value)
+    run(parse(CONFIG.value), folder, flags.DATA_ROOT.value, BASELINES.value)
 
 
 def run(
-    config: ConfigDict, workdir: pathlib.Path, data_root: str, baselines: Sequence[str]
+    config: Experiment, workdir: pathlib.Path, data_root: str, baselines: Sequence[str]
 ) -> None:
     """Trains (or resumes), evaluates, writes the results and the report, and prints them."""
     started = time.perf_counter()
@@ -70,11 +73,11 @@ def run(
         "which it trains; --config.task.scales=(1,2,4) are those of its table",
     )
     # ------------------------------------------------------------------ the learned policy
-    train.train(config, str(workdir), data_root)
+    _train(workdir, {})
     dataset = build.load_dataset(config, data_root)
     methods: dict[str, Cells] = {}
     rates: dict[str, Any] = {}
-    sft_end, end = train.stage_ends(config)
+    sft_end, end = resume.stage_ends(config)
     for name, step in (("atommem_sft", sft_end), ("atommem_rl", end)):
         measured = _measure(workdir, step, dataset, scales, name, methods)
         rates |= {method: summary["categories"] for method, summary in measured.items()}
@@ -83,9 +86,10 @@ def run(
     for name in baselines:
         print(f"\nbaseline {name}", flush=True)
         folder = workdir / "baselines" / name
-        changed = _baseline(config, workdir, name)
-        train.train(changed, str(folder), data_root)
-        _measure(folder, train.stage_ends(changed)[1], dataset, scales, name, methods)
+        changes = _baseline(config, workdir, name)
+        _train(folder, changes)
+        end = resume.stage_ends(config.replace(changes))[1]
+        _measure(folder, end, dataset, scales, name, methods)
 
     # ------------------------------------------------------------------ results
     records = read_metrics(workdir)
@@ -106,14 +110,32 @@ def run(
     _print(results, workdir, page)
 
 
-def _baseline(config: ConfigDict, workdir: pathlib.Path, name: str) -> ConfigDict:
-    """The config of a baseline; under a program, RL alone from the learned policy's SFT."""
-    changed = config.copy_and_resolve_references().unlock()
-    changed.workflow = name
+def _baseline(config: Experiment, workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    """What a baseline changes; under a program it is RL alone, from the learned policy's SFT."""
+    changes: dict[str, Any] = {"workflow": name}
     if workflows.find(name).program is not None:
-        changed.init_from = str(workdir / "checkpoints" / str(config.sft.steps))
-        changed.sft.steps = 0
-    return changed.lock()
+        start = workdir / "checkpoints" / str(config.sft.steps)
+        changes |= {"init_from": str(start), "sft.steps": 0}
+    return changes
+
+
+def _train(workdir: pathlib.Path, changes: Mapping[str, Any]) -> None:
+    """Trains, or goes on, with the flags of this command and some fields changed.
+
+    Ends this process with the status of the other where that fails.
+    """
+    spec, given = flags.read_changes()
+    command = [
+        sys.executable,
+        str(pathlib.Path(__file__).with_name("train.py")),
+        f"--config={spec}",
+        *flags.spell_changes(given | dict(changes)),
+        f"--data_root={flags.DATA_ROOT.value}",
+        f"--workdir={workdir}",
+    ]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        sys.exit(status)
 
 
 def _measure(

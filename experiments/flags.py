@@ -17,7 +17,7 @@ and the nearest valid name, before anything is allocated.
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, logging
@@ -54,6 +54,22 @@ def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
         f"Config file, file.py or file.py:argument (default {default}).",
         lock_config=True,
     )
+
+
+def read_changes(name: str = "config") -> tuple[str, dict[str, Any]]:
+    """The config file that `--config` names, and {path: value} of the fields set by flag."""
+    flag = absl_flags.FLAGS[name]
+    return config_flags.get_config_filename(flag), dict(config_flags.get_override_values(flag))
+
+
+def spell_changes(changes: Mapping[str, Any], name: str = "config") -> list[str]:
+    """The flags that set these fields, in another process."""
+    return [f"--{name}.{path}={value}" for path, value in changes.items()]
+
+
+def define_workdir(about: str, default: str | None = None) -> absl_flags.FlagHolder:
+    """Defines `--workdir`; `about` says what it is to the script. Returns the holder."""
+    return absl_flags.DEFINE_string("workdir", default, about)
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:

@@ -9,21 +9,19 @@ import hashlib
 import importlib
 import os
 import pathlib
+from typing import Any
 
-import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, Experiment
 from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
 from atommem_jax.language.grammar import compile_grammar
 from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer
-from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import rollout
 from atommem_jax.memory.embedding import HashedBagOfTokens
-from atommem_jax.model import attention, lora
+from atommem_jax.model import attention
 from atommem_jax.model.sampling import Agent, SamplerConfig
 from atommem_jax.model.transformer import ModelConfig, Transformer
 from atommem_jax.parallel import mesh
@@ -38,7 +36,7 @@ HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
 class Parts:
     """Everything that follows from a config and a tokenizer, parameters aside."""
 
-    config: ConfigDict
+    config: Experiment
     tokenizer: Tokenizer
     agent: Agent
     script: teacher.Script
@@ -83,13 +81,13 @@ class Parts:
         )
 
 
-def category_names(config: ConfigDict) -> list[str]:
+def category_names(config: Experiment) -> list[str]:
     """Names of the task's categories of facts."""
     module = importlib.import_module(f"atommem_jax.tasks.{config.task.name}")
     return [category.name.lower() for category in module.FactCategory]
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: Experiment) -> Mesh:
     """The mesh of a training run. Call it before anything else touches JAX's devices."""
     prepare_devices(config.mesh.cpu_devices)
     c = config.mesh
@@ -99,17 +97,7 @@ def make_mesh(config: ConfigDict) -> Mesh:
         raise ConfigError(str(error)) from error
 
 
-def make_optimizer(section: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a stage."""
-    return optimizer_lib.make_optimizer(subconfig(optimizer_lib.OptimizerConfig, section), steps)
-
-
-def subconfig(cls, section: ConfigDict, **more):
-    """A frozen dataclass from a config section of the same fields."""
-    return cls(**{**section.to_dict(), **more})
-
-
-def reserved_names(config: ConfigDict) -> list[str]:
+def reserved_names(config: Experiment) -> list[str]:
     """Names of the tokens that protocol and prompt need, and that no text may encode to."""
     names: list[str] = []
     if config.protocol.name == "compact":
@@ -119,25 +107,19 @@ def reserved_names(config: ConfigDict) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def find_protocol(config: ConfigDict) -> protocol_lib.Protocol:
+def find_protocol(config: Experiment) -> protocol_lib.Protocol:
     """The action protocol, with all its kinds. Raises ValueError for an unknown one."""
-    chosen = config.get("protocol", {"name": "compact", "free_text": False})  # older runs have none
-    return protocol_lib.find(
-        chosen["name"], config.memory.shown, free_text=bool(chosen["free_text"])
-    )
+    chosen = config.protocol
+    return protocol_lib.find(chosen.name, config.memory.shown, free_text=chosen.free_text)
 
 
-def architecture(config: ConfigDict) -> ConfigDict:
-    """What the parameters of a model depend on, with the values that its section leaves out."""
-    fields = config.model.to_dict()
-    features = fields.pop("match_features")
-    sizes = dataclasses.asdict(ModelConfig(vocab_size=1, **fields))
-    for name in (*HOW_TO_COMPUTE, "vocab_size", "pad_id", "num_features", "lora"):
-        del sizes[name]  # the rest follows from the tokenizer, the prompt and a section of its own
-    return ConfigDict(sizes | {"match_features": features})
+def architecture(config: Experiment) -> dict[str, Any]:
+    """What the parameters of a model depend on."""
+    fields = dataclasses.asdict(config.model)
+    return {name: value for name, value in fields.items() if name not in HOW_TO_COMPUTE}
 
 
-def load_dataset(config: ConfigDict, data_root: str) -> datasets.Dataset:
+def load_dataset(config: Experiment, data_root: str) -> datasets.Dataset:
     """Prepares the task's data under `data_root`. Raises ConfigError where it cannot."""
     try:
         return datasets.prepare(config.task.to_dict(), data_root)
@@ -145,10 +127,10 @@ def load_dataset(config: ConfigDict, data_root: str) -> datasets.Dataset:
         raise ConfigError(str(error)) from error
 
 
-def fit_tokenizer(config: ConfigDict, dataset: datasets.Dataset) -> SentencePieceTokenizer:
+def fit_tokenizer(config: Experiment, dataset: datasets.Dataset) -> SentencePieceTokenizer:
     """The tokenizer stored beside the data set; trained on its train split the first time."""
     names = reserved_names(config)
-    coverage = config.tokenizer.get("character_coverage", 1.0)  # most tasks name none
+    coverage = config.tokenizer.character_coverage
     settings = (config.tokenizer.vocab_size, names) + ((coverage,) if coverage < 1.0 else ())
     mark = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     path = pathlib.Path(dataset.directory) / f"tokenizer-{mark}.bin"
@@ -166,28 +148,27 @@ def fit_tokenizer(config: ConfigDict, dataset: datasets.Dataset) -> SentencePiec
     return tokenizer
 
 
-def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
+def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
     """Compiles protocol and prompt for the tokenizer and lays out the model."""
     m, r = config.memory, config.rollout
     max_text = max(m.entry_length, m.query_length, m.scratchpad_length, r.answer_length)
-    workflow = workflows.find(config.get("workflow", "learned"))  # older runs have none
+    workflow = workflows.find(config.workflow)
     protocol = find_protocol(config).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
-    sizes = config.model.to_dict()
-    features = prompting.NUM_FEATURES if sizes.pop("match_features") else 0
+    features = prompting.NUM_FEATURES if config.model.match_features else 0
     model = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         num_features=features,
-        lora=lora_config(config),
-        **sizes,
+        lora=config.lora,
+        **config.model.sizes(),
     )
     sampler = SamplerConfig(
         response_length=r.response_length,
         constrained=r.constrained,
         top_p=r.top_p,
-        score_chunk=r.get("score_chunk", 0),  # older runs have none of these
-        unstack=r.get("unstack", False),
+        score_chunk=r.score_chunk,
+        unstack=r.cpu_decode,
     )
     return Parts(
         config=config,
@@ -207,19 +188,12 @@ def build(config: ConfigDict, tokenizer: Tokenizer) -> Parts:
 
 
 def make_template(
-    config: ConfigDict, tokenizer: Tokenizer, protocol: protocol_lib.Protocol
+    config: Experiment, tokenizer: Tokenizer, protocol: protocol_lib.Protocol
 ) -> prompting.Template:
     """The pieces of a prompt. Raises ConfigError for a tokenizer that cannot write them."""
     try:
-        if config.get("prompt", "compact") == "chat":  # older runs have none
+        if config.prompt == "chat":
             return chat.template(tokenizer, protocol, thinking=protocol.free_text)
         return prompting.compact(tokenizer, config.memory.shown)
     except (KeyError, ValueError) as error:
         raise ConfigError(str(error.args[0])) from error
-
-
-def lora_config(config: ConfigDict) -> lora.LoraConfig:
-    """The adapters of a run; older ones have none."""
-    if "lora" not in config:
-        return lora.LoraConfig()
-    return subconfig(lora.LoraConfig, config.lora, targets=tuple(config.lora.targets))

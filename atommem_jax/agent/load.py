@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, play, validate
-from atommem_jax.config import ConfigError, check, check_path
+from atommem_jax.config import ConfigError, Experiment, check, check_path, parse
 from atommem_jax.language import tokenizer as tokenizer_lib
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, Tokenizer
 from atommem_jax.model import lora
@@ -144,7 +143,7 @@ def _restore(
     try:
         with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
             step = _choose(checkpointer, which)
-            config = override(checkpointer.restore_config(step), settings)
+            config = override(parse(checkpointer.restore_config(step)), settings)
             mesh = mesh or mesh_lib.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
             parts = build.build(config, tokenizer)
@@ -170,7 +169,7 @@ def _restore(
     return found, restored
 
 
-def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+def override(config: Experiment, settings: Sequence[str]) -> Experiment:
     """A copy of a checkpoint's config with other sizes; parameters do not depend on them.
 
     settings: texts such as "memory.entry_length=64", of fields in `OVERRIDABLE` sections.
@@ -179,7 +178,7 @@ def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
     """
     if not settings:
         return config
-    config = config.copy_and_resolve_references().lock()
+    plain, changes = config.to_dict(), {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         section = path.partition(".")[0]
@@ -188,11 +187,12 @@ def override(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
             f"--set={setting}: allowed is FIELD=VALUE, of a field of {', '.join(OVERRIDABLE)}, "
             "such as memory.entry_length=64",
         )
-        check_path(config, path)
+        check_path(plain, path)
         field = path.partition(".")[2]
         check(bool(field), f"--set={setting}: {section} is a section; name one of its fields")
-        config[section][field] = _parse_like(config[section][field], text, setting)
-    validate.validate_play(config)
+        changes[path] = _parse_like(plain[section][field], text, setting)
+    config = config.replace(changes)
+    validate.validate(config)
     return config
 
 
@@ -243,7 +243,7 @@ def _join(adapters: Loaded, below: Any, base: str, restored: Restored, merge: bo
 def check_base(base: str, fingerprint: str, restored: Restored, workdir: str) -> None:
     """Raises ConfigError unless the adapters that were saved belong to this base.
 
-    base: where it was read from, for the error; fingerprint: of it, see `lora.fingerprint`.
+    base: where it was read from, for the error; fingerprint: of it, see `fingerprint_base`.
     """
     saved = restored.progress.get("base")
     check(
@@ -254,7 +254,7 @@ def check_base(base: str, fingerprint: str, restored: Restored, workdir: str) ->
     )
 
 
-def choose_tokenizer(config: ConfigDict, dataset: datasets.Dataset) -> Tokenizer:
+def choose_tokenizer(config: Experiment, dataset: datasets.Dataset) -> Tokenizer:
     """The tokenizer of the pretrained model that training starts from, else that of the data.
 
     Every process is to call it, at the same time: checkpoints are opened by all together.

@@ -20,31 +20,31 @@ from atommem_jax.types import Episode, Trajectory
 
 
 def in_microbatches(
-    play: Callable[[Episode, jax.Array], Trajectory], group: int
+    play: Callable[[Episode, jax.Array], Trajectory], microbatch: int
 ) -> Callable[[Episode, jax.Array], Trajectory]:
-    """Plays a batch `group` trajectories at a time, each group to its own end.
+    """Plays a batch `microbatch` trajectories at a time, each micro-batch to its own end.
 
-    On a CPU smaller groups are faster per trajectory (caches), and a group whose episodes are
-    over does not wait for the others. On an accelerator use the whole batch.
+    On a CPU smaller ones are faster per trajectory (caches), and one whose episodes are over does
+    not wait for the others. On an accelerator use the whole batch.
     """
 
-    def grouped(episodes: Episode, ids: jax.Array) -> Trajectory:
+    def in_turn(episodes: Episode, ids: jax.Array) -> Trajectory:
         size = ids.shape[0]
-        if group <= 0 or group >= size:
+        if microbatch <= 0 or microbatch >= size:
             return play(episodes, ids)
-        if size % group:
+        if size % microbatch:
             raise ConfigError(
-                f"rollout.group={group} does not divide the batch of {size} trajectories; "
-                "choose a divisor, or 0 for the whole batch"
+                f"rollout.microbatch={microbatch} does not divide the batch of {size} "
+                "trajectories; choose a divisor, or 0 for the whole batch"
             )
 
         def split(x):
-            return x.reshape(size // group, group, *x.shape[1:])
+            return x.reshape(size // microbatch, microbatch, *x.shape[1:])
 
         played = jax.lax.map(lambda pair: play(*pair), (jax.tree.map(split, episodes), split(ids)))
         return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), played)
 
-    return grouped
+    return in_turn
 
 
 def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh):
@@ -66,16 +66,16 @@ def make_program(parts: Parts, mesh: Mesh):
     A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
     those of another policy than the one that learns.
     """
-    group = parts.config.rollout.group
+    microbatch = parts.config.rollout.microbatch
     model = parts.agent.model.config
     layout = model.layout
-    dtype = parts.config.rollout.get("param_dtype", "float32")
+    dtype = parts.config.rollout.param_dtype
     merges = model.dtype == "float32"
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature)
         policy = parts.workflow.apply(policy, parts.script)
-        play = in_microbatches(lambda e, i: rollout.run(setting, policy, e, i, seed), group)
+        play = in_microbatches(lambda e, i: rollout.run(setting, policy, e, i, seed), microbatch)
         return play(episodes, ids)
 
     play_shares = program.data_parallel(

@@ -64,7 +64,7 @@ def describe_setting(parts: build.Parts) -> dict[str, Any]:
         "prompt's template": pieces.hexdigest()[:16],
         **flatten(config.protocol, "protocol."),
         **flatten(config.memory, "memory."),
-        **{f"rollout.{name}": config.rollout[name] for name in _ROLLOUT_FIELDS},
+        **{f"rollout.{name}": getattr(config.rollout, name) for name in _ROLLOUT_FIELDS},
     }
     return json.loads(json.dumps(fields))
 

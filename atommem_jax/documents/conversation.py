@@ -33,7 +33,7 @@ class Options:
     checkpoint: str
     step: str = "last"
     base: str = ""
-    split_lib: Sequence[str] = ()
+    documents: Sequence[str] = ()
     questions: Sequence[str] = ()
     interactive: bool = False
     settings: Sequence[str] = ()
@@ -69,7 +69,7 @@ def run(options: Options, lines: Iterable[str] = ()) -> list[Answer]:
     )
     check(
         loaded.parts.workflow.program is None,
-        f"--checkpoint={options.checkpoint}: of workflow={loaded.parts.config.get('workflow')}, "
+        f"--checkpoint={options.checkpoint}: of workflow={loaded.parts.config.workflow}, "
         "whose reading turns a program writes that knows only data sets; pass a run of another "
         "workflow",
     )
@@ -152,7 +152,7 @@ def choose_limits(loaded: load.Loaded, options: Options) -> Limits:
         limits = Limits(
             trained.chunk_length, trained.facts, trained.question_length, trained.questions, note
         )
-    elif config.get("prompt", "compact") == "chat":
+    elif config.prompt == "chat":
         limits = Limits(CHUNK_TOKENS, None, QUESTION_TOKENS, 1)
     else:
         note = (
@@ -241,7 +241,7 @@ class Conversation:
         self._memory: MemoryState | None = None
         self._episodes, self._read = 0, ()
         self._described: list[trace.Data] = []
-        dtype = loaded.parts.config.rollout.get("param_dtype", "float32")
+        dtype = loaded.parts.config.rollout.param_dtype
         params = loaded.params
         if dtype != "float32":
             params = jax.jit(play_lib.cast_matrices, static_argnums=1)(params, dtype)

@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from atommem_jax.config import LENGTH_BUCKETS
 from atommem_jax.model import sampling
 from atommem_jax.parallel import program, rules
 from atommem_jax.types import Batch
 
 Metrics = dict[str, Float[Array, ""]]
 PyTree = Any
-
-EIGHTHS = (5, 8)
-"""Of the full width, where micro-batches are scored: each is a program of its own to compile."""
 
 
 def accumulate_gradients(
@@ -32,7 +30,7 @@ def accumulate_gradients(
     *,
     layout: rules.Layout | None = None,
     multiple: int = 1,
-    eighths: tuple[int, ...] = EIGHTHS,
+    length_buckets: tuple[int, ...] = LENGTH_BUCKETS,
 ) -> tuple[PyTree, Metrics, Metrics]:
     """Sums gradients over micro-batches of `rows` rows a device: active first, idle ones never.
 
@@ -46,7 +44,9 @@ def accumulate_gradients(
     lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
     lengths = jnp.where(active, lengths, -1)
     order = jnp.argsort(-lengths, stable=True)
-    widths = list_widths(batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple, eighths)
+    widths = list_widths(
+        batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple, length_buckets
+    )
     # The last slice may reach past the end: repeat row order, with weights of zero.
     padded = -(-size // rows) * rows
     order = jnp.concatenate([order, jnp.zeros((padded - size,), order.dtype)])
@@ -106,21 +106,14 @@ def accumulate_gradients(
     return grads, sums, maxima
 
 
-def list_widths(full: int, multiple: int = 1, eighths: tuple[int, ...] = EIGHTHS) -> list[int]:
+def list_widths(
+    full: int, multiple: int = 1, length_buckets: tuple[int, ...] = LENGTH_BUCKETS
+) -> list[int]:
     """The widths that rows are scored at: some eighths of `full`, each compiled once.
 
     They divide by `multiple`; the greatest is at least `full`.
     """
-    return sorted({-(-full * part // (8 * multiple)) * multiple for part in eighths})
-
-
-def check_eighths(eighths: tuple[int, ...], field: str) -> None:
-    """Raises ValueError, naming the field, unless rows of every length have a width."""
-    if 8 not in eighths or not all(1 <= part <= 8 for part in eighths):
-        raise ValueError(
-            f"{field}={tuple(eighths)}: allowed are numbers from 1 to 8, 8 among them; rows are "
-            "scored at that many eighths of the full width"
-        )
+    return sorted({-(-full * part // (8 * multiple)) * multiple for part in length_buckets})
 
 
 def over_devices(tree: PyTree) -> PyTree:

@@ -3,7 +3,6 @@
 A gradient that is not finite leaves parameters and moments as they were and is counted.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.struct
@@ -11,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
+from atommem_jax.config import OptimizerConfig
 
 Metrics = dict[str, Float[Array, ""]]
 PyTree = Any
@@ -25,44 +26,6 @@ class TrainState:
     opt_state: PyTree
     skipped: Int[Array, ""]  # steps not taken because the gradient was not finite
     skipped_in_a_row: Int[Array, ""]
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """An Optax chain: clip by global norm, then one of three methods under a schedule."""
-
-    # "muon" is for matrices, with AdamW for the rest; "adafactor" keeps sums of rows and columns
-    # where AdamW keeps squares, and no first moment.
-    name: str = "adamw"
-    learning_rate: float = 1e-3
-    adam_learning_rate: float = 0.0  # of Muon's AdamW part; 0 takes learning_rate
-    schedule: str = "constant"  # or "cosine", to 0 at the last step
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    clip_norm: float = 1.0
-    moment_dtype: str = "float32"  # of AdamW's first moment; "bfloat16" halves it
-
-    def validate(self, prefix: str = "optimizer") -> None:
-        """Raises ValueError, naming field, value and allowed values."""
-        for name, allowed in (
-            ("name", ("adamw", "muon", "adafactor")),
-            ("moment_dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{prefix}.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
-                )
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(
-                f"{prefix}.schedule={self.schedule!r}: allowed are 'constant' and 'cosine'"
-            )
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError(
-                f"{prefix}.learning_rate={self.learning_rate} and {prefix}.clip_norm="
-                f"{self.clip_norm}: both must be above 0"
-            )
 
 
 def _matrices(params: PyTree) -> PyTree:

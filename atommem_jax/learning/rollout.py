@@ -81,7 +81,7 @@ class RolloutConfig:
 class Environment:
     """Where one trajectory stands between two turns."""
 
-    slot_table: MemoryState
+    memory: MemoryState
     phase: Int[Array, ""]
     chunk: Int[Array, ""]  # next to show while reading
     question: Int[Array, ""]  # next to put while answering

@@ -13,7 +13,6 @@ With adapters (`lora`) the train state holds the trainable part alone, and the f
 beside it: only the first is differentiated.
 """
 
-import dataclasses
 import functools
 
 import chex
@@ -23,6 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from atommem_jax.config import LENGTH_BUCKETS, PPOConfig
 from atommem_jax.learning import advantage, loss, microbatches
 from atommem_jax.learning.microbatches import Metrics, PyTree
 from atommem_jax.learning.optimizer import TrainState, apply_gradients
@@ -41,58 +41,6 @@ _PER_TOKEN = (
     "approx_kl",
     "entropy",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class PPOConfig:
-    """How advantages and the loss are made (paper, section 4; defaults as published)."""
-
-    estimator: str = "group"  # or "gae": turn-level, with the value head
-    group_size: int = 16  # trajectories of the same episode, next to each other in the batch
-    divide_by_std: bool = False
-    leave_one_out: bool = False
-    credit: str = "trajectory"  # or "question": answer tokens use their own question's reward
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    epochs: int = 1
-    minibatches: int = 1
-    microbatch_rows: int = 128
-    eighths: tuple[int, ...] = microbatches.EIGHTHS  # of the full width
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0  # 0 turns it off
-    weighting: str = "token_mean"  # or "trajectory_equal"
-    entropy_coef: float = 0.0
-    kl_coef: float = 0.0  # KL to the reference, with estimator `kl_kind`
-    kl_kind: str = "k3"
-    value_coef: float = 0.5  # used with estimator "gae" only
-    value_clip: float = 0.0  # 0 turns it off
-
-    def validate(self, prefix: str = "ppo") -> None:
-        """Raises ValueError, naming field, value and allowed values."""
-        allowed = {
-            "estimator": ("group", "gae"),
-            "credit": ("trajectory", "question"),
-            "weighting": ("token_mean", "trajectory_equal"),
-            "kl_kind": ("k1", "k2", "k3"),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{prefix}.{name}={getattr(self, name)!r}: allowed are {values}")
-        for name in ("epochs", "minibatches", "microbatch_rows", "group_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{prefix}.{name}={getattr(self, name)}: must be at least 1")
-        microbatches.check_eighths(self.eighths, f"{prefix}.eighths")
-        if self.estimator == "group" and self.group_size < 2:
-            raise ValueError(
-                f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
-                f"{self.group_size}; raise it or use {prefix}.estimator='gae'"
-            )
-
-    @property
-    def needs_every_row(self) -> bool:
-        """True where a row with zero advantage has a gradient all the same."""
-        return self.entropy_coef != 0 or self.kl_coef != 0 or self.estimator == "gae"
 
 
 def _response_mask(batch: Batch) -> Bool[Array, "M R"]:
@@ -159,7 +107,7 @@ def _score(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("optimizer", "rows", "eighths", "mesh"),
+    static_argnames=("optimizer", "rows", "length_buckets", "mesh"),
     donate_argnames=("state",),
 )
 def sft_step(
@@ -171,7 +119,7 @@ def sft_step(
     *,
     optimizer: optax.GradientTransformation,
     rows: int,
-    eighths: tuple[int, ...] = microbatches.EIGHTHS,
+    length_buckets: tuple[int, ...] = LENGTH_BUCKETS,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Cross-entropy on every turn of the kept trajectories (paper, section 4: reward >= 0.5).
@@ -206,7 +154,7 @@ def sft_step(
             rows,
             layout=agent.model.config.layout,
             multiple=_width_multiple(agent, batch),
-            eighths=eighths,
+            length_buckets=length_buckets,
         )
         kept_count = program.psum(keep.astype(jnp.float32).sum())
         grads, metrics = program.psum((grads, metrics))
@@ -477,7 +425,7 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
         config.microbatch_rows,
         layout=agent.model.config.layout,
         multiple=_width_multiple(agent, batch),
-        eighths=tuple(config.eighths),
+        length_buckets=config.length_buckets,
     )
     sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = program.psum((grads, sums))

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from atommem_jax.config import EVICTION_POLICIES
 from atommem_jax.types import EMPTY, NUM_KINDS, ActionKind, Actions, Embed, MemoryState, Report
 
-EVICTION_POLICIES = ("lru", "oldest", "reject")
 """What a create does to a full table: evict the least recently touched entry, evict the one
 created first, or refuse the create."""
 

@@ -18,9 +18,8 @@ are `embedder_lora` and `head_lora`. Three functions go between the forms of it:
 With `rank` 0 there are no adapters: the frozen part is None, and nothing is other than without.
 """
 
-import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,77 +27,14 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from atommem_jax.config import LoraConfig
+
 PyTree = Any
 
 SUFFIX = "_lora"
 """Of a matrix' name, for the name of its adapter."""
 
-LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
-"""Names of the matrices of a layer: the default targets."""
-
 _TRAINABLE = re.compile(rf"(^|/)\w+{SUFFIX}/[ab]$|^value_head/")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Which matrices are adapted, and how."""
-
-    rank: int = 0  # 0 turns it off: all parameters are trained
-    alpha: float = 16.0  # the branch is scaled by alpha / rank
-    # Regular expressions for the names of matrices: the end of a path, from a slash on.
-    targets: tuple[str, ...] = LAYERS
-    base_dtype: str = "float32"  # that the frozen part is kept in while it is trained on
-
-    def validate(self, matrices: Sequence[str], dtype: str, prefix: str = "lora") -> None:
-        """Raises ValueError, naming field, value and allowed values.
-
-        Args:
-          matrices: paths that can be adapted, such as those of `ModelConfig.matrices`.
-          dtype: that the model computes in.
-          prefix: of the fields' names.
-        """
-        if self.rank < 0 or self.alpha <= 0:
-            raise ValueError(
-                f"{prefix}.rank={self.rank} and {prefix}.alpha={self.alpha}: allowed are a rank of "
-                "0 (off) or more, and an alpha above 0"
-            )
-        if self.base_dtype not in ("float32", dtype):
-            raise ValueError(
-                f"{prefix}.base_dtype={self.base_dtype!r}: allowed are 'float32' and "
-                f"model.dtype={dtype!r}, to which the base is cast anyway where it is used"
-            )
-        if not self.rank:
-            return
-        if not self.targets:
-            raise ValueError(
-                f"{prefix}.targets is empty and {prefix}.rank={self.rank}: name some of "
-                f"{', '.join(matrices)}, or set {prefix}.rank=0"
-            )
-        for target in self.targets:
-            try:
-                found = any(_matches(target, path) for path in matrices)
-            except re.error as error:
-                raise ValueError(
-                    f"{prefix}.targets: {target!r} is no regular expression ({error})"
-                ) from error
-            if not found:
-                raise ValueError(
-                    f"{prefix}.targets: {target!r} matches no matrix of the model; there are "
-                    f"{', '.join(matrices)}"
-                )
-
-    def adapts(self, path: str) -> bool:
-        """Whether the matrix at `path`, such as 'layers/query', has an adapter."""
-        return self.rank > 0 and any(_matches(target, path) for target in self.targets)
-
-    @property
-    def scale(self) -> float:
-        """Of the branch."""
-        return self.alpha / self.rank if self.rank else 0.0
-
-
-def _matches(target: str, path: str) -> bool:
-    return re.search(rf"(^|/)({target})$", path) is not None
 
 
 def partition(params: PyTree, config: LoraConfig) -> tuple[PyTree, PyTree | None]:

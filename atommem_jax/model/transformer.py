@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from atommem_jax.config import LAYERS, LoraConfig
 from atommem_jax.model import attention
-from atommem_jax.model.lora import LAYERS, SUFFIX, LoraConfig
+from atommem_jax.model.lora import SUFFIX
 from atommem_jax.parallel import program, rules
 from atommem_jax.parallel.program import constrain
 
@@ -119,7 +120,7 @@ class ModelConfig:
                 )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
-        self.lora.validate(tuple(self.matrices), self.dtype)
+        self.lora.check_matrices(tuple(self.matrices), self.dtype)
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:

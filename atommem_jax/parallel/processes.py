@@ -339,3 +339,10 @@ def leave(error: BaseException) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
+
+
+def say(text: str) -> None:
+    """Prints a line, on one process only, and not through a progress bar."""
+    if is_main():
+        tqdm.tqdm.write(text)
+        sys.stdout.flush()

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, load
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, Experiment, check, parse
 from atommem_jax.learning import evaluation
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import host_batches
@@ -106,39 +105,34 @@ def read_run(name: str, workdir: pathlib.Path) -> page_lib.Run:
         name=name,
         facts={"workdir": str(workdir)} | (describe_config(config) if config else {}),
         records=records,
-        scores=read_scores(workdir, records, find_workflow(config) if config else "learned"),
+        scores=read_scores(workdir, records, config.workflow if config else "learned"),
         slots=int(find_sizes(config)["slots"]) if config else None,
     )
 
 
-def read_config(workdir: pathlib.Path) -> ConfigDict | None:
+def read_config(workdir: pathlib.Path) -> Experiment | None:
     """The config in the last checkpoint, if there is one."""
     try:
         with Checkpointer(workdir / "checkpoints", best_metric="em", read_only=True) as reader:
-            return reader.restore_config(reader.latest_step())
+            return parse(reader.restore_config(reader.latest_step()))
     except CheckpointError:
         return None
 
 
-def find_workflow(config: ConfigDict) -> str:
-    """The workflow of a run; runs from before there were several are of the learned one."""
-    return config.get("workflow", "learned")
-
-
-def find_sizes(config: ConfigDict) -> dict[str, Any]:
+def find_sizes(config: Experiment) -> dict[str, Any]:
     """What the memory of a run is, the workflow's own choices included."""
     memory = config.memory
     sizes = {"slots": memory.slots, "shown": memory.shown, "eviction": memory.eviction}
-    fixed = workflows.find(find_workflow(config)).sizes(memory.shown)
+    fixed = workflows.find(config.workflow).sizes(memory.shown)
     return {name: fixed.get(name, size) for name, size in sizes.items()}
 
 
-def describe_config(config: ConfigDict) -> dict[str, str]:
+def describe_config(config: Experiment) -> dict[str, str]:
     """The fields that a reader asks for first."""
     model = config.model
     return {
         "task": config.task.name,
-        "workflow": find_workflow(config),
+        "workflow": config.workflow,
         "seed": f"{config.seed}",
         **{name: f"{size}" for name, size in find_sizes(config).items()},
         "steps": f"{config.sft.steps} SFT, {config.rl.steps} RL",

@@ -7,18 +7,17 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from atommem_jax.parallel import processes
 from atommem_jax.parallel import rules
-from atommem_jax.config import check, flatten
+from atommem_jax.config import Experiment, check, flatten
 from atommem_jax.tasks.encoding import EpisodeShape
 from atommem_jax.language.tokenizer import Tokenizer
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def check_same_run(config: ConfigDict) -> None:
+def check_same_run(config: Experiment) -> None:
     """Raises ConfigError, naming the odd process, unless all run the same thing."""
     processes.check_same(
         processes.describe_software([_ROOT / "atommem_jax", _ROOT / "experiments"]),

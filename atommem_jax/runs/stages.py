@@ -1,33 +1,35 @@
-"""The two stages of training, each a function of (state, batch, step) and nothing else.
+"""The two stages of training: `rollout`, `reward` and `update`, functions of what they are given.
 
-A stage owns its data stream, its optimiser and its jitted programs. `train.py` loops over the
-steps; a step shows rollout, reward and update in this order. All randomness is derived from the
-config's seed and the step, so that a resumed run repeats what a killed one would have done.
+A stage owns its data stream, its optimiser and its jitted programs, none of which a step changes.
+`experiments/train.py` loops over the steps and calls the three in this order. All randomness is
+derived from the config's seed and the step, so that a resumed run repeats what a killed one would
+have done.
 
 With several processes each reads, decodes and scores the rows that its devices hold. Batches and
 trajectory ids are numbered over all of them, so that their number changes no trajectory.
 """
 
 import functools
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from atommem_jax.learning import evaluation
 from atommem_jax.learning import trainer
 from atommem_jax.model import lora
 from atommem_jax.parallel import host_batches
+from atommem_jax.types import Trajectory
 from atommem_jax.weights import fingerprint
 from atommem_jax.learning import optimizer as optimizer_lib
-from atommem_jax.model.transformer import init_params
+from atommem_jax.model.transformer import count_params, init_params
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import encoding
-from atommem_jax.tasks import teacher
 from atommem_jax.agent import build
 from atommem_jax.agent import play
 from atommem_jax.collection import store
@@ -39,20 +41,31 @@ State = dict[str, Any]
 Metrics = dict[str, Any]
 
 
-class _Stage:
+class Reward(NamedTuple):
+    """What the host says of the trajectories of its rows."""
+
+    scores: Float[np.ndarray, "B Q"]  # of each question, in [0, 1]
+    counts: Float[np.ndarray, " B"]  # questions there are
+
+
+class Stage:
     """What both stages share.
 
     Attributes:
+      optimizer: of this stage, with its schedule.
+      lessons: collected trajectories to learn from, in place of played ones.
       frozen: parameters beside those of the state, where adapters are trained (`attach_base`).
     """
 
     name: str
+    optimizer: optax.GradientTransformation
+    lessons: store.Collection | None = None
     frozen: Any | None = None
 
     def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, section: str):
         self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
         self.agent = host_batches.replicate(parts.agent, mesh)
-        self.config = parts.config[section]
+        self.config = getattr(parts.config, section)
         self.steps = self.config.steps
 
     def key(self, stream: int) -> jax.Array:
@@ -105,6 +118,13 @@ class _Stage:
         shapes = jax.eval_shape(self._init_params)
         return jax.jit(self._init_params, out_shardings=self._shardings(shapes))()
 
+    def describe(self, state: State) -> str:
+        """How many parameters are trained, in words."""
+        frozen = count_params(self.frozen)
+        return f"{count_params(state['train'].params):,} parameters" + (
+            f" on {frozen:,} that are frozen" if frozen else ""
+        )
+
     def params(self, state: State) -> Any:
         """All parameters of the policy, the frozen ones included."""
         return lora.join(state["train"].params, self.frozen)
@@ -116,6 +136,11 @@ class _Stage:
 
     def _create(self, params: Any) -> State:
         return {"train": optimizer_lib.create_state(params, self.optimizer)}
+
+    def speed(self, metrics: Metrics, rollout_seconds: float, update_seconds: float) -> Metrics:
+        """What a step's seconds come to, for the log; nothing where few would look at it."""
+        del metrics, rollout_seconds, update_seconds
+        return {}
 
     def score(self, trajectories, aliases) -> np.ndarray:
         """Exact match of each question in the rows of this process, on the host: Float[B Q]."""
@@ -129,22 +154,20 @@ class _Stage:
         return host_batches.shard(rows + step * count, self.mesh)
 
 
-class Sft(_Stage):
+class Sft(Stage):
     """Supervised fine-tuning: on fresh trajectories of a scripted teacher, or collected ones."""
 
     name = "sft"
 
     def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
         super().__init__(parts, mesh, examples, shape, "sft")
-        self.optimizer = build.make_optimizer(self.config.optimizer, self.steps)
-        self.lessons = None
+        self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, self.steps)
         if self.config.data:
             self.lessons = store.Collection(
                 self.config.data, parts, parts.setting(shape), self.config.min_reward
             )
             return
-        rates = build.subconfig(teacher.TeacherConfig, parts.config.teacher)
-        self.play = play.make_scripted_player(parts, shape, rates, mesh)
+        self.play = play.make_scripted_player(parts, shape, parts.config.teacher, mesh)
         self.seed = self.key(_TEACHER)
 
     def batches(self) -> Any:
@@ -155,16 +178,25 @@ class Sft(_Stage):
             batch_size=self.config.episodes, seed=2 * self.parts.config.seed, rows=self.rows()
         )
 
-    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
-        """Teacher rollout and reward, or what was collected; then one optimiser step."""
-        if self.lessons is None:
-            episodes = host_batches.shard(batch.episodes, self.mesh)
-            trajectories = self.play(episodes, self.ids(step, self.config.episodes), self.seed)
-            rewards = self.score(trajectories, batch.aliases).sum(axis=1)
-            counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
-        else:
-            trajectories, rewards, counts = batch
-            trajectories = host_batches.shard(trajectories, self.mesh)
+    def rollout(self, state: State, batch, step: int) -> Trajectory:
+        """The teacher's trajectories: played now, or those that were collected."""
+        if self.lessons is not None:
+            return host_batches.shard(batch.trajectories, self.mesh)
+        episodes = host_batches.shard(batch.episodes, self.mesh)
+        return self.play(episodes, self.ids(step, self.config.episodes), self.seed)
+
+    def reward(self, trajectories: Trajectory, batch) -> Reward:
+        """Questions that the teacher answers right, of how many."""
+        if self.lessons is not None:
+            return Reward(batch.rewards[:, None], batch.counts)
+        counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
+        return Reward(self.score(trajectories, batch.aliases), counts)
+
+    def update(
+        self, state: State, trajectories: Trajectory, reward: Reward, step: int
+    ) -> tuple[State, Metrics]:
+        """One optimiser step on the trajectories that are good enough."""
+        rewards, counts = reward.scores.sum(axis=1), reward.counts
         keep = rewards / counts >= self.config.min_reward
         train, metrics = trainer.sft_step(
             self.agent,
@@ -174,7 +206,7 @@ class Sft(_Stage):
             self.frozen,
             optimizer=self.optimizer,
             rows=self.config.microbatch_rows,
-            eighths=tuple(self.config.eighths),
+            length_buckets=self.config.length_buckets,
             mesh=self.mesh,
         )
         rewards, counts = host_batches.gather_rows((rewards, counts), self.mesh)
@@ -182,16 +214,16 @@ class Sft(_Stage):
         return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
 
 
-class Rl(_Stage):
+class Rl(Stage):
     """PPO on the agent's own rollouts."""
 
     name = "rl"
 
     def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
         super().__init__(parts, mesh, examples, shape, "rl")
-        self.ppo = build.subconfig(trainer.PPOConfig, self.config.ppo)
+        self.ppo = self.config.ppo
         total = self.steps * self.ppo.minibatches * self.ppo.epochs
-        self.optimizer = build.make_optimizer(self.config.optimizer, total)
+        self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, total)
         self.play = play.make_player(parts, shape, mesh)
         self.seed, self.deal = self.key(_ROLLOUT), self.key(_DEAL)
         self.temperature = host_batches.replicate(np.float32(self.config.temperature), mesh)
@@ -211,28 +243,30 @@ class Rl(_Stage):
         """The trajectories of a step that this process holds."""
         return host_batches.process_rows(self.mesh, self.config.episodes * self.ppo.group_size)
 
-    def step(self, state: State, batch, step: int) -> tuple[State, Metrics]:
-        """Rollout, reward, update."""
-        total = self.config.episodes * self.ppo.group_size
-        started = time.perf_counter()
-        # Siblings are neighbours; a group may lie over several processes.
-        chosen = np.searchsorted(self.rows(), self._trajectories() // self.ppo.group_size)
-        tasks = jax.tree.map(lambda x: x[chosen], batch.episodes)
-        aliases = [batch.aliases[i] for i in chosen]
-        counts = np.array([len(accepted) for accepted in aliases], np.int32)
-        episodes = host_batches.shard(tasks, self.mesh)
-        trajectories = self.play(
-            self.params(state), episodes, self.ids(step, total), self.seed, self.temperature
-        )
-        rewards = self.score(trajectories, aliases)
-        statistics = jax.device_get(evaluation.statistics(trajectories))
-        played = time.perf_counter()
+    def rollout(self, state: State, batch, step: int) -> Trajectory:
+        """Trajectories of the policy; siblings, of one episode, are neighbours."""
+        # A group may lie over several processes.
+        chosen = self._chosen()
+        episodes = host_batches.shard(jax.tree.map(lambda x: x[chosen], batch.episodes), self.mesh)
+        ids = self.ids(step, self.config.episodes * self.ppo.group_size)
+        return self.play(self.params(state), episodes, ids, self.seed, self.temperature)
 
+    def reward(self, trajectories: Trajectory, batch) -> Reward:
+        """Exact match of each question, and how many questions there are."""
+        aliases = [batch.aliases[i] for i in self._chosen()]
+        counts = np.array([len(accepted) for accepted in aliases], np.int32)
+        return Reward(self.score(trajectories, aliases), counts)
+
+    def update(
+        self, state: State, trajectories: Trajectory, reward: Reward, step: int
+    ) -> tuple[State, Metrics]:
+        """`ppo.epochs` passes over the trajectories, and what is to be known of them."""
+        statistics = jax.device_get(evaluation.statistics(trajectories))
         train, metrics = trainer.update_step(
             self.agent,
             state["train"],
             trajectories,
-            *host_batches.shard((rewards, counts), self.mesh),
+            *host_batches.shard((reward.scores, reward.counts), self.mesh),
             jax.random.fold_in(self.deal, state["train"].step),
             self.temperature,
             state.get("reference"),
@@ -242,21 +276,31 @@ class Rl(_Stage):
             mesh=self.mesh,
         )
         metrics = jax.device_get(metrics)
-        rewards, counts = host_batches.gather_rows((rewards, counts), self.mesh)
-        done = time.perf_counter()
+        scores, counts = host_batches.gather_rows((reward.scores, reward.counts), self.mesh)
         return {**state, "train": train}, {
-            "em": rewards.sum() / counts.sum(),
-            "reward": float((rewards.sum(axis=1) / counts).mean()),
+            "em": scores.sum() / counts.sum(),
+            "reward": float((scores.sum(axis=1) / counts).mean()),
             **metrics,
             **statistics,
-            "rollout_seconds": played - started,
-            "update_seconds": done - played,
-            "tokens_per_second": statistics["tokens"] / (done - started),
-            "trajectories_per_second": total / (done - started),
         }
 
+    def speed(self, metrics: Metrics, rollout_seconds: float, update_seconds: float) -> Metrics:
+        """See `Stage.speed`."""
+        seconds = rollout_seconds + update_seconds
+        trajectories = self.config.episodes * self.ppo.group_size
+        return {
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": update_seconds,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "trajectories_per_second": trajectories / seconds,
+        }
 
-def attach_base(plan: Sequence[_Stage], params: Any) -> tuple[Any, str]:
+    def _chosen(self) -> np.ndarray:
+        """Of each trajectory that this process holds, the row of its episode in the batch."""
+        return np.searchsorted(self.rows(), self._trajectories() // self.ppo.group_size)
+
+
+def attach_base(plan: Sequence[Stage], params: Any) -> tuple[Any, str]:
     """Has all stages train adapters on `params`, those of a plain model.
 
     Returns what training starts from, new adapters and the value head of the base, and the

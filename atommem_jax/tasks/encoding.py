@@ -75,7 +75,7 @@ class TextEncoder:
         if text not in self._known:
             if len(self._known) >= 1 << 16:
                 self._known.clear()
-            self._known[text] = list(self.encode_with(text))
+            self._known[text] = list(self._encode(text))
         return self._known[text]
 
 

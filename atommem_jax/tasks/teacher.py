@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
+from atommem_jax.config import TeacherConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.protocol import Protocol, spell
 from atommem_jax.language.tokenizer import Tokenizer
@@ -31,29 +32,6 @@ from atommem_jax.types import (
     Response,
     View,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TeacherConfig:
-    """Rates in [0, 1]. The defaults make no mistake."""
-
-    store_support: float = 1.0  # facts worth storing that are stored
-    store_distractor: float = 0.0  # other facts that are stored
-    update: float = 1.0  # corrections of a shown entry made by Update, not Create
-    delete: float = 0.0  # of the rest: the shown stale entry is deleted before the Create
-    set_query: float = 1.0  # sets the standing query at the first chunk
-    read_missing: float = 1.0  # reads for a fact that is missing, where the budget allows
-    read_badly: float = 0.0  # of those reads: asks for the end of the question instead
-    answer_known: float = 1.0  # answers right when everything needed is shown
-    scratchpad_only: bool = False  # no store: see `_Notes`
-
-    def validate(self, prefix: str = "teacher") -> None:
-        """Raises ValueError naming a rate outside [0, 1]."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not 0.0 <= float(value) <= 1.0:
-                raise ValueError(f"{prefix}.{field.name}={value}: allowed is 0.0 to 1.0")
-
 
 NOISY = TeacherConfig(
     store_support=0.9,

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from atommem_jax.config import TeacherConfig
 from atommem_jax.tasks import teacher
-from atommem_jax.tasks.teacher import Script, TeacherConfig
+from atommem_jax.tasks.teacher import Script
 from atommem_jax.types import ActionKind, Episode, Phase, Policy, Response, View
 
 _ALL = tuple(kind for kind in ActionKind if kind != ActionKind.NONE)

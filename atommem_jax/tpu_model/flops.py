@@ -15,7 +15,7 @@ loop for rows that have ended, and what rematerialisation computes again.
 import dataclasses
 from collections.abc import Iterable
 
-from atommem_jax.model.lora import LAYERS
+from atommem_jax.config import LAYERS
 from atommem_jax.model.transformer import ModelConfig
 
 BLOCK = 512

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build, play
+from atommem_jax.config import Experiment
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
 from atommem_jax.model import lora
@@ -69,14 +69,14 @@ class Program:
         return self.function.lower(*self.arguments, **self.keywords)
 
 
-def make_parts(config: ConfigDict) -> build.Parts:
+def make_parts(config: Experiment) -> build.Parts:
     """The agent of a config with `tokenizer.vocab_size` ids, without data or weights."""
     names = build.reserved_names(config)
     return build.build(config, StandInTokenizer(config.tokenizer.vocab_size, names))
 
 
 def programs(
-    config: ConfigDict, parts: build.Parts, shape: EpisodeShape, mesh: Mesh, phases: Sequence[str]
+    config: Experiment, parts: build.Parts, shape: EpisodeShape, mesh: Mesh, phases: Sequence[str]
 ) -> dict[str, Program]:
     """The functions that `train.py` jits for this config, by phase."""
     made = {}
@@ -88,7 +88,7 @@ def programs(
 
 
 def _sft(config, parts, shape, mesh) -> Program:
-    optimizer = build.make_optimizer(config.sft.optimizer, config.sft.steps)
+    optimizer = optimizer_lib.make_optimizer(config.sft.optimizer, config.sft.steps)
     state, frozen = _state(parts, optimizer, mesh)
     rows = config.sft.episodes
     keep = _place(jax.ShapeDtypeStruct((rows,), jnp.bool_), mesh, PartitionSpec(rules.BATCH))
@@ -104,7 +104,7 @@ def _sft(config, parts, shape, mesh) -> Program:
         {
             "optimizer": optimizer,
             "rows": config.sft.microbatch_rows,
-            "eighths": tuple(config.sft.eighths),
+            "length_buckets": config.sft.length_buckets,
             "mesh": mesh,
         },
         state,
@@ -120,9 +120,9 @@ def _rollout(config, parts, shape, mesh) -> Program:
 
 
 def _update(config, parts, shape, mesh) -> Program:
-    ppo = build.subconfig(trainer.PPOConfig, config.rl.ppo)
+    ppo = config.rl.ppo
     total = config.rl.steps * ppo.minibatches * ppo.epochs
-    optimizer = build.make_optimizer(config.rl.optimizer, total)
+    optimizer = optimizer_lib.make_optimizer(config.rl.optimizer, total)
     state, frozen = _state(parts, optimizer, mesh)
     rows = config.rl.episodes * ppo.group_size
     batch = PartitionSpec(rules.BATCH)

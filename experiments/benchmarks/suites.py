@@ -10,16 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from atommem_jax.agent import build
 from atommem_jax.agent import load as load_lib
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, Experiment, check
 from atommem_jax.model.transformer import init_params
 from atommem_jax.parallel import rules
+from atommem_jax.runs import validity
 from atommem_jax.tasks import batches, encoding, teacher
 from atommem_jax.weights.hf_config import PublishedError
-from experiments import validity
 from experiments.benchmarks import (
     convert_suite,
     decode_suite,
@@ -57,7 +56,7 @@ class Benchmark:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Experiment,
         data_root: str,
         options: Options,
         *,
@@ -99,7 +98,7 @@ class Benchmark:
         }
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> Experiment:
         return self.parts.config
 
     def run(self, suite: str) -> None:
@@ -181,12 +180,12 @@ class Benchmark:
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
         ppo, devices = self.config.rl.ppo, self.mesh.shape[rules.DATA]
-        share, group = count // devices, self.config.rollout.group
+        share, group = count // devices, self.config.rollout.microbatch
         unit = math.lcm(ppo.group_size, ppo.minibatches, group if 0 < group < share else 1)
         check(
             count % (devices * unit) == 0,
             f"--trajectories={count}: must be a multiple of {devices * unit}, for {devices} "
-            f"devices with rollout.group={group}, rl.ppo.group_size={ppo.group_size} and "
+            f"devices with rollout.microbatch={group}, rl.ppo.group_size={ppo.group_size} and "
             f"rl.ppo.minibatches={ppo.minibatches}",
         )
 

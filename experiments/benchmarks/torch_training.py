@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import torch
 
-from atommem_jax.learning.optimizer import OptimizerConfig
-from atommem_jax.learning.trainer import PPOConfig
+from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.model.sampling import Agent
 from atommem_jax.types import Batch
 from experiments.benchmarks.torch_model import Matcher, TorchTransformer

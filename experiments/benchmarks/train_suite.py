@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from atommem_jax.agent import build
 from atommem_jax.learning import evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.parallel import host_batches
@@ -39,10 +38,10 @@ class Lesson:
 def make_lesson(scene: Scene) -> Lesson:
     """Plays the scene; random rewards stand in where no answer is right in part of a group."""
     config = scene.parts.config.rl
-    ppo = build.subconfig(trainer.PPOConfig, config.ppo)
+    ppo = config.ppo
     # Of the optimiser's schedule only the peak matters here: warm-up would start at zero.
     optimizer = dataclasses.replace(
-        build.subconfig(optimizer_lib.OptimizerConfig, config.optimizer),
+        config.optimizer,
         schedule="constant",
         warmup_steps=0,
     )

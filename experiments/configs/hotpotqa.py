@@ -7,7 +7,7 @@ One sentence a chunk, one question a sample, ten documents: sizes at which a sma
 trained from scratch, to try the machinery on real text. The paper's setting is
 `task.documents=200`, `task.questions=(1, 10)`, no limit but `task.chunk_words=2800` (about 4,000
 tokens), a teacher with `store_distractor=0` (else all of a chunk must fit into its turn),
-and a pretrained model with the budgets of `presets.py`.
+and a pretrained model with the budgets of `published.py`.
 """
 
 from ml_collections import ConfigDict
@@ -46,7 +46,7 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.rollout.max_actions = 2
     config.rollout.response_length = 320
     config.rollout.answer_length = 32
-    config.rollout.group = 8
+    config.rollout.microbatch = 8
 
     config.model.width = 128
     config.model.num_layers = 4

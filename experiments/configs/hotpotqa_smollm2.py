@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
     config.rollout.read_budget = 0
     config.rollout.response_length = 256
     config.rollout.answer_length = 24
-    config.rollout.group = 0
-    config.rollout.unstack = True
+    config.rollout.microbatch = 0
+    config.rollout.cpu_decode = True
 
     config.teacher.store_support = 1.0
     config.teacher.store_distractor = 0.0
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.sft.steps = 16
     config.sft.episodes = 4
     config.sft.microbatch_rows = 2
-    config.sft.eighths = (4, 5, 6, 8)
+    config.sft.length_buckets = (4, 5, 6, 8)
     config.sft.log_every = 1
     config.sft.eval_every = 16
     config.sft.save_every = 4
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.group_size = 4
     config.rl.ppo.minibatches = 1
     config.rl.ppo.microbatch_rows = 2
-    config.rl.ppo.eighths = (4, 5, 6, 8)
+    config.rl.ppo.length_buckets = (4, 5, 6, 8)
     config.eval.episodes = 2
     config.eval.batch_size = 12
     return config

@@ -1,12 +1,14 @@
 """Sizes of published decoders that `model.transformer` can express, and a config with one.
 
-    python experiments/compile_report.py --config=experiments/configs/qwen3_8b.py --topology=v5e:8x8
+    python experiments/compile_report.py --config=experiments/configs/published.py:qwen3_8b \
+        --topology=v5e:8x8
 
 Sizes are those of the `config.json` that each model was published with. What a size does not say:
 the tokenizer. A published vocabulary is wider than its tokenizer knows tokens (padded for the
 hardware); the embedding has that width, and so have `vocab_size` and the parameter count here.
 
-Parameters come from what was published too: `atommem_jax/weights/huggingface.py` reads them.
+What follows the colon is a key of `PRESETS`. Parameters come from what was published too:
+`weights.huggingface` reads them.
 """
 
 import dataclasses
@@ -77,7 +79,7 @@ def _smollm2(size: str, parameters: int, **sizes: Any) -> Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "qwen3_0.6b": _qwen3(
+    "qwen3_0_6b": _qwen3(
         "0.6B",
         596_049_920,
         width=1024,
@@ -86,7 +88,7 @@ PRESETS: Mapping[str, Preset] = {
         mlp_width=3072,
         tie_embeddings=True,
     ),
-    "qwen3_1.7b": _qwen3(
+    "qwen3_1_7b": _qwen3(
         "1.7B",
         1_720_574_976,
         width=2048,
@@ -131,7 +133,7 @@ PRESETS: Mapping[str, Preset] = {
         mlp_width=25_600,
         tie_embeddings=False,
     ),
-    "llama3.1_8b": Preset(
+    "llama3_1_8b": Preset(
         source="meta-llama/Llama-3.1-8B",
         parameters=8_030_261_248,
         vocab_size=128_256,
@@ -167,7 +169,7 @@ PRESETS: Mapping[str, Preset] = {
         mlp_width=2560,
         rope_theta=1e5,
     ),
-    "smollm2_1.7b": _smollm2(
+    "smollm2_1_7b": _smollm2(
         "1.7B",
         1_711_376_384,
         width=2048,
@@ -182,6 +184,7 @@ PRESETS: Mapping[str, Preset] = {
 
 def get_preset(name: str) -> Preset:
     """Returns a preset. Raises ConfigError that lists the names there are."""
+    name = name.replace(".", "_")
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -238,7 +241,7 @@ def get_config(name: str = "qwen3_8b") -> ConfigDict:
     config.rollout.answer_length = 64
     config.rollout.read_budget = 3
     config.rollout.answer_read_budget = 1
-    config.rollout.group = 4
+    config.rollout.microbatch = 4
     config.rollout.param_dtype = "bfloat16"
     config.rollout.score_chunk = 1024
 
@@ -253,7 +256,7 @@ def get_config(name: str = "qwen3_8b") -> ConfigDict:
     config.rl.ppo.minibatches = 1
     config.rl.ppo.microbatch_rows = 1
     # Padding costs more here than compilation.
-    config.rl.ppo.eighths = config.sft.eighths = (4, 5, 6, 7, 8)
+    config.rl.ppo.length_buckets = config.sft.length_buckets = (4, 5, 6, 7, 8)
     config.rl.optimizer.learning_rate = 1e-6
     config.rl.optimizer.schedule = "constant"
     config.rl.optimizer.warmup_steps = 20

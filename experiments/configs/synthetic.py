@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
 
     config.tokenizer = ConfigDict()
     config.tokenizer.vocab_size = 640
+    config.tokenizer.character_coverage = 1.0  # share of the characters that are pieces
 
     config.protocol = ConfigDict()
     config.protocol.name = "compact"  # a key of atommem_jax.protocol.PROTOCOLS
@@ -60,9 +61,11 @@ def get_config() -> ConfigDict:
     config.rollout.answer_read_budget = 1
     config.rollout.constrained = True
     config.rollout.top_p = 1.0
-    config.rollout.group = 64
+    config.rollout.microbatch = 64  # trajectories played at a time on a device; 0 for all
     config.rollout.param_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"
-    config.rollout.unstack = False  # decode with the layers apart: faster on a CPU, longer compiled
+    config.rollout.cpu_decode = (
+        False  # decode with the layers apart: faster on a CPU, longer compiled
+    )
     config.rollout.score_chunk = 0  # response tokens scored at a time; 0 for all
 
     config.model = ConfigDict()
@@ -108,7 +111,7 @@ def get_config() -> ConfigDict:
     config.sft.eval_every = 450
     config.sft.save_every = 150
     config.sft.microbatch_rows = 16
-    config.sft.eighths = (5, 8)  # of the full width, where rows are scored; each is compiled
+    config.sft.length_buckets = (5, 8)  # of the full width, where rows are scored; each is compiled
     config.sft.optimizer = ConfigDict()
     config.sft.optimizer.name = "muon"
     config.sft.optimizer.learning_rate = 1e-2
@@ -151,7 +154,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.epochs = 1
     config.rl.ppo.minibatches = 4
     config.rl.ppo.microbatch_rows = 16  # on each device; fits the cache
-    config.rl.ppo.eighths = (5, 8)
+    config.rl.ppo.length_buckets = (5, 8)
     config.rl.ppo.clip_low = 0.2
     config.rl.ppo.clip_high = 0.28
     config.rl.ppo.dual_clip = 3.0

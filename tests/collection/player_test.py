@@ -247,8 +247,7 @@ def test_only_rewarded_trajectories_are_kept(records, tmp_path):
 
 def test_data_of_another_agent_is_refused_by_field(records, tmp_path):
     folder = write(tmp_path, records)
-    config = tiny.make_config().copy_and_resolve_references()
-    config.memory.slots, config.rollout.response_length = 5, 16
+    config = tiny.make_config().replace({"memory.slots": 5, "rollout.response_length": 16})
     parts = build.build(config, tiny.make_tokenizer())
     with pytest.raises(
         ConfigError,

@@ -34,7 +34,7 @@ def save_checkpoint(folder, config, tokenizer, params, progress) -> str:
         checkpointer.save(
             7,
             {"train": {"params": params}},
-            config=config,
+            config=config.to_dict(),
             tokenizer=tokenizer.to_bytes(),
             data_state=b"",
             progress=progress,
@@ -57,9 +57,9 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chat_checkpoint(tmp_path_factory):
     """Of a chat model, as `convert.py` leaves it."""
-    config = tiny.make_config().copy_and_resolve_references()
-    config.prompt, config.protocol.name = "chat", "atommem"
-    config.model.match_features = False
+    config = tiny.make_config().replace(
+        {"prompt": "chat", "protocol.name": "atommem", "model.match_features": False}
+    )
     tokenizer = chat_test.make_tokenizer()
     model = build.build(config, tokenizer).agent.model
     params = tiny.disturb(model_lib.init_params(model, jax.random.key(0)), 0.3)

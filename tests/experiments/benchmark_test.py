@@ -11,8 +11,9 @@ import pytest
 
 from atommem_jax.config import ConfigError
 from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.runs import validity
 from atommem_jax.types import ActionKind
-from experiments import benchmark, validity
+from experiments import benchmark
 from experiments.benchmarks import (
     growth,
     host_agent,

@@ -32,8 +32,8 @@ SMALL = [
     "--config.rl.episodes=8",
     "--config.rl.ppo.group_size=2",
     # Each width of rows is compiled.
-    "--config.sft.eighths=(4,8)",
-    "--config.rl.ppo.eighths=(4,8)",
+    "--config.sft.length_buckets=(4,8)",
+    "--config.rl.ppo.length_buckets=(4,8)",
 ]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

@@ -11,7 +11,7 @@ import safetensors.numpy
 from absl import flags as absl_flags
 
 from atommem_jax.agent import build, load, validate
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, parse
 from atommem_jax.metrics import read_metrics
 from atommem_jax.model import lora
 from atommem_jax.weights import fingerprint, huggingface
@@ -51,7 +51,7 @@ def save_run(workdir, params, config, tokenizer, step=0, **progress):
         checkpointer.save(
             step,
             {"train": {"params": params}},
-            config=config,
+            config=config.to_dict(),
             tokenizer=tokenizer.to_bytes(),
             data_state=b"",
             progress=progress,
@@ -203,15 +203,18 @@ def test_what_is_exported_adds_up(tmp_path):
     published = huggingface_test.make_tensors(fields)
     source = huggingface_test.write(tmp_path / "in", fields, published)
     hf_config_test.write_tokenizer(source)
-    config = synthetic.get_config()
+    config = parse(synthetic.get_config())
     convert.write_checkpoint(str(source), str(tmp_path / "base"), config)
     below = load.load(str(tmp_path / "base"))
 
-    config = below.parts.config.copy_and_resolve_references()
-    config.lora.update(
-        {"rank": 2, "alpha": 6.0, "targets": ("query", "out", "up", "head", "embedder")}
+    config = below.parts.config.replace(
+        {
+            "lora.rank": 2,
+            "lora.alpha": 6.0,
+            "lora.targets": ("query", "out", "up", "head", "embedder"),
+            "init_from": str(tmp_path / "base"),
+        }
     )
-    config.init_from = str(tmp_path / "base")
     parts = build.build(config, below.parts.tokenizer)
     trainable, _ = lora.partition(draw_params(parts.agent.model), parts.agent.model.config.lora)
     mark = fingerprint.fingerprint_base(

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from atommem_jax.agent import validate
-from atommem_jax.config import ConfigError, load_config
+from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.model.transformer import ModelConfig, Transformer, count_params, init_params
 from atommem_jax.tpu_model import flops
 from experiments.configs import published
@@ -44,13 +44,13 @@ def test_config_of_a_preset():
 
 
 def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(ConfigError, match=r"no preset 'gpt5': there are qwen3_0.6b, .*smollm2"):
+    with pytest.raises(ConfigError, match=r"no preset 'gpt5': there are qwen3_0_6b, .*smollm2"):
         published.get_config("gpt5")
 
 
 @pytest.mark.parametrize("name", published.PRESETS)
-def test_every_preset_has_a_config_file(name):
-    config = load_config(f"experiments/configs/{name.replace('.', '_')}.py")
+def test_every_preset_is_a_valid_config(name):
+    config = parse(load_config(f"experiments/configs/published.py:{name}"))
     assert config.model.width == published.PRESETS[name].width
     assert config.tokenizer.vocab_size == published.PRESETS[name].vocab_size
     validate.validate(config)

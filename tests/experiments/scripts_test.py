@@ -13,9 +13,9 @@ import pytest
 from atommem_jax.agent import build, load, score
 from atommem_jax.config import ConfigError
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
+from atommem_jax.runs import resume, validity
 from atommem_jax.tasks import encoding, teacher
 from atommem_jax.weights.checkpoint import Checkpointer
-from experiments import train, validity
 from tests.conftest import COMPILATION_CACHE
 from tests.helpers import runs, tiny
 
@@ -107,7 +107,7 @@ def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(dem
         config = source.restore_config(runs.RL_STEPS)
         tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
     assert (config.workflow, config.sft.steps) == ("store_all_one_read", 0)
-    assert_equal(train.load_initial(config, tokenizer), end)
+    assert_equal(resume.load_initial(config, tokenizer), end)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), read_params(folder), end)
     assert max(jax.tree.leaves(moved)) > 0
 
@@ -124,11 +124,11 @@ def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
     workdir, _ = demo
     config = runs.make_config(sft__steps=0, init_from=str(workdir))
     with pytest.raises(ConfigError, match=r"init_from=.*tokenizer is not that of this task"):
-        train.load_initial(config, tiny.make_tokenizer())
+        resume.load_initial(config, tiny.make_tokenizer())
     own = load.load(str(workdir)).parts.tokenizer
     wider = runs.make_config(sft__steps=0, init_from=str(workdir), model__width=32)
     with pytest.raises(ConfigError, match=r"another model: model\.width=32 \(checkpoint: 16\)"):
-        train.load_initial(wider, own)
+        resume.load_initial(wider, own)
 
 
 def test_the_demo_needs_the_scale_that_it_trains_at():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from atommem_jax.agent import build, validate
-from atommem_jax.config import ConfigError, load_config
+from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.runs import stages
@@ -329,7 +329,7 @@ def test_fields_that_cannot_be_are_named(changed, named):
         ({"sft__episodes": 9}, 2, ["sft.episodes=9", "mesh.data=2"]),
         ({"rl__episodes": 6}, 4, ["rl.episodes=6", "mesh.data=4"]),
         ({"eval__batch_size": 5}, 2, ["eval.batch_size=5", "mesh.data=2"]),
-        ({"rollout__group": 3}, 2, ["rollout.group=3", "8 trajectories", "rl.episodes"]),
+        ({"rollout__microbatch": 3}, 2, ["rollout.microbatch=3", "8 trajectories", "rl.episodes"]),
     ],
 )
 def test_batches_that_do_not_divide_over_devices_are_named(changed, devices, named):
@@ -389,7 +389,7 @@ def test_budgets_too_small_for_the_data_are_named(changed, named):
 
 
 def test_a_config_without_data_is_refused(tmp_path):
-    config = load_config("experiments/configs/smollm2_135m.py")
+    config = parse(load_config("experiments/configs/published.py:smollm2_135m"))
     with pytest.raises(ConfigError, match=r"config\.shape.*compile_report\.py.*synthetic\.py"):
         train.train(config, str(tmp_path / "run"), str(tmp_path / "data"))
     assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
+from atommem_jax.config import Experiment, parse
 from atommem_jax.metrics import read_metrics
 from experiments.configs import synthetic
 from tests.conftest import COMPILATION_CACHE, LEAST_EFFORT, ROOT
@@ -31,7 +31,7 @@ OVERRIDES = {
     "model.num_layers": 1,
     "sft.steps": SFT_STEPS,
     "sft.min_reward": 0.0,
-    "sft.eighths": (8,),  # one program instead of two
+    "sft.length_buckets": (8,),  # one program instead of two
     "sft.log_every": 1,
     "sft.eval_every": 3,
     "sft.save_every": 2,
@@ -41,7 +41,7 @@ OVERRIDES = {
     "rl.eval_every": 2,
     "rl.ppo.group_size": 4,
     "rl.ppo.minibatches": 2,
-    "rl.ppo.eighths": (8,),
+    "rl.ppo.length_buckets": (8,),
     "rl.ppo.entropy_coef": 0.01,
     "rl.ppo.kl_coef": 0.01,
     "eval.episodes": 8,
@@ -62,12 +62,12 @@ _TIMINGS = {
 _CACHE = COMPILATION_CACHE.parent / "jax_scripts"
 
 
-def make_config(**overrides) -> ConfigDict:
+def make_config(**overrides) -> Experiment:
     """The tiny config; a section's field is written with two underscores (`rl__steps=2`)."""
     config = synthetic.get_config()
     paths = OVERRIDES | {name.replace("__", "."): value for name, value in overrides.items()}
     config.update_from_flattened_dict(paths)
-    return config.lock()
+    return parse(config)
 
 
 def make_flags(**overrides) -> list[str]:

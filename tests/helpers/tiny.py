@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax.agent import build
+from atommem_jax.config import Experiment, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.learning import rollout
 from atommem_jax.model import transformer as model_lib
@@ -22,7 +23,7 @@ EXAMPLES = 24
 
 
 @functools.cache
-def make_config():
+def make_config() -> Experiment:
     """The synthetic experiment, shrunk. Every field that a test relies on is set here."""
     config = synthetic_config.get_config()
     config.task.base_facts = 6
@@ -49,7 +50,7 @@ def make_config():
     config.rollout.answer_read_budget = 1
     config.rollout.constrained = True
     config.rollout.top_p = 1.0
-    config.rollout.group = 0
+    config.rollout.microbatch = 0
     config.model.width = 16
     config.model.num_layers = 1
     config.model.num_heads = 2
@@ -63,13 +64,11 @@ def make_config():
     config.model.match_features = True
     config.model.remat = False
     config.model.dtype = "float32"
-    return config
+    return parse(config)
 
 
 def make_task_config() -> synthetic.SyntheticConfig:
-    task = make_config().task.to_dict()
-    task.pop("name")
-    return synthetic.SyntheticConfig(**task)
+    return synthetic.SyntheticConfig(**make_config().task.fields)
 
 
 @functools.cache

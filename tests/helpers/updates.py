@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from atommem_jax.config import OptimizerConfig
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
-from atommem_jax.learning.optimizer import OptimizerConfig
 from atommem_jax.parallel import host_batches, mesh
 from tests.helpers import tiny
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atommem_jax.config import PPOConfig
 from atommem_jax.learning import rollout, trainer
-from atommem_jax.learning.trainer import PPOConfig
 from atommem_jax.tasks import teacher
 from atommem_jax.types import ActionKind, Phase
 from tests.helpers import tiny

@@ -8,9 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import microbatches, trainer
-from atommem_jax.learning.optimizer import OptimizerConfig
-from atommem_jax.learning.trainer import PPOConfig
 from atommem_jax.model import sampling
 from atommem_jax.types import EMPTY
 from tests.helpers import tiny

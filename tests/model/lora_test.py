@@ -1,7 +1,6 @@
 """Adapters against matrices merged by NumPy, gradients against those of the whole model, and steps
 that move the adapters alone."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,12 +13,11 @@ from jax.sharding import PartitionSpec
 
 from atommem_jax.agent import build
 from atommem_jax.agent import play as play_lib
+from atommem_jax.config import LoraConfig, OptimizerConfig, PPOConfig
+from atommem_jax.config import flatten as flatten_config
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
-from atommem_jax.learning.optimizer import OptimizerConfig
-from atommem_jax.learning.trainer import PPOConfig
 from atommem_jax.model import lora, sampling
-from atommem_jax.model.lora import LoraConfig
 from atommem_jax.model.transformer import ModelConfig, Transformer, init_params, without_adapters
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
@@ -252,21 +250,17 @@ def test_a_lies_with_the_inputs_of_its_matrix_and_b_with_the_outputs():
 
 
 ROWS = 16
-PPO = PPOConfig(group_size=2, microbatch_rows=8, eighths=(8,), kl_coef=0.1)
+PPO = PPOConfig(group_size=2, microbatch_rows=8, length_buckets=(8,), kl_coef=0.1)
 ADAPTED = LoraConfig(rank=3, alpha=12.0, targets=(*lora.LAYERS, "embedder"))
 
 
 @functools.cache
 def make_parts(lora_config=ADAPTED, param_dtype="float32", **sizes):
     """The tiny experiment with adapters, and more heads so that devices can share them."""
-    config = tiny.make_config().copy_and_resolve_references()
-    config.model.num_heads = 4
-    config.model.num_layers = 2
-    config.model.remat = True
-    config.model.update(sizes)
-    config.rollout.param_dtype = param_dtype
-    config.lora.update(dataclasses.asdict(lora_config))
-    return build.build(config, tiny.make_tokenizer())
+    changes = {"model.num_heads": 4, "model.num_layers": 2, "model.remat": True}
+    changes |= {f"model.{name}": size for name, size in sizes.items()}
+    changes |= {"rollout.param_dtype": param_dtype} | flatten_config(lora_config, "lora.")
+    return build.build(tiny.make_config().replace(changes), tiny.make_tokenizer())
 
 
 @functools.cache
@@ -315,7 +309,7 @@ def fine_tune(shape):
         place(make_policy()[1], mesh),
         optimizer=SGD,
         rows=8,
-        eighths=(8,),
+        length_buckets=(8,),
         mesh=mesh,
     )
     return jax.device_get((state, metrics))
@@ -428,7 +422,7 @@ def test_frozen_matrices_have_no_gradient_and_no_moments(rank):
             frozen,
             optimizer=optimizer,
             rows=8,
-            eighths=(8,),
+            length_buckets=(8,),
         )
     computed = list_shapes(program.jaxpr.jaxpr)
     flat = flatten(params)

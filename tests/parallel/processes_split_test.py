@@ -164,20 +164,22 @@ from atommem_jax.agent import build
 from atommem_jax.parallel import processes
 from atommem_jax.runs import stages
 from atommem_jax.tasks import encoding
-from experiments import train
+from atommem_jax.config import parse
+from atommem_jax.runs import resume
 from experiments.configs import synthetic
 
 index, address, settings, data_root, out = int(sys.argv[1]), *sys.argv[2:]
 processes.initialise(address, 2, index, heartbeat_timeout_seconds=10)
 config = synthetic.get_config()
 config.update_from_flattened_dict(ast.literal_eval(settings))
+config = parse(config)
 mesh = build.make_mesh(config)
 dataset = build.load_dataset(config, data_root)
 tokenizer = build.fit_tokenizer(config, dataset)
 parts = build.build(config, tokenizer)
 examples = dataset.split("train")
 stage = stages.Rl(parts, mesh, examples, encoding.fit_shape(examples, tokenizer))
-params = stage.start(train.load_initial(config, tokenizer))["train"].params
+params = stage.start(resume.load_initial(config, tokenizer))["train"].params
 
 kernels = jax.tree.leaves(params["layers"])
 assert sum(leaf.addressable_shards[0].data.size * 4 == leaf.size for leaf in kernels) >= 7

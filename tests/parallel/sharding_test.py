@@ -11,10 +11,9 @@ from jax.sharding import PartitionSpec
 
 from atommem_jax.agent import build
 from atommem_jax.agent import play as play_lib
+from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
-from atommem_jax.learning.optimizer import OptimizerConfig
-from atommem_jax.learning.trainer import PPOConfig
 from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atommem_jax.agent import build, validate
-from atommem_jax.config import ConfigError, load_config
+from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.learning import reward, rollout
 from atommem_jax.tasks import batches, datasets, encoding, multihop_qa, teacher
@@ -495,7 +495,7 @@ def test_prepared_once_for_what_the_file_says(tmp_path):
 
 @pytest.mark.parametrize("dataset", PUBLISHED)
 def test_the_config_is_valid_and_asks_for_a_file(tmp_path, dataset):
-    config = load_config(f"experiments/configs/hotpotqa.py:{dataset}")
+    config = parse(load_config(f"experiments/configs/hotpotqa.py:{dataset}"))
     validate.validate(config)
     with pytest.raises(ConfigError, match=r"config\.task\.data_file is not set; download"):
         build.load_dataset(config, str(tmp_path))
@@ -505,12 +505,13 @@ def test_the_config_is_valid_and_asks_for_a_file(tmp_path, dataset):
 def test_rare_letters_are_spelled_in_bytes(tmp_path):
     records = [make_record(i) for i in range(20)]
     records[3]["context"][0][1] = ["\u015e hums."]
-    config = load_config("experiments/configs/hotpotqa.py")
-    config.tokenizer.vocab_size = 640
+    config = parse(load_config("experiments/configs/hotpotqa.py"))
     lengths = {}
     dataset = datasets.Dataset(str(tmp_path), {"train": generate(write(tmp_path, records))})
     for coverage in (0.99, 1.0):
-        config.tokenizer.character_coverage = coverage
+        config = config.replace(
+            {"tokenizer.vocab_size": 640, "tokenizer.character_coverage": coverage}
+        )
         tokenizer = build.fit_tokenizer(config, dataset)
         assert tokenizer.to_bytes() == build.fit_tokenizer(config, dataset).to_bytes()
         lengths[coverage] = len(tokenizer.encode("\u015e"))
@@ -532,6 +533,7 @@ def test_the_clean_teacher_answers_everything(tmp_path):
     config.rollout.max_actions, config.rollout.response_length = 2, 56
     config.rollout.answer_length = 4
     config.model.width, config.model.num_layers = 16, 1
+    config = parse(config)
     dataset = datasets.Dataset(str(tmp_path), {"train": examples})
     tokenizer = SentencePieceTokenizer.train(
         datasets.tokenizer_texts(dataset),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from atommem_jax.agent import build
+from atommem_jax.config import TeacherConfig
 from atommem_jax.language import protocol as protocol_lib
 from atommem_jax.learning import rollout
 from atommem_jax.tasks import teacher
-from atommem_jax.tasks.teacher import SCRIPTED, TeacherConfig
+from atommem_jax.tasks.teacher import SCRIPTED
 from atommem_jax.types import EMPTY, ActionKind, Phase
 from tests.helpers import tiny
 
@@ -220,9 +221,9 @@ def test_the_scratchpad_teacher_stores_nothing():
 
 def play_with_notes(tokens):
     """The scratchpad teacher with room for so many tokens: (trajectories, expected notes)."""
-    config = tiny.make_config().copy_and_resolve_references()
-    config.memory.scratchpad_length = tokens
-    config.rollout.response_length = 24
+    config = tiny.make_config().replace(
+        {"memory.scratchpad_length": tokens, "rollout.response_length": 24}
+    )
     parts = build.build(config, tiny.make_tokenizer())
     policy = teacher.policy(TeacherConfig(scratchpad_only=True), parts.script)
     run = jax.jit(functools.partial(rollout.run, parts.setting(tiny.make_shape()), policy))

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from atommem_jax.agent import build, validate
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, TeacherConfig
 from atommem_jax.learning import rollout, trainer
 from atommem_jax.tasks import teacher, workflows
-from atommem_jax.tasks.teacher import TeacherConfig
 from atommem_jax.types import EMPTY, ActionKind, Phase, Response
 from tests.helpers import tiny
 
@@ -21,9 +20,7 @@ EPISODES = range(12)
 
 @functools.cache
 def make_parts(name: str) -> build.Parts:
-    config = tiny.make_config().copy_and_resolve_references()
-    config.workflow = name
-    config.memory.slots = 5
+    config = tiny.make_config().replace({"workflow": name, "memory.slots": 5})
     return build.build(config, tiny.make_tokenizer())
 
 
@@ -95,9 +92,9 @@ def test_an_action_without_a_tag_is_not_parsed():
 
 def test_all_workflows_share_the_tokens_of_the_learned_policy():
     """So that one SFT checkpoint can start them all."""
-    config = tiny.make_config().copy_and_resolve_references()
     names = set()
-    for config.workflow in workflows.WORKFLOWS:
+    for workflow in workflows.WORKFLOWS:
+        config = tiny.make_config().replace({"workflow": workflow})
         names.add(tuple(build.reserved_names(config)))
     assert len(names) == 1
 
@@ -217,17 +214,15 @@ def test_only_what_the_policy_wrote_is_learned(name):
 def test_an_unknown_workflow_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match=r"workflow='rag': allowed are learned, .*no_store"):
         workflows.find("rag")
-    config = tiny.make_config().copy_and_resolve_references()
-    config.workflow = "rag"
+    config = tiny.make_config().replace({"workflow": "rag"})
     with pytest.raises(ConfigError, match="workflow='rag': allowed are"):
         validate.validate(config)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_values_are_not_learned_of_turns_that_a_program_writes(name):
-    config = tiny.make_config().copy_and_resolve_references()
-    config.workflow = name
+    config = tiny.make_config().replace({"workflow": name})
     validate.validate(config)
-    config.rl.ppo.estimator = "gae"
+    config = config.replace({"rl.ppo.estimator": "gae"})
     with pytest.raises(ConfigError, match=f"estimator='gae'.*workflow='{name}'.*use"):
         validate.validate(config)

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, LoraConfig
 from atommem_jax.model import lora, sampling
-from atommem_jax.model.lora import LoraConfig
 from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
 from atommem_jax.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from atommem_jax.tpu_model.flops import Flops, Rows
@@ -482,7 +481,7 @@ def test_report_of_a_phase_that_does_not_fit():
     assert "rollout.param_dtype" in text
     close = presentation.render([make_phase(gib=16.0)], V5E, MESH)
     assert "rollout: 0.25 GiB too much" in close
-    assert "KV cache: lower rollout.group" in close
+    assert "KV cache: lower rollout.microbatch" in close
 
 
 def test_search_lists_the_fastest_first():

@@ -1,17 +1,22 @@
-"""Checks of configs: errors that name the field, and the nearest field for a misspelt one.
+"""Mistakes in a config: errors that name the field, and the nearest field for a misspelt one.
 
 Knows nothing of flags or files. A config is a nested `ml_collections.ConfigDict` or dict; a
 *path* names one field of it with dots (`model.width`).
 """
 
 import difflib
-import importlib.util
-import inspect
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+RENAMED: Mapping[str, str] = {
+    "rollout.group": "rollout.microbatch",
+    "rollout.unstack": "rollout.cpu_decode",
+    "sft.eighths": "sft.length_buckets",
+    "rl.ppo.eighths": "rl.ppo.length_buckets",
+}
+"""Old path of a field -> its path now."""
 
 
 class ConfigError(ValueError):
@@ -86,59 +91,3 @@ def check_path(config: ConfigDict | Mapping[str, Any], path: str) -> None:
         raise ConfigError(
             f"unknown config field '{path}'{hint} Valid fields {of}: {', '.join(sorted(section))}."
         )
-
-
-def load_config(spec: str) -> ConfigDict:
-    """Returns `get_config()` of the file, or `get_config(arg)` for `file.py:arg`.
-
-    Raises ConfigError if there is no such file, or it has no `get_config`, or `get_config` refuses.
-    """
-    name, *arguments = spec.split(":", 1)
-    path = find_config(name)
-    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    check(
-        module_spec is not None and module_spec.loader is not None,
-        f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config().",
-    )
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    check(
-        hasattr(module, "get_config"),
-        f"--config={spec}: {path} does not define get_config(); it must return a ConfigDict.",
-    )
-    try:
-        inspect.signature(module.get_config).bind(*arguments)
-    except TypeError as error:
-        raise ConfigError(
-            f"--config={spec}: get_config{inspect.signature(module.get_config)}: {error}; what "
-            "follows the colon is its argument."
-        ) from error
-    return module.get_config(*arguments)
-
-
-def find_config(name: str) -> pathlib.Path:
-    """Returns the file, looked up from the working directory and then from the repository.
-
-    Raises ConfigError that lists the configs there are.
-    """
-    root = pathlib.Path(__file__).resolve().parent.parent
-    for path in (pathlib.Path(name), root / name):
-        if path.is_file():
-            return path
-    folder = root / "experiments" / "configs"
-    known = sorted(f"{p.relative_to(root)}" for p in folder.glob("*.py") if p.stem != "__init__")
-    raise ConfigError(
-        f"--config={name}: no such file. Configs there are: {', '.join(known) or 'none'}; a new "
-        "one is a Python file with get_config()."
-    )
-
-
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{path: value} of every field that is no section."""
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        inner = (
-            flatten(value, f"{prefix}{name}.") if is_section(value) else {f"{prefix}{name}": value}
-        )
-        values |= inner
-    return values

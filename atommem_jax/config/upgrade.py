@@ -1,0 +1,75 @@
+"""Configs of older versions, in today's names: the only place that knows of the older ones.
+
+A field that an older config lacks gets the value that it had when there was no such field, which
+need not be the default of today.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from atommem_jax.config.errors import RENAMED, is_section
+
+_ABSENT: Mapping[str, Any] = {
+    "workflow": "learned",
+    "init_from": "",
+    "profile": False,
+    "prompt": "compact",
+    "protocol.name": "compact",
+    "protocol.free_text": False,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+    "mesh.slices": 1,
+    "tokenizer.character_coverage": 1.0,
+    "rollout.param_dtype": "float32",
+    "rollout.cpu_decode": False,
+    "rollout.score_chunk": 0,
+    "model.remat_policy": "full",
+    "model.attention": "auto",
+    "lora.rank": 0,
+    "sft.data": "",
+    "sft.length_buckets": (5, 8),
+    "rl.ppo.length_buckets": (5, 8),
+}
+"""Path of a field that older configs lack -> the value they were run with."""
+
+
+def upgrade(old: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """The same config as nested dicts, in today's names and with today's fields.
+
+    A field of today's name and one of its older name in the same config: the older one counts,
+    as it stands in the file of a user that was written on top of a config of ours.
+    """
+    config = _copy(old)
+    for before, now in RENAMED.items():
+        section, name = _find(config, before)
+        if section is not None and name in section:
+            value = section.pop(name)
+            target, new_name = _find(config, now, make=True)
+            target[new_name] = value
+    for path, value in _ABSENT.items():
+        section, name = _find(config, path, make=True)
+        section.setdefault(name, value)
+    return config
+
+
+def _copy(section: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    plain = section.to_dict() if isinstance(section, ConfigDict) else section
+    return {name: _copy(value) if is_section(value) else value for name, value in plain.items()}
+
+
+def _find(config: dict[str, Any], path: str, *, make: bool = False) -> tuple[Any, str]:
+    """(section that a path lies in, last part of it); None where there is no such section."""
+    *parents, name = path.split(".")
+    section: Any = config
+    for part in parents:
+        if make and isinstance(section, dict):
+            section = section.setdefault(part, {})
+        elif isinstance(section, dict) and part in section:
+            section = section[part]
+        else:
+            return None, name
+        if not is_section(section):
+            return None, name
+    return section, name
