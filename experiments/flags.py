@@ -69,6 +69,7 @@ def spell_changes(changes: Mapping[str, Any], name: str = "config") -> list[str]
 
 def define_workdir(about: str, default: str | None = None) -> absl_flags.FlagHolder:
     """Defines `--workdir`; `about` says what it is to the script. Returns the holder."""
+    _SHARED.append("workdir")
     return absl_flags.DEFINE_string("workdir", default, about)
 
 

@@ -1,7 +1,11 @@
-"""The package is one chain: a module imports only from its own floor or the floors below."""
+"""The package is one chain: a file imports only from files that stand before it.
+
+The order is that of `ORDER`, folder by folder, ground first; CONTRIBUTING.md says what each is for.
+The scripts in `experiments/` stand on top: a script imports the package and `flags`, never another
+script.
+"""
 
 import ast
-import graphlib
 import os
 import pathlib
 import subprocess
@@ -12,37 +16,48 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "atommem_jax"
 
-# Ground first. A new module gets its place here, as low as it can stand.
-FLOORS = (
-    ("types", "config", "tokenizer", "embedding", "protocol", "sharding", "distributed"),
-    (
-        "memory",
-        "automaton",
-        "token_tables",
-        "grammar",
-        "prompt",
-        "chat",
-        "attention",
-        "lora",
-        "model",
-        "loss",
-        "advantage",
-        "reward",
-        "optimizer",
-        "checkpoint",
-        "published",
-        "safetensors_files",
-        "gguf",
-        "figures",
-        "report",
+# A new file gets its place here, as low as it can stand.
+ORDER = {
+    "": "types",
+    "config": "errors sections upgrade experiment files",
+    "metrics": "",
+    "language": "tokenizer protocol automaton token_tables grammar prompt chat sentences",
+    "parallel": "rules mesh program processes host_batches",
+    "model": "attention lora transformer cpu_decode sampling",
+    "memory": "slot_table embedding encoder",
+    "tasks": (
+        "schema builders synthetic babi multihop_qa datasets encoding batches teacher workflows"
     ),
-    ("sampling", "tasks", "workflows", "pretrained", "encoder"),
-    ("rollout",),
-    ("microbatches", "trainer", "evaluate", "trace"),
-)
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+    "weights": "fingerprint checkpoint hf_config hf_shards gguf huggingface",
+    "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
+    "agent": "build play validate load score",
+    "report": "trace figures page run",
+    "documents": "split session memory_file transcript conversation",
+    "collection": "endpoint store player",
+    "sweeps": "launcher scheduler plan table",
+    "tpu_model": (
+        "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation"
+    ),
+    "runs": "agreement stages resume recorder validity",
+}
+"""Folder -> its files, each in order. A folder of no files is a file of the package itself."""
+
 # Flags belong to the scripts, the scripts to nobody, and the rest weighs more than it is worth.
 FORBIDDEN = ("absl.flags", "absl.app", "experiments", "tests", "tensorflow", "torch")
+
+
+def list_places() -> dict[str, int]:
+    """{module: its number, ground first}; a folder itself stands where its last file does."""
+    places: dict[str, int] = {}
+    for folder, files in ORDER.items():
+        for name in files.split():
+            places[".".join(filter(None, (PACKAGE, folder, name)))] = len(places)
+        if folder:
+            places[f"{PACKAGE}.{folder}"] = len(places)
+    return places
+
+
+PLACES = list_places()
 
 
 def read_imports(path: pathlib.Path, module: str) -> set[str]:
@@ -73,25 +88,54 @@ def find_violations(modules: dict[str, set[str]]) -> list[str]:
     """Returns a sentence for every import that the architecture forbids."""
     violations = []
     for module, imports in modules.items():
-        own = module.split(".")[1] if "." in module else None
-        if own is not None and own not in FLOOR_OF:
-            violations.append(f"{module} has no floor: give it one in tests/architecture_test.py")
+        if module == PACKAGE:  # what the library offers; it may name everything
+            continue
+        if module not in PLACES:
+            violations.append(f"{module} has no place: give it one in tests/architecture_test.py")
             continue
         for name in sorted(imports):
             if any(name == f or name.startswith(f"{f}.") for f in FORBIDDEN):
                 violations.append(f"{module} imports {name}: it must not depend on that")
             if name.split(".")[0] != PACKAGE:
                 continue
-            other = name.split(".")[1] if "." in name else None
-            if own is None or other is None:
-                violations.append(f"{module} imports {name}: name the module that is meant")
-            elif other not in FLOOR_OF:
-                violations.append(f"{module} imports {name}: {other} has no floor")
-            elif FLOOR_OF[other] > FLOOR_OF[own]:
-                violations.append(
-                    f"{module} (floor {FLOOR_OF[own]}) imports {name} (floor {FLOOR_OF[other]}): "
-                    "no arrow runs up"
-                )
+            other = name if name in PLACES else name.rpartition(".")[0]
+            if other not in PLACES:
+                violations.append(f"{module} imports {name}: name the file that is meant")
+            elif PLACES[other] >= PLACES[module] and not is_inside(other, module):
+                violations.append(f"{module} imports {name}, which stands above: no arrow runs up")
+    return violations
+
+
+def is_inside(name: str, folder: str) -> bool:
+    """Whether a module is one of the files of a folder whose __init__ is meant."""
+    return name.startswith(f"{folder}.")
+
+
+def read_scripts(root: pathlib.Path) -> dict[str, set[str]]:
+    """Returns {dotted name: what it imports} of everything under experiments/."""
+    modules = {}
+    for path in sorted((root / "experiments").rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        modules[module] = read_imports(path, module)
+    return modules
+
+
+def find_script_violations(modules: dict[str, set[str]]) -> list[str]:
+    """Returns a sentence for every script that imports another."""
+    violations = []
+    for module, imports in modules.items():
+        shared = {"experiments.flags"}
+        shared |= {name for name in modules if name.split(".")[1] in ("configs", "benchmarks")}
+        for name in sorted(imports):
+            if name.split(".")[0] != "experiments":
+                continue
+            other = name if name in modules else name.rpartition(".")[0]
+            if other not in shared:
+                violations.append(f"{module} imports {name}: a script is no library")
+            if module.startswith("experiments.configs") and not other.startswith(
+                "experiments.configs"
+            ):
+                violations.append(f"{module} imports {name}: a config stands on configs alone")
     return violations
 
 
@@ -99,55 +143,71 @@ def test_no_module_imports_upwards():
     assert find_violations(read_package(ROOT)) == []
 
 
-def test_no_import_cycles():
-    modules = read_package(ROOT)
+def test_every_place_is_taken():
+    found = set(read_package(ROOT))
+    missing = [name for name in PLACES if name not in found]
+    assert not missing, "ORDER names files that are not there"
 
-    def resolve(name):
-        return name if name in modules else name.rpartition(".")[0]
 
-    graph = {
-        module: {resolve(name) for name in imports if name.startswith(f"{PACKAGE}.")} - {module}
-        for module, imports in modules.items()
-    }
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
-    assert set(modules) <= set(order)
+def test_no_script_imports_another():
+    assert find_script_violations(read_scripts(ROOT)) == []
 
 
 @pytest.mark.parametrize(
     ("source", "violation"),
     [
-        ("from atommem_jax import rollout", "(floor 1) imports atommem_jax.rollout (floor 3)"),
-        ("from atommem_jax.sampling import generate", "imports atommem_jax.sampling.generate"),
-        ("def f():\n    import atommem_jax.trainer", "imports atommem_jax.trainer (floor 4)"),
-        ("from .tasks import babi", "imports atommem_jax.tasks.babi (floor 2)"),
-        ("from . import evaluate", "imports atommem_jax.evaluate (floor 4)"),
-        ("import atommem_jax", "name the module that is meant"),
+        ("from atommem_jax.learning import rollout", "imports atommem_jax.learning.rollout, which"),
+        ("from atommem_jax.tasks.teacher import policy", "which stands above"),
+        (
+            "def f():\n    import atommem_jax.learning.trainer",
+            "imports atommem_jax.learning.trainer",
+        ),
+        ("from atommem_jax.memory import encoder", "imports atommem_jax.memory.encoder, which"),
+        ("from . import embedding", "imports atommem_jax.memory.embedding, which"),
+        ("import atommem_jax", "name the file that is meant"),
         ("from absl import flags", "imports absl.flags: it must not"),
-        ("from experiments import metrics", "imports experiments.metrics: it must not"),
-        ("import atommem_jax.tools", "tools has no floor"),
+        ("from experiments import train", "imports experiments.train: it must not"),
+        ("import atommem_jax.tools", "name the file that is meant"),
     ],
 )
 def test_a_violation_is_found(tmp_path, source, violation):
-    folder = tmp_path / PACKAGE
-    folder.mkdir()
-    (folder / "memory.py").write_text(
+    folder = tmp_path / PACKAGE / "memory"
+    folder.mkdir(parents=True)
+    (folder / "slot_table.py").write_text(
         f"import jax\nfrom atommem_jax.types import EMPTY\n{source}\n"
     )
     (found,) = find_violations(read_package(tmp_path))
     assert violation in found
 
 
-def test_sideways_and_downward_imports_are_allowed(tmp_path):
+def test_downward_imports_are_allowed_and_every_file_has_a_place(tmp_path):
     folder = tmp_path / PACKAGE / "tasks"
     folder.mkdir(parents=True)
     (folder / "babi.py").write_text(
-        "from atommem_jax.tasks import episodes\nfrom ..types import Episode\nimport absl.logging\n"
+        "from atommem_jax.tasks import schema\nfrom ..types import Episode\nimport absl.logging\n"
     )
     assert find_violations(read_package(tmp_path)) == []
     (folder.parent / "gadgets.py").touch()
     assert find_violations(read_package(tmp_path)) == [
-        "atommem_jax.gadgets has no floor: give it one in tests/architecture_test.py"
+        "atommem_jax.gadgets has no place: give it one in tests/architecture_test.py"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "violation"),
+    [
+        ("report.py", "from experiments import demo", "a script is no library"),
+        ("report.py", "from experiments.demo import run", "a script is no library"),
+        ("configs/small.py", "from experiments import flags", "a config stands on configs alone"),
+    ],
+)
+def test_a_script_that_imports_another_is_found(tmp_path, name, source, violation):
+    (tmp_path / "experiments" / "configs").mkdir(parents=True)
+    (tmp_path / "experiments" / "demo.py").touch()
+    (tmp_path / "experiments" / "flags.py").touch()
+    (tmp_path / "experiments" / name).write_text(f"{source}\n")
+    (found,) = find_script_violations(read_scripts(tmp_path))
+    assert violation in found
 
 
 def test_importing_the_package_starts_no_backend():

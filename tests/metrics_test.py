@@ -119,7 +119,7 @@ def test_what_is_no_scalar_is_refused_and_nothing_written(tmp_path, scalars, mes
 def test_a_kill_loses_at_most_the_torn_line(tmp_path):
     script = """
 import sys
-from experiments.metrics import MetricWriter
+from atommem_jax.metrics import MetricWriter
 writer = MetricWriter(sys.argv[1])
 for step in (1, 2, 3):
     writer.write(step, "rl", {"em": 0.5})

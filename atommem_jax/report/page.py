@@ -148,7 +148,7 @@ def embed_json(value: Any) -> str:
 
 
 def _read_asset(name: str) -> str:
-    folder = importlib.resources.files("atommem_jax") / "report_page"
+    folder = importlib.resources.files("atommem_jax") / "report" / "assets"
     return (folder / name).read_text(encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from atommem_jax.agent import build, validate
 from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.runs import stages
+from atommem_jax.runs import recorder, stages
 from atommem_jax.tasks.encoding import EpisodeShape
 from experiments import train
 from tests.conftest import COMPILATION_CACHE
@@ -183,7 +183,8 @@ def test_gradients_that_are_not_finite_end_the_run(tmp_path, run_here, monkeypat
 
     monkeypatch.setattr(stages.Rl, "score", score)
     with pytest.raises(
-        train.TrainingError, match=r"rl step 2: the gradient was not finite 4 times.*learning_rate"
+        recorder.TrainingError,
+        match=r"rl step 2: the gradient was not finite 4 times.*learning_rate",
     ):
         run_here(make_rl_only_config(), tmp_path)
     (record,) = read_metrics(tmp_path)
@@ -201,7 +202,7 @@ def test_a_policy_that_cannot_be_sampled_ends_the_run(tmp_path, run_here, monkey
 
     init_params = stages.init_params
     monkeypatch.setattr(stages, "init_params", init_broken)
-    with pytest.raises(train.TrainingError, match=r"rl step 1: .*log-probs that are not finite"):
+    with pytest.raises(recorder.TrainingError, match=r"rl step 1: .*log-probs that are not finite"):
         run_here(make_rl_only_config(), tmp_path)
     assert not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
 

@@ -357,14 +357,20 @@ def test_gae_pays_each_question_at_the_turn_that_ends_it():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (OptimizerConfig(name="sgd"), r"optimizer\.name='sgd': allowed are adamw, muon, adafactor"),
+        (
+            OptimizerConfig(name="sgd"),
+            r"optimizer\.name='sgd': allowed are 'adamw', 'muon', 'adafactor'",
+        ),
         (OptimizerConfig(schedule="linear"), r"optimizer\.schedule='linear'"),
         (OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate=0\.0"),
         (PPOConfig(estimator="grpo"), r"ppo\.estimator='grpo': allowed are"),
         (PPOConfig(kl_kind="k4"), r"ppo\.kl_kind='k4'"),
-        (PPOConfig(minibatches=0), r"ppo\.minibatches=0: must be at least 1"),
+        (PPOConfig(minibatches=0), r"ppo\.minibatches=0: allowed is at least 1"),
         (PPOConfig(group_size=1), r"needs ppo\.group_size of at least 2"),
-        (PPOConfig(eighths=(2, 5)), r"ppo\.eighths=\(2, 5\): allowed .* 8 among them"),
+        (
+            PPOConfig(length_buckets=(2, 5)),
+            r"ppo\.length_buckets=\(2, 5\): allowed .* 8 among them",
+        ),
     ],
 )
 def test_validate_names_the_field(config, message):

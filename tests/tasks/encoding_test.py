@@ -327,9 +327,9 @@ def test_second_preparation_writes_nothing_and_other_settings_their_own(
 
 def test_processes_that_prepare_at_once_all_read_the_result(tmp_path):
     program = (
-        "import sys; from atommem_jax.tasks import episodes; "
+        "import sys; from atommem_jax.tasks import datasets; "
         "task = {'name': 'synthetic', 'train_examples': 2000, 'test_examples': 5}; "
-        "sys.stdout.write(f'found {len(episodes.prepare(task, sys.argv[1]).split(\"train\"))}')"
+        "sys.stdout.write(f'found {len(datasets.prepare(task, sys.argv[1]).split(\"train\"))}')"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     root = pathlib.Path(__file__).resolve().parents[2]
