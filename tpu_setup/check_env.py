@@ -148,7 +148,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_versions(require_tpu: bool) -> Result:
-    """The installed packages against requirements.txt and the extra `tpu` of setup.py."""
+    """The installed packages against the pins of constraints.txt, and libtpu against JAX."""
     wrong = []
     for name, pin in read_pins().items():
         found = find_version(name)
@@ -170,9 +170,12 @@ def check_versions(require_tpu: bool) -> Result:
 
 
 def read_pins() -> dict[str, str]:
-    """{package: version} of the lines `package==version` of requirements.txt."""
-    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", text, re.MULTILINE))
+    """{package: version} of constraints.txt, of what the library needs (requirements.txt)."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    names = set(re.findall(r"^([A-Za-z0-9_.-]+)", needed, re.MULTILINE)) | {"jaxlib"}
+    found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", pins, re.MULTILINE)
+    return {name: pin for name, pin in found if name in names}
 
 
 def find_version(name: str) -> str:

@@ -27,7 +27,8 @@ install() {
   if [[ "$(.venv/bin/python --version 2>/dev/null)" != "Python $1" ]]; then
     "${uv[@]}" venv --clear --python "$1" .venv
   fi
-  "${uv[@]}" pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+  "${uv[@]}" pip install --quiet --python .venv/bin/python \
+    --constraint constraints.txt --editable '.[tpu]'
   echo "$(hostname): $(.venv/bin/python --version), code $(cat COMMIT)"
 }
 

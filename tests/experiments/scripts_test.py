@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from atommem_jax.agent import build, load, score
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.runs import resume, validity
 from atommem_jax.tasks import encoding, teacher
@@ -104,7 +104,7 @@ def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(dem
     folder, end = workdir / "baselines" / "store_all_one_read", read_params(workdir, SFT_END)
     with Checkpointer(folder / "checkpoints", best_metric="em", read_only=True) as source:
         assert source.latest_step() == runs.RL_STEPS
-        config = source.restore_config(runs.RL_STEPS)
+        config = parse(source.restore_config(runs.RL_STEPS))
         tokenizer = SentencePieceTokenizer.from_bytes(source.restore_tokenizer(runs.RL_STEPS))
     assert (config.workflow, config.sft.steps) == ("store_all_one_read", 0)
     assert_equal(resume.load_initial(config, tokenizer), end)
