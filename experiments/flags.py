@@ -47,13 +47,18 @@ def define_config(default: str, name: str = "config") -> absl_flags.FlagHolder:
       name: of the flag.
     """
     _DEFAULTS[name] = default
-    _SHARED.append(name)
-    return config_flags.DEFINE_config_file(
-        name,
-        None,
-        f"Config file, file.py or file.py:argument (default {default}).",
-        lock_config=True,
+    about = f"Config file, file.py or file.py:argument (default {default})."
+    return _share(
+        name, lambda: config_flags.DEFINE_config_file(name, None, about, lock_config=True)
     )
+
+
+def _share(name: str, define: Callable[[], absl_flags.FlagHolder]) -> absl_flags.FlagHolder:
+    """The holder of a flag that several scripts have, which a test may import side by side."""
+    if name in absl_flags.FLAGS:
+        return absl_flags.FlagHolder(absl_flags.FLAGS, absl_flags.FLAGS[name])
+    _SHARED.append(name)
+    return define()
 
 
 def read_changes(name: str = "config") -> tuple[str, dict[str, Any]]:
@@ -69,8 +74,7 @@ def spell_changes(changes: Mapping[str, Any], name: str = "config") -> list[str]
 
 def define_workdir(about: str, default: str | None = None) -> absl_flags.FlagHolder:
     """Defines `--workdir`; `about` says what it is to the script. Returns the holder."""
-    _SHARED.append("workdir")
-    return absl_flags.DEFINE_string("workdir", default, about)
+    return _share("workdir", lambda: absl_flags.DEFINE_string("workdir", default, about))
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:

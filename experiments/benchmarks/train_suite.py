@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.parallel import host_batches
@@ -31,8 +32,8 @@ class Lesson:
     counts: np.ndarray  # [B], int32
     batch: Batch  # the same as rows, on the host
     source: str  # of the rewards
-    ppo: trainer.PPOConfig
-    optimizer: optimizer_lib.OptimizerConfig
+    ppo: PPOConfig
+    optimizer: OptimizerConfig
 
 
 def make_lesson(scene: Scene) -> Lesson:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from atommem_jax.agent import build
 from atommem_jax.agent import play as play_lib
-from atommem_jax.config import LoraConfig, OptimizerConfig, PPOConfig
+from atommem_jax.config import LAYERS, LoraConfig, OptimizerConfig, PPOConfig
 from atommem_jax.config import flatten as flatten_config
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
@@ -85,7 +85,7 @@ def compute(model, params):
 def test_the_branch_computes_what_merged_matrices_do(tied):
     model = make_model(tie_embeddings=tied)
     params = draw_params(model)
-    assert len(lora.partition(params, EVERYTHING)[0]["layers"]) == len(lora.LAYERS)
+    assert len(lora.partition(params, EVERYTHING)[0]["layers"]) == len(LAYERS)
     by_hand = merge_by_hand(params, EVERYTHING.scale)
     ours, theirs = compute(model, params), compute(without_adapters(model), by_hand)
     for a, b in zip(ours, theirs, strict=True):
@@ -251,7 +251,7 @@ def test_a_lies_with_the_inputs_of_its_matrix_and_b_with_the_outputs():
 
 ROWS = 16
 PPO = PPOConfig(group_size=2, microbatch_rows=8, length_buckets=(8,), kl_coef=0.1)
-ADAPTED = LoraConfig(rank=3, alpha=12.0, targets=(*lora.LAYERS, "embedder"))
+ADAPTED = LoraConfig(rank=3, alpha=12.0, targets=(*LAYERS, "embedder"))
 
 
 @functools.cache

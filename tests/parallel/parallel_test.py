@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from atommem_jax.agent import play as play_lib
+from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
 from atommem_jax.parallel import host_batches
@@ -21,7 +22,7 @@ TOLERANCE = 5e-5
 # A draw that lies within rounding of the border between two tokens falls to either: with seed 0 one
 # of a thousand does, on one kind of processor.
 SEED = 1
-PPO = trainer.PPOConfig(group_size=GROUP, minibatches=2, microbatch_rows=8, entropy_coef=0.01)
+PPO = PPOConfig(group_size=GROUP, minibatches=2, microbatch_rows=8, entropy_coef=0.01)
 
 
 @functools.cache
@@ -51,7 +52,7 @@ def make_state(devices: int):
 @functools.cache
 def make_optimizer():
     # Plain steps of the size of the gradient: Adam would hide its scale.
-    config = optimizer_lib.OptimizerConfig(learning_rate=1e-2, clip_norm=1e9)
+    config = OptimizerConfig(learning_rate=1e-2, clip_norm=1e9)
     return optimizer_lib.make_optimizer(config, 4)
 
 
