@@ -85,6 +85,8 @@ def check_path(config: ConfigDict | Mapping[str, Any], path: str) -> None:
                 f"unknown config field '{path}': '{parent}' holds the value {section!r} and has "
                 f"no fields; set '{parent}' itself."
             )
+        if path in RENAMED:
+            raise ConfigError(f"config field '{path}' is now called '{RENAMED[path]}'")
         nearest = suggest(config, path)
         hint = f"; did you mean '{nearest}'?" if nearest else "."
         of = f"of '{parent}'" if parent else "at the top"

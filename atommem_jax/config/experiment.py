@@ -9,7 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.traverse_util
 from ml_collections import ConfigDict
@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from atommem_jax.config.errors import ConfigError, check, check_path, is_section
 from atommem_jax.config.sections import (
     CheckpointConfig,
+    Choices,
+    Count,
     DecoderConfig,
     EvalConfig,
     LoraConfig,
@@ -30,8 +32,7 @@ from atommem_jax.config.sections import (
     TaskConfig,
     TeacherConfig,
     TokenizerConfig,
-    bounded,
-    choice,
+    read_hints,
 )
 from atommem_jax.config.upgrade import upgrade
 
@@ -40,11 +41,11 @@ from atommem_jax.config.upgrade import upgrade
 class Experiment(Section):
     """A whole experiment, typed and in range."""
 
-    seed: int = bounded(least=0)
+    seed: Count
     workflow: str  # "learned", or one of `tasks.workflows`: what it is compared with
     init_from: str  # a checkpoint whose parameters training starts from; '' for new ones
     profile: bool  # trace the second step of each stage to <workdir>/profile
-    prompt: str = choice("compact", "chat")  # "chat": the format of a pretrained model
+    prompt: Annotated[str, Choices("compact", "chat")]  # "chat": the format of a pretrained model
     mesh: MeshConfig
     task: TaskConfig
     tokenizer: TokenizerConfig
@@ -134,7 +135,7 @@ def _parse_section(kind: type, values: Any, path: str) -> Any:
     for name in values:
         if name not in fields:
             check_path(dict.fromkeys(fields), str(name))
-    hints = typing.get_type_hints(kind)
+    hints = read_hints(kind)
     parsed = {}
     for name, field in fields.items():
         if name in values:
@@ -149,6 +150,8 @@ def _parse_section(kind: type, values: Any, path: str) -> Any:
 
 def _parse_value(hint: Any, value: Any, path: str) -> Any:
     """`value` as the type of a field. Raises ConfigError where it is of another."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     if hint is TaskConfig:
         return _parse_task(value, path)
     if isinstance(hint, type) and issubclass(hint, Section):

@@ -17,10 +17,10 @@ def load_config(spec: str) -> ConfigDict:
     name, *arguments = spec.split(":", 1)
     path = find_config(name)
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    check(
-        module_spec is not None and module_spec.loader is not None,
-        f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config().",
-    )
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(
+            f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config()."
+        )
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     check(

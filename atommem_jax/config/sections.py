@@ -1,16 +1,18 @@
 """The sections of an experiment: frozen dataclasses, each of which validates itself.
 
-What a field may hold stands beside it: `bounded(least=1)`, `choice("adamw", "muon")`. Numbers are
-finite. A field without a default must be in a config; one with a default may be left out.
-`Section.validate` checks the fields one by one, and then those of the section that must agree; what
-concerns two sections is checked in `agent.validate`.
+What a field may hold stands in its annotation: `Positive`, `Share`, `Choices("adamw", "muon")`.
+Numbers are finite. A field without a default must be in a config; one with a default may be left
+out. `Section.validate` checks the fields one by one, and then those of the section that must agree;
+what concerns two sections is checked in `agent.validate`.
 """
 
 import dataclasses
+import functools
 import math
 import re
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from atommem_jax.config.errors import ConfigError, check
 
@@ -23,24 +25,60 @@ LENGTH_BUCKETS = (5, 8)
 LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
 """Names of the matrices of a layer: the default targets of adapters."""
 
+DTYPES = ("float32", "bfloat16")
+"""What can be computed in, and kept in."""
+
 _LARGEST_INTEGER = 2**31 - 1
 
 
-def bounded(
-    default: Any = dataclasses.MISSING,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-) -> Any:
-    """A field that holds a number of this range."""
-    limits = {"least": least, "above": above, "most": most}
-    return dataclasses.field(default=default, metadata=limits)
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number may be; its ends are allowed but for `above`."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in it."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None:
+            if self.most is not None:
+                return f"{self.least} to {self.most}"
+            return "0 or more" if self.least == 0 else f"at least {self.least}"
+        if self.above is not None:
+            return f"above {self.above}" + (f" up to {self.most}" if self.most is not None else "")
+        return f"at most {self.most}" if self.most is not None else "a finite number"
 
 
-def choice(*allowed: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field that holds one of these names."""
-    return dataclasses.field(default=default, metadata={"choices": allowed})
+class Choices(tuple[str, ...]):
+    """The names that a field may hold."""
+
+    def __new__(cls, *names: str) -> "Choices":
+        """Choices("a", "b")."""
+        return super().__new__(cls, names)
+
+    def __str__(self) -> str:
+        return ", ".join(map(repr, self))
+
+
+Positive = Annotated[int, Range(least=1)]
+Count = Annotated[int, Range(least=0)]
+Share = Annotated[float, Range(least=0.0, most=1.0)]
+AboveZero = Annotated[float, Range(above=0.0)]
+NotNegative = Annotated[float, Range(least=0.0)]
+
+
+@functools.cache
+def read_hints(kind: Any) -> Mapping[str, Any]:
+    """Field -> annotation, with what it says of the values allowed."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,62 +90,46 @@ class Section:
 
         prefix: path of the section, as `rl.ppo`.
         """
+        hints = read_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             path = f"{prefix}.{field.name}" if prefix else field.name
             if isinstance(value, Section):
                 value.validate(path)
             else:
-                _check_value(path, value, field)
+                _check_value(path, value, hints[field.name])
         self._check_together(prefix)
 
     def _check_together(self, prefix: str) -> None:
         """Raises ConfigError where fields of this section disagree."""
 
 
-def _check_value(path: str, value: Any, field: dataclasses.Field[Any]) -> None:
-    meta = field.metadata
-    if "choices" in meta:
-        allowed = ", ".join(map(repr, meta["choices"]))
-        check(value in meta["choices"], f"{path}={value!r}: allowed are {allowed}")
+def _check_value(path: str, value: Any, hint: Any) -> None:
+    """Raises ConfigError for a value that its annotation does not allow."""
+    limits = getattr(hint, "__metadata__", (Range(),))[0]
+    if isinstance(limits, Choices):
+        check(value in limits, f"{path}={value!r}: allowed are {limits}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     check(math.isfinite(value), f"{path}={value}: allowed are finite numbers; set --config.{path}")
-    allowed = _describe_range(meta)
     check(
-        abs(value) <= _LARGEST_INTEGER or isinstance(value, float),
-        f"{path}={value}: allowed is {allowed or 'a number'} up to {_LARGEST_INTEGER}; "
-        f"set --config.{path}",
+        isinstance(value, float) or abs(value) <= _LARGEST_INTEGER,
+        f"{path}={value}: allowed is {limits}, up to {_LARGEST_INTEGER}; set --config.{path}",
     )
-    least, above, most = (meta.get(name) for name in ("least", "above", "most"))
-    check(
-        (least is None or value >= least)
-        and (above is None or value > above)
-        and (most is None or value <= most),
-        f"{path}={value}: allowed is {allowed}; set --config.{path}",
-    )
-
-
-def _describe_range(meta: Mapping[str, Any]) -> str:
-    least, above, most = (meta.get(name) for name in ("least", "above", "most"))
-    if least is not None:
-        if most is not None:
-            return f"{least} to {most}"
-        return "0 or more" if least == 0 else f"at least {least}"
-    if above is not None:
-        return f"above {above}" + (f" up to {most}" if most is not None else "")
-    return f"at most {most}" if most is not None else ""
+    check(limits.holds(value), f"{path}={value}: allowed is {limits}; set --config.{path}")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
     """Over how many devices a run is spread, see `parallel.mesh.make_mesh`."""
 
-    data: int = bounded(least=0)  # replicas of the parameters; 0 for as many as there are devices
-    fsdp: int = bounded(least=1)  # devices that share the parameters of a replica
-    tensor: int = bounded(least=1)  # devices that share every matrix product
-    slices: int = bounded(least=1)  # TPU slices, which only `data` crosses
-    cpu_devices: int = bounded(least=1, most=1024)  # into which a host without accelerator is split
+    data: Count  # replicas of the parameters; 0 for as many as there are devices
+    fsdp: Positive  # devices that share the parameters of a replica
+    tensor: Positive  # devices that share every matrix product
+    slices: Positive  # TPU slices, which only `data` crosses
+    cpu_devices: Annotated[
+        int, Range(least=1, most=1024)
+    ]  # into which a host without accelerator is split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +152,8 @@ class TaskConfig:
 class TokenizerConfig(Section):
     """Of the SentencePiece model that is trained on the task's texts."""
 
-    vocab_size: int = bounded(least=8)
-    character_coverage: float = bounded(1.0, above=0.0, most=1.0)  # share that are pieces
+    vocab_size: Annotated[int, Range(least=8)]
+    character_coverage: Annotated[float, Range(above=0.0, most=1.0)] = 1.0  # share that are pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +168,13 @@ class ProtocolConfig(Section):
 class MemoryConfig(Section):
     """Static sizes of the memory of one trajectory, in slots and tokens."""
 
-    slots: int = bounded(5, least=1)  # N
-    shown: int = bounded(4, least=1)  # K
-    entry_length: int = bounded(8, least=1)  # L
-    scratchpad_length: int = bounded(2, least=1)  # S
-    query_length: int = bounded(8, least=1)  # Y
-    key_dim: int = bounded(128, least=1)  # D
-    eviction: str = choice(*EVICTION_POLICIES, default="lru")
+    slots: Positive = 5  # N
+    shown: Positive = 4  # K
+    entry_length: Positive = 8  # L
+    scratchpad_length: Positive = 2  # S
+    query_length: Positive = 8  # Y
+    key_dim: Positive = 128  # D
+    eviction: Annotated[str, Choices(*EVICTION_POLICIES)] = "lru"
 
     def _check_together(self, prefix: str) -> None:
         check(
@@ -166,17 +188,17 @@ class MemoryConfig(Section):
 class RolloutConfig(Section):
     """What a turn may be, and how rollouts are computed."""
 
-    max_actions: int = bounded(least=1)  # A
-    response_length: int = bounded(least=2)  # R: one token and the end of sequence, or more
-    answer_length: int = bounded(least=1)
-    read_budget: int = bounded(least=0)  # reading turns in a row that may keep the chunk
-    answer_read_budget: int = bounded(least=0)  # turns a question that may read, not answer
+    max_actions: Positive  # A
+    response_length: Annotated[int, Range(least=2)]  # R: one token and the end of sequence, or more
+    answer_length: Positive
+    read_budget: Count  # reading turns in a row that may keep the chunk
+    answer_read_budget: Count  # turns a question that may read, not answer
     constrained: bool  # only tokens that the grammar allows
-    top_p: float = bounded(above=0.0, most=1.0)
-    microbatch: int = bounded(least=0)  # trajectories played at a time on a device; 0 for all
-    param_dtype: str = choice("float32", "bfloat16", default="float32")
+    top_p: Annotated[float, Range(above=0.0, most=1.0)]
+    microbatch: Count  # trajectories played at a time on a device; 0 for all
+    param_dtype: Annotated[str, Choices(*DTYPES)] = "float32"
     cpu_decode: bool = False  # decode with the layers apart: faster on a CPU, longer compiled
-    score_chunk: int = bounded(0, least=0)  # response tokens scored at a time; 0 for all
+    score_chunk: Count = 0  # response tokens scored at a time; 0 for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,27 +208,27 @@ class DecoderConfig(Section):
     What follows from the tokenizer, the prompt and the adapters is not among them.
     """
 
-    width: int = bounded(least=1)
-    num_layers: int = bounded(least=1)
-    num_heads: int = bounded(least=1)
-    num_kv_heads: int = bounded(least=1)
-    head_width: int = bounded(least=1)
-    mlp_width: int = bounded(least=1)
-    rope_theta: float = bounded(above=0.0)
-    rope_fraction: float = bounded(least=0.0, most=1.0)
+    width: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_width: Positive
+    mlp_width: Positive
+    rope_theta: AboveZero
+    rope_fraction: Share
     qk_norm: bool
     tie_embeddings: bool
-    token_shift: int = bounded(least=0, most=64)
+    token_shift: Annotated[int, Range(least=0, most=64)]
     match_features: bool
     remat: bool
     remat_policy: str
     attention: str
-    dtype: str = choice("float32", "bfloat16")
-    rope_factor: float = bounded(1.0, least=1.0)
-    rope_low_frequency_factor: float = bounded(1.0, above=0.0)
-    rope_high_frequency_factor: float = bounded(4.0, above=0.0)
-    rope_original_length: int = bounded(8192, least=1)
-    norm_epsilon: float = bounded(1e-6, above=0.0)
+    dtype: Annotated[str, Choices(*DTYPES)]
+    rope_factor: Annotated[float, Range(least=1.0)] = 1.0
+    rope_low_frequency_factor: AboveZero = 1.0
+    rope_high_frequency_factor: AboveZero = 4.0
+    rope_original_length: Positive = 8192
+    norm_epsilon: AboveZero = 1e-6
 
     def sizes(self) -> dict[str, Any]:
         """Keyword arguments of `ModelConfig`, features aside."""
@@ -219,12 +241,12 @@ class DecoderConfig(Section):
 class LoraConfig(Section):
     """Which matrices have adapters (`model.lora`), and how."""
 
-    rank: int = bounded(0, least=0)  # 0 turns it off: all parameters are trained
-    alpha: float = bounded(16.0, above=0.0)  # the branch is scaled by alpha / rank
+    rank: Count = 0  # 0 turns it off: all parameters are trained
+    alpha: AboveZero = 16.0  # the branch is scaled by alpha / rank
     # Regular expressions for the names of matrices: the end of a path, from a slash on.
     targets: tuple[str, ...] = LAYERS
     # What the frozen part is kept in while it is trained on.
-    base_dtype: str = choice("float32", "bfloat16", default="float32")
+    base_dtype: Annotated[str, Choices(*DTYPES)] = "float32"
 
     def check_matrices(self, matrices: Sequence[str], dtype: str, prefix: str = "lora") -> None:
         """Raises ConfigError for targets that are none of the model's, and for a dtype apart.
@@ -278,19 +300,19 @@ def _matches(target: str, path: str) -> bool:
 class TeacherConfig(Section):
     """Rates at which a scripted teacher (`tasks.teacher`) does the right thing."""
 
-    store_support: float = bounded(1.0, least=0.0, most=1.0)  # facts worth storing that are stored
-    store_distractor: float = bounded(0.0, least=0.0, most=1.0)  # other facts that are stored
+    store_support: Share = 1.0  # facts worth storing that are stored
+    store_distractor: Share = 0.0  # other facts that are stored
     # Corrections of a shown entry made by Update, not Create.
-    update: float = bounded(1.0, least=0.0, most=1.0)
+    update: Share = 1.0
     # Of the rest: the shown stale entry is deleted before the Create.
-    delete: float = bounded(0.0, least=0.0, most=1.0)
-    set_query: float = bounded(1.0, least=0.0, most=1.0)  # a standing query at the first chunk
+    delete: Share = 0.0
+    set_query: Share = 1.0  # a standing query at the first chunk
     # Reads for a fact that is missing, where the budget allows.
-    read_missing: float = bounded(1.0, least=0.0, most=1.0)
+    read_missing: Share = 1.0
     # Of those reads: asks for the end of the question instead.
-    read_badly: float = bounded(0.0, least=0.0, most=1.0)
+    read_badly: Share = 0.0
     # Answers right when everything needed is shown.
-    answer_known: float = bounded(1.0, least=0.0, most=1.0)
+    answer_known: Share = 1.0
     scratchpad_only: bool = False  # no store: see `tasks.teacher`
 
     def validate(self, prefix: str = "teacher") -> None:
@@ -304,17 +326,17 @@ class OptimizerConfig(Section):
 
     # "muon" is for matrices, with AdamW for the rest; "adafactor" keeps sums of rows and columns
     # where AdamW keeps squares, and no first moment.
-    name: str = choice("adamw", "muon", "adafactor", default="adamw")
-    learning_rate: float = bounded(1e-3, above=0.0)
-    adam_learning_rate: float = bounded(0.0, least=0.0)  # of Muon's AdamW; 0 takes learning_rate
-    schedule: str = choice("constant", "cosine", default="constant")  # cosine: to 0 at the end
-    warmup_steps: int = bounded(0, least=0)
-    weight_decay: float = bounded(0.0, least=0.0)
-    b1: float = bounded(0.9, least=0.0, most=1.0)
-    b2: float = bounded(0.999, least=0.0, most=1.0)
-    clip_norm: float = bounded(1.0, above=0.0)
+    name: Annotated[str, Choices("adamw", "muon", "adafactor")] = "adamw"
+    learning_rate: AboveZero = 1e-3
+    adam_learning_rate: NotNegative = 0.0  # of Muon's AdamW; 0 takes learning_rate
+    schedule: Annotated[str, Choices("constant", "cosine")] = "constant"  # cosine: to 0 at the end
+    warmup_steps: Count = 0
+    weight_decay: NotNegative = 0.0
+    b1: Share = 0.9
+    b2: Share = 0.999
+    clip_norm: AboveZero = 1.0
     # Of AdamW's first moment; "bfloat16" halves it.
-    moment_dtype: str = choice("float32", "bfloat16", default="float32")
+    moment_dtype: Annotated[str, Choices(*DTYPES)] = "float32"
 
     def validate(self, prefix: str = "optimizer") -> None:
         """As `Section.validate`."""
@@ -334,28 +356,30 @@ def check_length_buckets(buckets: Sequence[Any], field: str) -> None:
 class PPOConfig(Section):
     """How advantages are estimated and what the loss is, see `learning.trainer`."""
 
-    estimator: str = choice("group", "gae", default="group")  # "gae": by turn, with the value head
+    estimator: Annotated[str, Choices("group", "gae")] = (
+        "group"  # "gae": by turn, with the value head
+    )
     # Trajectories of the same episode, next to each other in the batch.
-    group_size: int = bounded(16, least=1)
+    group_size: Positive = 16
     divide_by_std: bool = False
     leave_one_out: bool = False
     # "question": answer tokens use their own question's reward.
-    credit: str = choice("trajectory", "question", default="trajectory")
-    discount: float = bounded(1.0, least=0.0, most=1.0)
-    gae_lambda: float = bounded(0.95, least=0.0, most=1.0)
-    epochs: int = bounded(1, least=1)
-    minibatches: int = bounded(1, least=1)
-    microbatch_rows: int = bounded(128, least=1)
+    credit: Annotated[str, Choices("trajectory", "question")] = "trajectory"
+    discount: Share = 1.0
+    gae_lambda: Share = 0.95
+    epochs: Positive = 1
+    minibatches: Positive = 1
+    microbatch_rows: Positive = 128
     length_buckets: tuple[int, ...] = LENGTH_BUCKETS
-    clip_low: float = bounded(0.2, least=0.0)
-    clip_high: float = bounded(0.28, least=0.0)
-    dual_clip: float = bounded(3.0, least=0.0)  # 0 turns it off
-    weighting: str = choice("token_mean", "trajectory_equal", default="token_mean")
-    entropy_coef: float = bounded(0.0)
-    kl_coef: float = bounded(0.0, least=0.0)  # KL to the reference, with estimator `kl_kind`
-    kl_kind: str = choice("k1", "k2", "k3", default="k3")
-    value_coef: float = bounded(0.5, least=0.0)  # used with estimator "gae" only
-    value_clip: float = bounded(0.0, least=0.0)  # 0 turns it off
+    clip_low: NotNegative = 0.2
+    clip_high: NotNegative = 0.28
+    dual_clip: NotNegative = 3.0  # 0 turns it off
+    weighting: Annotated[str, Choices("token_mean", "trajectory_equal")] = "token_mean"
+    entropy_coef: float = 0.0
+    kl_coef: NotNegative = 0.0  # KL to the reference, with estimator `kl_kind`
+    kl_kind: Annotated[str, Choices("k1", "k2", "k3")] = "k3"
+    value_coef: NotNegative = 0.5  # used with estimator "gae" only
+    value_clip: NotNegative = 0.0  # 0 turns it off
 
     def validate(self, prefix: str = "ppo") -> None:
         """As `Section.validate`."""
@@ -380,13 +404,13 @@ class SftConfig(Section):
     """Supervised fine-tuning on a teacher's trajectories."""
 
     data: str  # a folder of collect.py to learn from; '' for the scripted teacher
-    steps: int = bounded(least=0)
-    episodes: int = bounded(least=1)  # a step
-    min_reward: float = bounded(least=0.0, most=1.0)  # of a trajectory that is learned from
-    log_every: int = bounded(least=1)
-    eval_every: int = bounded(least=1)
-    save_every: int = bounded(least=1)
-    microbatch_rows: int = bounded(least=1)
+    steps: Count
+    episodes: Positive  # a step
+    min_reward: Share  # of a trajectory that is learned from
+    log_every: Positive
+    eval_every: Positive
+    save_every: Positive
+    microbatch_rows: Positive
     length_buckets: tuple[int, ...]
     optimizer: OptimizerConfig
 
@@ -398,13 +422,13 @@ class SftConfig(Section):
 class RlConfig(Section):
     """PPO on the agent's own rollouts."""
 
-    steps: int = bounded(least=0)
-    episodes: int = bounded(least=1)  # a step; each is played `ppo.group_size` times
-    temperature: float = bounded(above=0.0)
-    log_every: int = bounded(least=1)
-    eval_every: int = bounded(least=1)
-    save_every: int = bounded(least=1)
-    max_skipped_in_a_row: int = bounded(least=1)
+    steps: Count
+    episodes: Positive  # a step; each is played `ppo.group_size` times
+    temperature: AboveZero
+    log_every: Positive
+    eval_every: Positive
+    save_every: Positive
+    max_skipped_in_a_row: Positive
     optimizer: OptimizerConfig
     ppo: PPOConfig
 
@@ -414,13 +438,13 @@ class EvalConfig(Section):
     """What is evaluated while training, and how many episodes are played at a time."""
 
     split: str
-    episodes: int = bounded(least=1)
-    batch_size: int = bounded(least=1)
+    episodes: Positive
+    batch_size: Positive
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section):
     """Which checkpoints are kept."""
 
-    keep_last: int = bounded(least=1)
-    keep_best: int = bounded(least=0)
+    keep_last: Positive
+    keep_best: Count

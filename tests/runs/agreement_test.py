@@ -129,8 +129,26 @@ def test_what_process_0_cannot_make_is_an_error_of_all(monkeypatch):
 def test_collectives_are_not_called_by_one_process_only():
     """No call that waits for the others stands where only some processes come."""
     waiting = {
-        *("gather", "check_same", "main_first", "preempted", "gather_rows", "first_rows", "restore"),
-        *("save", "set_aside", "latest_step", "all_steps", "validate", "rollout", "update", "evaluate", "wait"),
+        *(
+            "gather",
+            "check_same",
+            "main_first",
+            "preempted",
+            "gather_rows",
+            "first_rows",
+            "restore",
+        ),
+        *(
+            "save",
+            "set_aside",
+            "latest_step",
+            "all_steps",
+            "validate",
+            "rollout",
+            "update",
+            "evaluate",
+            "wait",
+        ),
     }
     root = pathlib.Path(processes.__file__).parents[2]
     guarded = []

@@ -20,7 +20,7 @@ from atommem_jax.config import (
     suggest,
 )
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ConfigDict(
     {
         "seed": 0,

@@ -1,0 +1,108 @@
+"""What a run leaves behind after a step: metrics, the validation's results, checkpoints.
+
+It also looks whether training can go on: `TrainingError` says why not, and what to try.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from atommem_jax.config import Experiment
+from atommem_jax.metrics import BucketWriter, MetricWriter, SilentWriter
+from atommem_jax.parallel import processes
+from atommem_jax.runs.stages import Metrics, Stage, State, Validator
+from atommem_jax.tasks.encoding import EpisodeShape
+from atommem_jax.weights.checkpoint import Checkpointer
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Writes what each step of a run gives, as often as the config says.
+
+    Attributes:
+      tokenizer: its bytes, for the checkpoints.
+      shape: of the episodes that are trained on.
+      base: {"base": fingerprint} where adapters are trained, else nothing.
+    """
+
+    config: Experiment
+    checkpointer: Checkpointer
+    writer: MetricWriter | BucketWriter | SilentWriter
+    validate: Validator
+    tokenizer: bytes
+    shape: EpisodeShape
+    base: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self._clock = time.perf_counter()
+
+    def start(self) -> None:
+        """A stage begins: from here on the seconds of its steps are counted."""
+        self._clock = time.perf_counter()
+
+    def record(
+        self, stage: Stage, state: State, metrics: Metrics, done: int, step: int, data_state: Any
+    ) -> bool:
+        """Logs, validates and saves after `done` steps of a stage, `step` of the run.
+
+        Returns whether the run was asked to stop, by SIGTERM; it is saved then.
+
+        Raises TrainingError where parameters are broken.
+        """
+        check_progress(state["train"], metrics, self.config, stage.name, step)
+        is_last = done == stage.steps
+        if is_last or done % stage.config.log_every == 0:
+            now = time.perf_counter()
+            self.writer.write(step, stage.name, {**metrics, "seconds": now - self._clock})
+            self._clock = now
+        results = None
+        if is_last or done % stage.config.eval_every == 0:
+            results = self.validate(stage.params(state))
+            self.writer.write(step, "eval", results)
+            processes.say(f"{stage.name} step {done}: EM {results['em']:.3f}")
+        stopping = processes.preempted(step)
+        if results is not None or stopping or done % stage.config.save_every == 0:
+            self.checkpointer.save(
+                step,
+                state,
+                config=self.config.to_dict(),
+                tokenizer=self.tokenizer,
+                data_state=data_state,
+                progress={
+                    "stage": stage.name,
+                    "stage_step": done,
+                    "shape": dataclasses.asdict(self.shape),
+                    **self.base,
+                },
+                metrics=results,
+            )
+        if stopping:
+            self.checkpointer.wait()
+        return stopping
+
+
+def check_progress(state, metrics: Metrics, config: Experiment, stage: str, step: int) -> None:
+    """Raises TrainingError where parameters are broken, or gradients were too often not finite."""
+    # Without finite log-probs nothing can be sampled: empty turns, whose gradient is a sound zero.
+    if not math.isfinite(metrics.get("sampled_nll", 0.0)):
+        raise TrainingError(
+            f"{stage} step {step}: the policy gives log-probs that are not finite, so its "
+            f"parameters are broken. Lower {stage}.optimizer.learning_rate, and start from an "
+            "earlier checkpoint or another --workdir"
+        )
+    in_a_row = int(jax.device_get(state.skipped_in_a_row))
+    if in_a_row >= config.rl.max_skipped_in_a_row:
+        raise TrainingError(
+            f"{stage} step {step}: the gradient was not finite {in_a_row} times in a row "
+            f"(rl.max_skipped_in_a_row={config.rl.max_skipped_in_a_row}); the parameters are those "
+            f"from before. Lower {stage}.optimizer.learning_rate or {stage}.optimizer.clip_norm, "
+            "and look at the last lines of metrics.jsonl"
+        )

@@ -1,0 +1,193 @@
+"""The door: what an experiment is parsed from, what is refused, and what older configs become."""
+
+import dataclasses
+import math
+
+import pytest
+
+from atommem_jax.config import (
+    ConfigError,
+    Experiment,
+    check_path,
+    differences,
+    flatten,
+    load_config,
+    parse,
+    to_config_dict,
+    upgrade,
+)
+from experiments.configs import babi, published, synthetic
+
+CONFIGS = (
+    "synthetic.py",
+    "babi.py:1",
+    "babi.py:3",
+    "hotpotqa.py",
+    "hotpotqa_smollm2.py",
+    "ablations.py",
+    "algorithms.py",
+    "main_table.py",
+    "scratchpads.py",
+    *(f"published.py:{name}" for name in published.PRESETS),
+)
+
+
+def make_config(**changes) -> dict:
+    return parse(synthetic.get_config()).replace(changes).to_dict()
+
+
+@pytest.mark.parametrize("spec", CONFIGS)
+def test_every_config_of_ours_passes_and_comes_back(spec):
+    config = load_config(f"experiments/configs/{spec}")
+    experiment = parse(config)
+    assert parse(experiment.to_dict()) == experiment
+    assert parse(to_config_dict(experiment)) == experiment
+    assert flatten(config.to_dict()).items() <= flatten(experiment).items()
+
+
+def test_sections_are_frozen():
+    experiment = parse(synthetic.get_config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        experiment.rl.ppo.group_size = 3
+    with pytest.raises(TypeError):
+        experiment.task.fields["scales"] = (1,)
+
+
+def test_replace_changes_by_path_and_leaves_the_other_as_it_was():
+    experiment = parse(synthetic.get_config())
+    changed = experiment.replace({"rl.ppo.group_size": 4, "task.scales": (1,), "seed": 3})
+    assert (changed.rl.ppo.group_size, changed.task.get("scales"), changed.seed) == (4, (1,), 3)
+    assert experiment.rl.ppo.group_size == 8
+    assert differences(changed, experiment) == [
+        "rl.ppo.group_size=4 (checkpoint: 8)",
+        "seed=3 (checkpoint: 0)",
+        "task.scales=(1,) (checkpoint: (1, 2, 4, 8))",
+    ]
+    with pytest.raises(ConfigError, match=r"'rl\.ppo\.groupsize'; did you mean 'rl\.ppo\.group_s"):
+        experiment.replace({"rl.ppo.groupsize": 4})
+
+
+def test_whole_numbers_are_numbers_and_lists_are_tuples():
+    config = make_config()
+    config["rl"]["temperature"], config["sft"]["length_buckets"] = 1, [4, 8]
+    experiment = parse(config)
+    assert isinstance(experiment.rl.temperature, float)
+    assert experiment.sft.length_buckets == (4, 8)
+
+
+def test_a_missing_field_and_an_unknown_one_are_named():
+    config = make_config()
+    del config["rl"]["episodes"]
+    with pytest.raises(ConfigError, match=r"the config has no rl\.episodes; start from get_config"):
+        parse(config)
+    config = make_config()
+    config["rl"]["epsiodes"] = 3
+    with pytest.raises(ConfigError, match=r"'epsiodes'; did you mean 'episodes'\?"):
+        parse(config)
+
+
+# ---------------------------------------------------------------------------------------------
+# Every field, with what it cannot hold
+
+
+WRONG = (None, "x", "", -1, 0, math.nan, math.inf, -math.inf, 10**30, (), (1, "x"), {}, True, b"")
+
+
+def parse_field(config: dict, path: str) -> tuple[object, str]:
+    """(what a field holds after the door, '') or (None, why the config is refused)."""
+    try:
+        return flatten(parse(config))[path], ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("spec", ["synthetic.py", "hotpotqa_smollm2.py"])
+def test_whatever_a_field_holds_is_taken_or_refused_in_a_sentence(spec):
+    """No value of any field ends in another exception, and what is refused names the field."""
+    config = parse(load_config(f"experiments/configs/{spec}")).to_dict()
+    tried = refused = 0
+    for path in [path for path in flatten(config) if not path.startswith("task.")]:
+        *parents, name = path.split(".")
+        section = config
+        for part in parents:
+            section = section[part]
+        kept = section[name]
+        for value in WRONG:
+            section[name] = value
+            tried += 1
+            found, message = parse_field(config, path)
+            if message:
+                refused += 1
+                assert path.rpartition(".")[2] in message, (path, value, message)
+            else:
+                assert type(found) in (bool, int, float, str, tuple), (path, value)
+                assert not isinstance(found, float) or math.isfinite(found), (path, value)
+        section[name] = kept
+    assert tried > 1000
+    assert refused > 0.7 * tried
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("rl.optimizer.learning_rate", math.nan, "rl.optimizer.learning_rate=nan: allowed are fin"),
+        ("sft.log_every", 0, "sft.log_every=0: allowed is at least 1; set --config.sft.log_every"),
+        ("checkpoint.keep_last", 0, "checkpoint.keep_last=0: allowed is at least 1"),
+        ("tokenizer.vocab_size", 5, "tokenizer.vocab_size=5: allowed is at least 8"),
+        ("seed", -1, "seed=-1: allowed is 0 or more"),
+        ("seed", 10**30, "up to 2147483647"),
+        ("mesh.cpu_devices", 100_000, "mesh.cpu_devices=100000: allowed is 1 to 1024"),
+        ("rl.ppo.kl_kind", "k4", "rl.ppo.kl_kind='k4': allowed are 'k1', 'k2', 'k3'"),
+        ("model.remat", 1, "model.remat=1 is a int: allowed is True or False"),
+        ("lora.targets", (1,), "lora.targets[0]=1 is a int: allowed is a text"),
+    ],
+)
+def test_a_mistake_reads_like_a_sentence(path, value, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(synthetic.get_config()).replace({path: value})
+    assert words in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Older configs
+
+
+def make_old() -> dict:
+    """A config of the first release: older names, and fewer fields."""
+    config = make_config()
+    config["rollout"]["group"] = config["rollout"].pop("microbatch")
+    config["rollout"]["unstack"] = config["rollout"].pop("cpu_decode")
+    config["sft"]["eighths"] = config["sft"].pop("length_buckets")
+    config["rl"]["ppo"]["eighths"] = config["rl"]["ppo"].pop("length_buckets")
+    return config
+
+
+def test_older_names_and_absent_fields_come_to_the_same_experiment():
+    old = make_old()
+    assert parse(old) == parse(synthetic.get_config())
+    for path in ("workflow", "profile", "init_from", "prompt", "protocol", "lora"):
+        del old[path]
+    for section, name in (("mesh", "fsdp"), ("rollout", "score_chunk"), ("sft", "data")):
+        del old[section][name]
+    del old["rollout"]["unstack"], old["model"]["attention"]
+    assert parse(old) == parse(synthetic.get_config())
+
+
+def test_an_older_name_in_a_file_of_a_user_counts():
+    """Written on top of a config of ours, which has the newer name too."""
+    config = babi.get_config()
+    config.rollout.group = 7
+    assert parse(config).rollout.microbatch == 7
+    assert "group" not in upgrade(config)["rollout"]
+    assert config.rollout.microbatch == 64, "the given config is as it was"
+
+
+def test_an_older_name_on_the_command_line_is_told_its_newer_one():
+    with pytest.raises(ConfigError, match=r"'rollout\.group' is now called 'rollout\.microbatch'"):
+        check_path(synthetic.get_config(), "rollout.group")
+
+
+def test_upgrade_changes_nothing_of_today():
+    config = make_config()
+    assert upgrade(config) == config
+    assert isinstance(parse(config), Experiment)
