@@ -234,7 +234,7 @@ def _describe_address(base_url: str) -> str:
 
 
 def _make_sendable(value: Any) -> Any:
-    """The same without lone surrogates, which UTF-8 has none of; ConfigError for what is no JSON."""
+    """The same without lone surrogates: UTF-8 has none. ConfigError for what is no JSON."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -105,9 +105,9 @@ def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
 
         return babi.BabiConfig, babi.make_builder
     if name == "multihop_qa":
-        from atommem_jax.tasks import multihop_qa
+        from atommem_jax.tasks import multihop_files, multihop_qa
 
-        return multihop_qa.MultihopQaConfig, multihop_qa.make_builder
+        return multihop_files.MultihopQaConfig, multihop_qa.make_builder
     raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa'.")
 
 

@@ -162,28 +162,6 @@ def test_musique_needs_a_whole_paragraph_where_no_sentence_holds_the_answer(tmp_
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("He came. She left!  Who? 3 men.", ["He came.", "She left!", "Who?", "3 men."]),
-        ("Mr. J. R. Smith of St. Louis, U.S. Army.", ["Mr. J. R. Smith of St. Louis, U.S. Army."]),
-        ('"Yes." (He nodded.) It\'s over.', ['"Yes."', "(He nodded.)", "It's over."]),
-        ("Born c. 1900 in Rome.The city is old.", ["Born c. 1900 in Rome.", "The city is old."]),
-        ("Version 2.5 of node.js won. iPods sold", ["Version 2.5 of node.js won. iPods sold"]),
-        (" \n ", []),
-    ],
-)  # fmt: skip
-def test_sentences_are_split(text, sentences):
-    assert multihop_qa.split_sentences(text) == sentences
-
-
-@given(st.text(alphabet="aB .!?\"')(\n5", max_size=60))
-def test_splitting_loses_white_space_only(text):
-    sentences = multihop_qa.split_sentences(text)
-    assert "".join("".join(sentences).split()) == "".join(text.split())
-    assert all(sentence == sentence.strip() != "" for sentence in sentences)
-
-
 def test_long_sentences_become_several_facts(tmp_path):
     record = make_record(0, answer="d", supporting_facts=[["T", 1]])
     record["context"] = [["T", ["x.", "a b c d e f g."]], ["U", ["y."]]]
