@@ -3,8 +3,8 @@
 A request that failed for a passing reason (429, 5xx, no answer in time, a lost connection, a reply
 that is no JSON) is sent again, a bounded number of times, after exponentially growing waits with
 jitter, and never sooner than the server's Retry-After. Any other 4xx ends with an error. The
-client's own retries are off: they wait no longer than a minute, however long a server asks for,
-they send again neither what is no JSON nor what is no completion, and nothing ends their waits.
+client's own retries are off: how long a wait they grant to a server cannot be set, they do not send
+again where a reply is no JSON or no completion, and nothing ends their waits.
 
 The key goes into the Authorization header and nowhere else: redirects are not followed, and what a
 server says is quoted without it.
