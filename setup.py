@@ -29,6 +29,8 @@ setup(
         # What experiments/benchmark.py measures against. Without an accelerator take PyTorch from
         # https://download.pytorch.org/whl/cpu: the default brings gigabytes of CUDA.
         "bench": ["faiss-cpu>=1.10", "torch>=2.6"],
+        # What experiments/collect.py asks teachers through.
+        "collect": ["openai>=2.8,<4"],
         # What tests/model/parity_test.py compares with; PyTorch as above. accelerate is for weights
         # in GGUF.
         "hf": ["accelerate>=1.5", "gguf>=0.17", "torch>=2.6", "transformers>=5"],
@@ -37,6 +39,7 @@ setup(
         "test": [
             "hypothesis>=6.130",
             "mypy>=1.15",
+            "openai>=2.8,<4",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff>=0.11",

@@ -26,7 +26,8 @@ ORDER = {
     "model": "attention lora transformer cpu_decode sampling",
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema builders synthetic babi multihop_qa datasets encoding batches teacher workflows"
+        "schema builders synthetic babi multihop_files multihop_qa datasets encoding "
+        "batches teacher workflows"
     ),
     "weights": "fingerprint checkpoint hf_config hf_shards gguf huggingface",
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",

@@ -1,8 +1,10 @@
-"""A client of chat endpoints that speak OpenAI's protocol, of the standard library alone.
+"""Chat endpoints that speak OpenAI's protocol, through its client (the extra `collect`).
 
 A request that failed for a passing reason (429, 5xx, no answer in time, a lost connection, a reply
 that is no JSON) is sent again, a bounded number of times, after exponentially growing waits with
-jitter, and never sooner than the server's Retry-After. Any other 4xx ends with an error.
+jitter, and never sooner than the server's Retry-After. Any other 4xx ends with an error. The
+client's own retries are off: how long a wait they grant to a server cannot be set, they do not send
+again where a reply is no JSON or no completion, and nothing ends their waits.
 
 The key goes into the Authorization header and nowhere else: redirects are not followed, and what a
 server says is quoted without it.
@@ -11,17 +13,14 @@ server says is quoted without it.
 import dataclasses
 import datetime
 import email.utils
-import http.client
 import json
 import random
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atommem_jax.config import check
+from atommem_jax.config import ConfigError, check
 
 _QUOTED = 300  # characters of a server's words in an error
 
@@ -73,11 +72,6 @@ class _PassingError(Exception):
         self.wait = wait
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *unused: Any) -> None:
-        return None
-
-
 class Endpoint:
     """One model behind one address. Any number of threads may call `chat`.
 
@@ -88,7 +82,8 @@ class Endpoint:
       options: more fields of every request, such as `temperature` and `max_tokens`.
       patience: see `Patience`.
 
-    Raises ConfigError for an address that is none, or a key that cannot be sent.
+    Raises ConfigError for an address that is none, a key or options that cannot be sent, or where
+    the client is not installed.
     """
 
     def __init__(
@@ -100,13 +95,7 @@ class Endpoint:
         options: Mapping[str, Any] | None = None,
         patience: Patience | None = None,
     ):
-        parts = urllib.parse.urlsplit(base_url)
-        check(
-            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc,
-            f"--base_url={parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: allowed "
-            "is http:// or https:// and a host, without a user or a key; pass the address of a "
-            "server, such as http://localhost:8000/v1",
-        )
+        _check_address(base_url)
         key = (api_key or "").strip()
         check(
             all("!" <= character <= "~" for character in key),
@@ -114,10 +103,27 @@ class Endpoint:
             "header can hold; allowed are printable ASCII characters without spaces. Set it again",
         )
         self.url = f"{base_url.rstrip('/')}/chat/completions"
-        self._fields = {"model": model, **(options or {})}
+        self._fields = _make_sendable(options or {})
+        self._model = model
         self._patience = patience or Patience()
         self._key = key
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._openai = openai = _import_client()
+        http = openai.DefaultHttpxClient(follow_redirects=False, timeout=self._patience.timeout)
+        try:
+            # Without a key the client does not start; then this word is not sent either.
+            self._client = openai.OpenAI(
+                api_key=key or "none", base_url=base_url, max_retries=0, http_client=http
+            )
+        except Exception as error:  # of many kinds, by what the client finds wrong
+            raise ConfigError(_describe_address(base_url)) from error
+        # Whose account pays is for the key to say: what the environment holds for OpenAI's own
+        # servers is not told to others.
+        self._headers = {
+            "Authorization": f"Bearer {key}" if key else openai.Omit(),
+            "OpenAI-Organization": openai.Omit(),
+            "OpenAI-Project": openai.Omit(),
+            "User-Agent": "atommem_jax",
+        }
         self._random = random.Random()
         self._closed = threading.Event()
 
@@ -129,12 +135,12 @@ class Endpoint:
           OutOfRetriesError: the last attempt has failed, or the server asks for too long a wait.
           ClosedError: `close` was called.
         """
-        body = json.dumps({**self._fields, "messages": list(messages)}).encode()
+        sendable = _make_sendable(list(messages))
         for attempt in range(self._patience.retries + 1):
             if self._closed.is_set():
                 raise ClosedError("the endpoint is closed")
             try:
-                return _read(self._post(body))
+                return self._ask(sendable)
             except _PassingError as error:
                 wait = self._find_wait(attempt, error.wait)
                 last = attempt == self._patience.retries
@@ -156,39 +162,39 @@ class Endpoint:
         wait = min(self._patience.backoff * 2.0**attempt, longest) * self._random.uniform(0.5, 1.0)
         return max(wait, asked)
 
-    def _post(self, body: bytes) -> Any:
-        """The server's JSON."""
-        headers = {"Content-Type": "application/json", "User-Agent": "atommem_jax"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url, body, headers, method="POST")
+    def _ask(self, messages: Sequence[Mapping[str, str]]) -> Reply:
+        """The reply to one request. Raises EndpointError, or _PassingError."""
         try:
-            with self._opener.open(request, timeout=self._patience.timeout) as response:
-                content = response.read()
-        except urllib.error.HTTPError as error:
-            raise self._judge(error) from error
-        except TimeoutError as error:
+            answer = self._client.chat.completions.with_raw_response.create(
+                model=self._model,
+                messages=messages,
+                extra_body=self._fields,
+                extra_headers=self._headers,
+            )
+        except self._openai.APIStatusError as error:
+            raise self._judge(error.response) from error
+        except self._openai.APITimeoutError as error:
             raise _PassingError(f"no answer within {self._patience.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or repr(error)
+        except self._openai.APIConnectionError as error:
+            reason = str(error.__cause__) or repr(error.__cause__)
             raise _PassingError(f"connection failed: {reason}") from error
         try:
-            return json.loads(content)
-        except ValueError as error:
-            raise _PassingError(f"the reply is no JSON: {self._quote(content)!r}") from error
+            completion = answer.parse()
+        except ValueError:
+            completion = None
+        if not isinstance(completion, self._openai.BaseModel):
+            said = self._quote(answer.content)
+            raise _PassingError(f"the reply is no JSON object: {said!r}")
+        return _read(completion)
 
-    def _judge(self, error: urllib.error.HTTPError) -> Exception:
+    def _judge(self, response: Any) -> Exception:
         """What an answer other than 200 means."""
-        try:
-            said = self._quote(error.read())
-        except (OSError, http.client.HTTPException):
-            said = ""
-        if error.code == 429 or error.code >= 500:
-            wait = _parse_retry_after(error.headers.get("Retry-After"))
-            return _PassingError(f"status {error.code} {said!r}", wait)
-        rest = _ADVICE_ON_REDIRECT if error.code < 400 else _ADVICE_ON_REST
-        advice = _ADVICE.get(error.code, rest)
-        return EndpointError(f"{self.url}: status {error.code}, {said!r}. {advice}")
+        status, said = response.status_code, self._quote(response.content)
+        if status == 429 or status >= 500:
+            wait = _parse_retry_after(response.headers.get("Retry-After"))
+            return _PassingError(f"status {status} {said!r}", wait)
+        rest = _ADVICE_ON_REDIRECT if status < 400 else _ADVICE_ON_REST
+        return EndpointError(f"{self.url}: status {status}, {said!r}. {_ADVICE.get(status, rest)}")
 
     def _quote(self, content: bytes) -> str:
         text = " ".join(content.decode(errors="replace").split())
@@ -197,19 +203,60 @@ class Endpoint:
         return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
-def _read(answer: Any) -> Reply:
-    """Raises _PassingError for what is no completion."""
+def _import_client() -> Any:
+    """The module `openai`: half a second that nothing else of the package should wait for."""
     try:
-        choice = answer["choices"][0]
-        text = choice["message"].get("content") or ""
-        usage = answer.get("usage") or {}
+        import openai
+    except ImportError as error:
+        raise ConfigError(
+            "--base_url: chat endpoints are asked through the package openai, which is not "
+            f"installed ({error}); run: pip install 'atommem_jax[collect]'"
+        ) from error
+    return openai
+
+
+def _check_address(base_url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or an IPv6 address that is none
+        valid = False
+    check(valid and "@" not in base_url, _describe_address(base_url))
+
+
+def _describe_address(base_url: str) -> str:
+    """What is wrong with an address, quoted without what may be a secret in it."""
+    shown = base_url.rpartition("@")[2].partition("?")[0]
+    return (
+        f"--base_url={shown}: allowed is http:// or https:// and a host, without a user or a key; "
+        "pass the address of a server, such as http://localhost:8000/v1"
+    )
+
+
+def _make_sendable(value: Any) -> Any:
+    """The same without lone surrogates: UTF-8 has none. ConfigError for what is no JSON."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--extra_body: a field cannot be sent ({error}); allowed is JSON without NaN and "
+            "infinities: change it"
+        ) from error
+    return json.loads(text.encode(errors="replace"))
+
+
+def _read(completion: Any) -> Reply:
+    """Raises _PassingError for what is no completion: the client checks no field."""
+    try:
+        choice, usage = completion.choices[0], completion.usage
+        text = choice.message.content or ""
         return Reply(
             text=text.encode(errors="replace").decode(),
-            cut=choice.get("finish_reason") == "length",
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
+            cut=choice.finish_reason == "length",
+            prompt_tokens=int(getattr(usage, "prompt_tokens", None) or 0),
+            completion_tokens=int(getattr(usage, "completion_tokens", None) or 0),
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (IndexError, TypeError, ValueError, AttributeError) as error:
         raise _PassingError(f"the reply is no chat completion: {error!r}") from error
 
 

@@ -11,29 +11,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from atommem_jax.config import ConfigError, check
+from atommem_jax.language import sentences
 
 Measure = Callable[[str], int]
 """Tokens of a text, wherever in a part it stands."""
 
 _BOM = b"\xef\xbb\xbf"
-_ABBREVIATIONS = re.compile(
-    r"(?:approx|cf|ch|dept|dr|eq|esp|est|figs?|gen|jr|mrs?|ms|mt|pp|prof|rev|sec|sr|st|vol|vs)"
-    r"|(?:\w\.)*[^\W\d_]",  # initials
-    re.IGNORECASE,
-)
-_BREAK = re.compile(
-    r"""
-    # A stop, what closes with it, and white space; stops of Chinese need none.
-    (?P<stop> [.!?\u2026]+ ["'\u2019\u201d\u00bb)\]*_]* \s+ )
-    | [\u3002\uff01\uff1f\uff61] [\u2019\u201d\u300d\u300f\uff09]* \s*
-    # An empty line.
-    | \n [^\S\n]* \n \s*
-    # Before an item, a quotation, a table, a heading or code in Markdown; after a heading or a row.
-    | \n (?= [^\S\n]* (?: \#{1,6}\s | [-*+\u2022]\s | \d{1,3}[.)]\s | [|>] | ``` ) )
-    | ^ [^\S\n]* (?: \#{1,6}\s | \| ) [^\n]* \n \s*
-    """,
-    re.VERBOSE | re.MULTILINE,
-)
+_LONGEST_TOKEN = 16  # characters, about: what is longer is not measured before it is cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +74,7 @@ def split(text: str, measure: Measure, *, limit: int, most: int | None = None) -
     """
     tidy = str.strip if most is None else _collapse
     pieces: list[tuple[str, bool]] = []
-    for sentence in sentences(text):
+    for sentence in sentences.split(text):
         cut = list(_cut(sentence, lambda raw: measure(tidy(raw)) <= limit, limit))
         pieces += [(raw, len(cut) > 1) for raw in cut if measure(tidy(raw))]
     parts, first = [], 0
@@ -126,41 +110,15 @@ def _take_whole(raws: Sequence[str], measure: Measure, limit: int) -> Sequence[s
     return raws[:count]
 
 
-def sentences(text: str) -> list[str]:
-    """The text, cut where a sentence, a paragraph, a heading or an item of a list ends.
-
-    White space stays with what stands before it: joined, they are the text again.
-    """
-    found, start = [], 0
-    for match in _BREAK.finditer(text):
-        if match.end() > start and not _goes_on(text, match):
-            found.append(text[start : match.end()])
-            start = match.end()
-    return [*found, text[start:]] if start < len(text) else found
-
-
-def _goes_on(text: str, match: re.Match[str]) -> bool:
-    """Whether the sentence does, after what looks like its end."""
-    stop = match["stop"]
-    if stop is None or re.search(r"\n\s*\n", stop):
-        return False
-    if text[match.end() : match.end() + 1].islower():
-        return True
-    if not re.fullmatch(r"\.\s+", stop):
-        return False
-    line = text[max(0, match.start() - 24) : match.start()].rpartition("\n")[2]
-    if re.fullmatch(r"\s*\d{1,3}", line):
-        return True  # the number of an item
-    word = re.split(r"[\s(\[\"'\u2018\u201c]", line)[-1]
-    return _ABBREVIATIONS.fullmatch(word) is not None
-
-
 def _cut(sentence: str, fits: Callable[[str], bool], limit: int) -> Iterator[str]:
     """Pieces that fit, each as long as can be; joined, they are the sentence again."""
-    if len(sentence) < 16 * limit and fits(sentence):
+    longest = _LONGEST_TOKEN * limit
+    if len(sentence) < longest and fits(sentence):
         yield sentence
         return
-    ends = [match.end() for match in re.finditer(r"\s*\S+\s*", sentence)] or [len(sentence)]
+    # Of words, and of pieces of those that are too long to be measured again and again.
+    words = re.finditer(rf"\S{{1,{longest}}}\s*", sentence)
+    ends = [match.end() for match in words] or [len(sentence)]
     start = word = 0
     while start < len(sentence):
         count = _count_fitting(sentence, start, ends, word, fits)

@@ -22,6 +22,7 @@ from atommem_jax.types import ActionKind, Episode, Phase, Trajectory
 Record = dict[str, Any]
 
 _COUNTED = [kind for kind in ActionKind if kind != ActionKind.NONE]
+_DRAWN_AT_ONCE = 1 << 20  # episodes, for intervals; bounds their memory
 _FATES = ("attempted", "applied", "invalid")
 
 
@@ -200,24 +201,48 @@ def summarise(
     """
     if not records:
         raise ValueError("records is empty: nothing was evaluated; check the split")
-    episodes = sorted({record["episode"] for record in records})
-    row = {episode: i for i, episode in enumerate(episodes)}
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(episodes), size=(resamples, len(episodes)))
-    counts = np.zeros(len(episodes))
-    for record in records:
-        counts[row[record["episode"]]] += 1
+    episodes, rows = np.unique([record["episode"] for record in records], return_inverse=True)
+    counts = np.bincount(rows).astype(np.float64)
+    sums = np.stack(
+        [np.bincount(rows, weights=[r[name] for r in records]) for name in ("em", "f1")]
+    )
+    means = _mean(sums, counts)
+    low, high = _find_interval(sums, counts, resamples, seed)
     summary: dict[str, float] = {"episodes": len(episodes), "questions": len(records)}
-    for name in ("em", "f1"):
-        sums = np.zeros(len(episodes))
-        for record in records:
-            sums[row[record["episode"]]] += record[name]
-        means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        prefix = "" if name == "em" else "f1_"
-        summary[name] = float(sums.sum() / counts.sum())
-        summary[f"{prefix}ci_low"], summary[f"{prefix}ci_high"] = float(low), float(high)
+    for i, (name, prefix) in enumerate((("em", ""), ("f1", "f1_"))):
+        summary[name] = float(means[i])
+        summary[f"{prefix}ci_low"], summary[f"{prefix}ci_high"] = float(low[i]), float(high[i])
     return summary
+
+
+def _mean(
+    sums: Float[np.ndarray, "*R E"], counts: Float[np.ndarray, "*R E"], axis: int = -1
+) -> Float[np.ndarray, "*R"]:
+    """Over questions, of which each episode has some."""
+    return sums.sum(axis=axis) / counts.sum(axis=axis)
+
+
+def _find_interval(
+    sums: Float[np.ndarray, "2 E"], counts: Float[np.ndarray, " E"], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
+    """Bounds of the two means, for both of which the same episodes are drawn."""
+    from scipy import stats  # most of a second that those who evaluate nothing can save
+
+    if len(counts) == 1:  # there is one way to draw it, which SciPy refuses
+        return _mean(sums, counts), _mean(sums, counts)
+    found = stats.bootstrap(
+        (sums, np.broadcast_to(counts, sums.shape)),
+        _mean,
+        paired=True,
+        axis=-1,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=max(1, _DRAWN_AT_ONCE // len(counts)),
+        # BCa, SciPy's default, has no bounds for scores that are all the same.
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return found.confidence_interval
 
 
 def category_rates(records: Sequence[Record], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ in their place, so that the same drawing follows the light or dark scheme of the
 """
 
 import functools
+import html
 import io
 import os
 import pathlib
@@ -375,8 +376,7 @@ def to_svg(figure: Figure, label: str) -> str:
         lambda match: f"{match[1]}: {VARIABLES.get(match[2], match[2])}",
         text,
     )
-    quoted = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{quoted}"', 1).strip()
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()
 
 
 def plot_learning(records: Sequence[Record], path: str | os.PathLike[str]) -> None:

@@ -1,20 +1,19 @@
 """A run in one folder: a self-contained page, and its figures as PNG and PDF beside it.
 
 Everything comes in as plain data, so that a report can be made of any run, whatever it lacks. The
-page loads nothing: style, script, figures and traces lie within it. Text of documents and of
-models is never taken for markup.
+page loads nothing: style, script, figures and traces lie within it. Its templates lie in `assets`
+and escape what they are given: text of documents and of models is never taken for markup.
 """
 
 import dataclasses
-import html
 import importlib.resources
-import json
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
@@ -25,7 +24,14 @@ __all__ = ["Missing", "Run", "Traces", "name_method", "plot_learning", "sort_col
 
 PAGE = "index.html"
 
-_SECTIONS = {"results": "Exact match", "figures": "Figures", "traces": "Memory trace"}
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("atommem_jax.report", "assets"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
 _LABELS = {"atommem_sft": "learned, after SFT", "atommem_rl": "learned, after RL"}
 
 
@@ -119,77 +125,43 @@ def write(
         raise ValueError(f"runs: found the names {names}; allowed are one or more, all different")
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "title": html.escape(f"{names[0]}: memory of an agent"),
-        "style": _read_asset("page.css"),
-        "script": _read_asset("page.js"),
-        "header": _render_header(runs),
-        "missing": _render_missing(missing),
-        "results": _render_results(runs),
-        "figures": _render_figures(path, runs),
-        "traces": _render_traces(traces),
-        "data": embed_json({"episodes": list(traces.episodes) if traces else []}),
-    }
-    parts["navigation"] = "".join(
-        f'<a href="#{name}">{title}</a>' for name, title in _SECTIONS.items() if parts[name]
+    page = _TEMPLATES.get_template("page.html").render(
+        own=runs[0],
+        others=runs[1:],
+        missing=missing,
+        results=_tabulate(runs),
+        figures=_save_figures(path, runs),
+        traces=traces if traces and traces.episodes else None,
+        style=_read_asset("page.css"),
+        script=_read_asset("page.js"),
     )
-    # In one pass: what is put in is never searched for further names.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read_asset("page.html"))
     (path / PAGE).write_text(page, encoding="utf-8")
     return path / PAGE
 
 
-def embed_json(value: Any) -> str:
-    """JSON that may stand in a script element: nothing in it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
 def _read_asset(name: str) -> str:
-    folder = importlib.resources.files("atommem_jax") / "report" / "assets"
+    """A file that is a part of the page as it stands."""
+    folder = importlib.resources.files("atommem_jax.report") / "assets"
     return (folder / name).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------
-# Sections
+# What the templates show
 
 
-def _render_facts(facts: Mapping[str, str]) -> str:
-    rows = (
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(str(value))}</dd></div>"
-        for label, value in facts.items()
-    )
-    return f'<dl class="facts">{"".join(rows)}</dl>'
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Of scores: a row is a method, what tells its evaluations apart, and a cell a column."""
+
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str], Sequence[Cell | None]]]
 
 
-def _render_header(runs: Sequence[Run]) -> str:
-    own, *others = runs
-    parts = [f"<h1>{html.escape(own.name)}</h1>", _render_facts(own.facts)]
-    for run in others:
-        parts.append(f"<h2>compared with {html.escape(run.name)}</h2>{_render_facts(run.facts)}")
-    return "\n".join(parts)
-
-
-def _render_missing(missing: Sequence[Missing]) -> str:
-    if not missing:
-        return ""
-    items = (
-        f"<li>{html.escape(part.what)}<pre><code>{html.escape(part.command)}</code></pre></li>"
-        for part in missing
-    )
-    return (
-        '<section aria-labelledby="missing-title"><h2 id="missing-title">Not in this report</h2>'
-        f'<ul class="missing">{"".join(items)}</ul></section>'
-    )
-
-
-def _render_results(runs: Sequence[Run]) -> str:
+def _tabulate(runs: Sequence[Run]) -> _Table | None:
     columns = sort_columns(runs)
     scores = {run.name: run.scores for run in runs}
     if not columns:
-        return ""
+        return None
     several = len(runs) > 1
     head = ["method", *(["run"] if several else []), "temperature", *columns]
     rows = []
@@ -200,27 +172,8 @@ def _render_results(runs: Sequence[Run]) -> str:
                 continue
             told = [run] if several else []
             told.append("greedy" if temperature == "0" else temperature)
-            cells = "".join(f"<td>{html.escape(text)}</td>" for text in told)
-            cells += "".join(_render_cell(row.get(column)) for column in columns)
-            rows.append(f'<tr><th scope="row">{html.escape(label(method))}</th>{cells}</tr>')
-    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
-    return (
-        '<section id="results" aria-labelledby="results-title">'
-        '<h2 id="results-title">Exact match</h2>'
-        '<p class="note">Share of questions answered exactly, with 95% bootstrap intervals over '
-        'episodes, and the number of episodes.</p><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="Exact match of each method"><table class="results"><thead><tr>{titles}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
-
-
-def _render_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return '<td class="none">not evaluated</td>'
-    number = f"{cell['em']:.3f}"
-    rest = f"[{cell['ci_low']:.3f}, {cell['ci_high']:.3f}]"
-    count = f" of {int(cell['episodes'])}" if "episodes" in cell else ""
-    return f'<td><b>{number}</b> <span class="interval">{rest}{count}</span></td>'
+            rows.append((label(method), told, [row.get(column) for column in columns]))
+    return _Table(head, rows)
 
 
 def label(method: str) -> str:
@@ -259,43 +212,32 @@ def _draw(runs: Sequence[Run]) -> dict[str, tuple[Figure | None, str]]:
     }
 
 
-def _render_figures(folder: pathlib.Path, runs: Sequence[Run]) -> str:
-    """Saves the figures and renders them for the page; takes away those of an earlier report."""
-    parts = []
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+    """A figure as the page shows it."""
+
+    name: str
+    caption: str
+    svg: str
+    pixels: float  # its width
+
+    @property
+    def wide(self) -> bool:
+        """Whether a narrow window does not hold it."""
+        return self.name == "em_by_scale"
+
+
+def _save_figures(folder: pathlib.Path, runs: Sequence[Run]) -> list[_Drawing]:
+    """Saves the figures; takes away those of an earlier report that this one lacks."""
+    drawings = []
     for name, (figure, caption) in _draw(runs).items():
         if figure is None:
             for ending in (".png", ".pdf"):
                 (folder / f"{name}{ending}").unlink(missing_ok=True)
             continue
         figures.save(figure, folder / name)
-        parts.append(_render_figure(figure, name, caption))
+        # Drawings share the names of their parts; in one page each needs its own.
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", figures.to_svg(figure, caption))
+        drawings.append(_Drawing(name, caption, svg, 105 * figure.get_size_inches()[0]))
         plt.close(figure)
-    if not parts:
-        return ""
-    return (
-        '<section id="figures" aria-labelledby="figures-title"><h2 id="figures-title">Figures</h2>'
-        f'<div class="figures">{"".join(parts)}</div></section>'
-    )
-
-
-def _render_figure(figure: Figure, name: str, caption: str) -> str:
-    # Drawings share the names of their parts; in one page each needs its own.
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", figures.to_svg(figure, caption))
-    told, pixels = html.escape(caption), 105 * figure.get_size_inches()[0]
-    if name == "em_by_scale":  # the only one that a narrow window does not hold
-        open_figure = '<figure class="wide">'
-        kind = f'class="drawing scroll" tabindex="0" role="region" aria-label="{told}"'
-    else:
-        open_figure, kind = "<figure>", 'class="drawing"'
-    return (
-        f'{open_figure}<div {kind} style="max-width: {pixels:.0f}px">{svg}</div>'
-        f"<figcaption>{told} Beside this page as <code>{name}.png</code> and <code>.pdf</code>."
-        "</figcaption></figure>"
-    )
-
-
-def _render_traces(traces: Traces | None) -> str:
-    if traces is None or not traces.episodes:
-        return ""
-    viewer = _read_asset("viewer.html")
-    return viewer.replace("{{facts}}", _render_facts(traces.facts))
+    return drawings

@@ -11,6 +11,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import filelock
+
+from atommem_jax.config import ConfigError
 from atommem_jax.tasks.schema import Example
 
 
@@ -66,6 +69,7 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
     Raises:
       ValueError: an unknown family or field, or a value that the family does not allow.
       FileNotFoundError: files that the family reads are not there.
+      ConfigError: a folder where no lock can be taken.
     """
     import tensorflow_datasets as tfds  # half a second that readers of plain examples can save
 
@@ -79,7 +83,7 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
             raise ValueError(f"config.task.{field} is no field of task {name!r}; it has {allowed}.")
     os.makedirs(data_root, exist_ok=True)
     config = make_config(**fields)
-    with _lock(os.path.join(data_root, f".{name}.lock")):
+    with _lock(data_root, name):
         # Made under the lock too: a builder looks for prepared data only when it is made.
         builder = make_builder(config, os.fspath(data_root))
         builder.download_and_prepare(
@@ -101,19 +105,30 @@ def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
 
         return babi.BabiConfig, babi.make_builder
     if name == "multihop_qa":
-        from atommem_jax.tasks import multihop_qa
+        from atommem_jax.tasks import multihop_files, multihop_qa
 
-        return multihop_qa.MultihopQaConfig, multihop_qa.make_builder
+        return multihop_files.MultihopQaConfig, multihop_qa.make_builder
     raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa'.")
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[None]:
-    import fcntl
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a crash
+def _lock(data_root: str | os.PathLike[str], name: str) -> Iterator[None]:
+    """Holds the lock of a family; the system lets go of it even where the process is killed."""
+    # A file system without locks is refused: the library's lock of another kind, a file that is
+    # there or not, would outlive a process that was killed on another machine.
+    lock = filelock.FileLock(os.path.join(data_root, f".{name}.lock"), fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--data_root={os.fspath(data_root)}: no lock can be taken in this folder "
+            f"({getattr(error, 'strerror', None) or error}); allowed is one that you may write "
+            "to, on a file system that has locks: pass another"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def tokenizer_texts(dataset: Dataset) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The client of an OpenAI-compatible endpoint, against a stub that fails in every way."""
 
+import sys
 import threading
 
 import pytest
@@ -32,6 +33,32 @@ def test_a_request_is_what_the_protocol_asks_for():
     assert stub.keys == [f"Bearer {SECRET}"]
     _, stub = ask([Answer()])
     assert stub.keys == [None]
+
+
+def test_what_the_environment_holds_for_another_server_is_not_sent(monkeypatch):
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", SECRET)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for key in (None, "sk-another"):
+        reply, stub = ask([Answer("here")], api_key=key)
+        assert reply.text == "here"
+        assert stub.keys == [f"Bearer {key}" if key else None]
+        assert SECRET not in str(stub.headers)
+        assert not {"openai-organization", "openai-project"} & stub.headers[0].keys()
+
+
+def test_messages_and_options_are_sent_without_lone_surrogates():
+    with Stub(lambda request: Answer()) as stub:
+        client = endpoint.Endpoint(stub.url, "m", options={"stop": "\ud800."}, patience=HASTY)
+        client.chat([{"role": "user", "content": "a\udfffb\N{SNOWMAN}"}])
+    assert stub.requests[0]["stop"] == "?."
+    assert stub.requests[0]["messages"] == [{"role": "user", "content": "a?b\N{SNOWMAN}"}]
+
+
+def test_without_the_client_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'atommem_jax\[collect\]'"):
+        endpoint.Endpoint("http://host/v1", "m")
 
 
 @pytest.mark.parametrize(
@@ -117,13 +144,18 @@ def test_a_reply_may_be_empty_cut_or_odd():
 
 
 def test_a_bad_address_or_key_is_refused_without_quoting_the_key():
-    for url in ("localhost:8000/v1", "ftp://host", f"http://user:{SECRET}@host/v1"):
+    addresses = ["localhost:8000/v1", "ftp://host", "http://host:0", "http://host:port", "http://["]
+    addresses += ["http://a\0b/v1", "http://xn--\N{SNOWMAN}/v1"]
+    addresses += [f"http://user:{SECRET}@host/v1", f"user:{SECRET}@host/v1"]
+    for url in addresses:
         with pytest.raises(ConfigError, match="--base_url=") as info:
             endpoint.Endpoint(url, "m")
         assert SECRET not in str(info.value)
     with pytest.raises(ConfigError, match="--api_key_env") as info:
         endpoint.Endpoint("http://host/v1", "m", api_key=f"{SECRET}\nX-Other: 1")
     assert SECRET not in str(info.value)
+    with pytest.raises(ConfigError, match="--extra_body: a field cannot be sent"):
+        endpoint.Endpoint("http://host/v1", "m", options={"top_p": float("nan")})
 
 
 def test_closing_ends_a_wait():

@@ -4,16 +4,14 @@ import functools
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atommem_jax.config import ConfigError
 from atommem_jax.documents import split as split_lib
 from tests.helpers import tiny
 from tests.language import chat_test
-
-ALPHABET = st.sampled_from([*"aB1é界😀", ".", "!", "?", "。", '"', "-", "#", "|", *"    \n\t\f\0"])
-TEXTS = st.text(ALPHABET, max_size=160) | st.text(max_size=60)
+from tests.language.sentences_test import TEXTS
 
 
 def squeeze(texts) -> str:
@@ -31,16 +29,6 @@ def make_measures():
     return tiny.make_tokenizer().encode, chat_test.make_tokenizer().encode
 
 
-@given(TEXTS)
-@example(
-    "Dr. A. Smith paid $3.50. He left.\n\n# Title\nText.\n1. One\n2. Two\n| a | b |\n| 1 | 2 |"
-)
-def test_sentences_are_the_text(text):
-    found = split_lib.sentences(text)
-    assert "".join(found) == text
-    assert all(found)
-
-
 @given(TEXTS, st.integers(6, 40), st.sampled_from([None, 1, 3]), st.integers(0, 1))
 def test_parts_hold_the_whole_text_in_order_and_fit(text, limit, most, tokenizer):
     encode = make_measures()[tokenizer]
@@ -50,28 +38,6 @@ def test_parts_hold_the_whole_text_in_order_and_fit(text, limit, most, tokenizer
         assert 0 < sum(len(encode(sentence)) for sentence in part.sentences) <= limit
         assert len(part.sentences) <= (1 if most is None else most)
         assert all(sentence == sentence.strip() for sentence in part.sentences)
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("One is. Two is! Three?", ["One is. ", "Two is! ", "Three?"]),
-        ("Dr. Smith and J. R. Doe of the U.S. Army met, e.g. on Monday. Yes.", 2),
-        ("It is 3.5 m. tall. Now.", ["It is 3.5 m. tall. ", "Now."]),
-        ('"Stop!" he said. "Why?" She went.', ['"Stop!" he said. ', '"Why?" ', "She went."]),
-        ("wrapped over\ntwo lines. Next", ["wrapped over\ntwo lines. ", "Next"]),
-        ("no stop\n\nnext paragraph", ["no stop\n\n", "next paragraph"]),
-        ("a stop.\n\nnext paragraph", ["a stop.\n\n", "next paragraph"]),
-        ("# Title\nText goes\non", ["# Title\n", "Text goes\non"]),
-        ("List:\n- one\n- two\n1. three", ["List:\n", "- one\n", "- two\n", "1. three"]),
-        ("| a | b |\n| 1 | 2 |\nEnd", ["| a | b |\n", "| 1 | 2 |\n", "End"]),
-        ("他走了。她来了。", ["他走了。", "她来了。"]),
-        ("", []),
-    ],
-)
-def test_where_sentences_end(text, found):
-    got = split_lib.sentences(text)
-    assert (len(got) if isinstance(found, int) else got) == found
 
 
 def test_as_many_whole_sentences_as_there_is_room_for():
@@ -115,18 +81,20 @@ def test_a_long_word_is_cut_between_characters():
         split_lib.split("é", lambda text: len(text.encode()), limit=1)
 
 
-def test_a_text_without_any_stop_is_measured_in_pieces():
+@pytest.mark.parametrize("unit", ["word ", "x", "\u3000 "])
+def test_a_text_without_any_stop_is_measured_in_pieces(unit):
     """What is measured at a time does not grow with the text."""
     longest = 0
 
     def measure(text: str) -> int:
         nonlocal longest
-        longest = max(longest, len(text.split()))
-        return len(text.split())
+        longest = max(longest, len(text))
+        return len(text.split()) if " " in text else -(-len(text) // 5)
 
-    parts = split_lib.split("word " * 4000, measure, limit=8)
-    assert len(parts) == 500
-    assert longest < 64
+    parts = split_lib.split(unit * 4000, measure, limit=8)
+    # A word of thousands of letters is cut at every 16 times the limit, too.
+    assert len(parts) in {"word ": [500], "x": range(100, 126), "\u3000 ": [0]}[unit]
+    assert longest <= 16 * 8 * 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ class Answer:
 class Stub:
     """A server on a free port of this host. Use it as a context manager.
 
-    `requests` are the bodies so far, `keys` their Authorization headers.
+    `requests` are the bodies so far, `headers` what came with them, `keys` the Authorization
+    headers among these.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]):
         self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self._answer, self._over = answer, threading.Event()
         stub = self
 
@@ -50,13 +51,17 @@ class Stub:
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
+    @property
+    def keys(self) -> list[str | None]:
+        return [headers.get("authorization") for headers in self.headers]
+
     def handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         """Answers one request."""
         size = int(handler.headers["Content-Length"])
         request = json.loads(handler.rfile.read(size))
         assert handler.path == "/v1/chat/completions"
         self.requests.append(request)
-        self.keys.append(handler.headers["Authorization"])
+        self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         try:
             answer = self._answer(request)
         except Exception as error:  # a test that is wrong ends the client at once

@@ -6,95 +6,24 @@ import json
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from atommem_jax.agent import build, validate
 from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.learning import reward, rollout
-from atommem_jax.tasks import batches, datasets, encoding, multihop_qa, teacher
-from atommem_jax.tasks.multihop_qa import FactCategory, MultihopQaConfig
-
-PUBLISHED = {
-    "hotpotqa": ("hotpotqa/dev_100.json", 100),
-    "2wikimultihopqa": ("2wikimultihopqa/dev_82.json", 82),
-    "musique": ("musique/dev_100.jsonl", 100),
-}
-LISTED = {
-    "_id": "q0",
-    "question": "Who founded the firm that Ann  works at?",
-    "answer": "Bob Stone",
-    "supporting_facts": [["Ann", 2], ["Firm", 0], ["Ann", 0]],
-    "context": [
-        ["Firm", [" It was founded by Bob Stone. ", "It makes bells."]],
-        ["Ann", ["Ann is a cook.", " ", "She works\nat Firm"]],
-        ["Bells", ["Bells ring."]],
-    ],
-}
-MUSIQUE = {
-    "id": "2hop__0",
-    "question": "Who founded the firm that Ann works at?",
-    "answer": "Bob",
-    "answer_aliases": ["Robert", "Bob"],
-    "answerable": True,
-    "paragraphs": [
-        {
-            "idx": 4,
-            "title": "Firm",
-            "paragraph_text": "Bob likes tea. Firm was founded by Bob. It makes bells.",
-        },
-        {"idx": 7, "title": "Bells", "paragraph_text": "Bells ring."},
-        {"idx": 9, "title": "Ann", "paragraph_text": "Ann cooks.  She joined FIRM in 1990."},
-    ],
-    "question_decomposition": [
-        {"question": "Ann >> employer", "answer": "Firm", "paragraph_support_idx": 9},
-        {"question": "Who founded #1?", "answer": "Bob", "paragraph_support_idx": 4},
-    ],
-}
-
-
-def make_record(number: int, distractors: int = 2, **fields) -> dict:
-    """A question of its own over two documents of its own, and others that say nothing."""
-    context = [[f"Noise {number}.{i}", [f"Noise {number}.{i} hums."]] for i in range(distractors)]
-    context.append([f"Person {number}", [f"Person {number} is at Firm {number}.", "He is glad."]])
-    context.append([f"Firm {number}", ["It is old.", f"It is in Town {number}."]])
-    return {
-        "_id": f"id{number}",
-        "question": f"Where is the firm of Person {number}?",
-        "answer": f"Town {number}",
-        "supporting_facts": [[f"Person {number}", 0], [f"Firm {number}", 1]],
-        "context": context,
-    } | fields
-
-
-def write(folder, records, dataset="hotpotqa", **fields) -> MultihopQaConfig:
-    path = folder / "published"
-    if dataset == "musique":
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    else:
-        path.write_text(json.dumps(records))
-    # So far apart that a handful of questions are all in train.
-    fields = {"test_every": 10**9, "validation_every": 10**9, "documents": 4} | fields
-    return MultihopQaConfig(dataset=dataset, data_file=str(path), **fields)
-
-
-def generate(config: MultihopQaConfig, split: str = "train") -> list[dict]:
-    return list(multihop_qa.generate(config, multihop_qa.read(config), split))
-
-
-def flatten(example: dict) -> list[dict]:
-    return [fact for chunk in example["chunks"] for fact in chunk]
-
-
-def titles(example: dict) -> list[str]:
-    """Of the documents in reading order."""
-    return list(dict.fromkeys(fact["subject"] for fact in flatten(example)))
-
-
-def texts_by_note(example: dict) -> dict[str, dict]:
-    return {fact["note"]: fact for fact in flatten(example)}
-
+from atommem_jax.tasks import batches, datasets, encoding, multihop_files, multihop_qa, teacher
+from atommem_jax.tasks.multihop_files import MultihopQaConfig
+from atommem_jax.tasks.multihop_qa import FactCategory
+from tests.helpers.multihop import (
+    LISTED,
+    PUBLISHED,
+    flatten,
+    generate,
+    make_record,
+    texts_by_note,
+    titles,
+    write,
+)
 
 # ---------------------------------------------------------------------------------------------
 # What an example says
@@ -135,55 +64,6 @@ def test_published_sentences_become_facts(tmp_path, dataset):
     ]
 
 
-def test_musique_needs_the_sentence_that_answers_each_step(tmp_path):
-    filler = MUSIQUE | {"id": "2hop__1", "question": "What rings?"}
-    unanswerable = MUSIQUE | {"id": "2hop__2", "answerable": False}
-    unanswerable["question_decomposition"] = [
-        {"question": "?", "answer": "Bob", "paragraph_support_idx": None}
-    ]
-    records = [MUSIQUE, unanswerable, filler]
-    config = write(tmp_path, records, "musique", documents=4)
-    corpus = multihop_qa.read(config)
-    assert corpus.left_out == {"it is marked as not answerable": 1}
-    question = corpus.splits["train"][0]
-    found = [question.documents[d].sentences[s] for d, s in question.support]
-    # "Bob likes tea." holds the answer too, but nothing else of "Who founded Firm?".
-    assert found == ["She joined FIRM in 1990.", "Firm was founded by Bob."]
-    assert question.aliases == ("Bob", "Robert")
-
-
-def test_musique_needs_a_whole_paragraph_where_no_sentence_holds_the_answer(tmp_path):
-    steps = [MUSIQUE["question_decomposition"][0] | {"answer": "Cook"}]
-    config = write(tmp_path, [MUSIQUE | {"question_decomposition": steps}], "musique")
-    [question] = multihop_qa.read(config).splits["train"]
-    assert [question.documents[d].sentences[s] for d, s in question.support] == [
-        "Ann cooks.",
-        "She joined FIRM in 1990.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("He came. She left!  Who? 3 men.", ["He came.", "She left!", "Who?", "3 men."]),
-        ("Mr. J. R. Smith of St. Louis, U.S. Army.", ["Mr. J. R. Smith of St. Louis, U.S. Army."]),
-        ('"Yes." (He nodded.) It\'s over.', ['"Yes."', "(He nodded.)", "It's over."]),
-        ("Born c. 1900 in Rome.The city is old.", ["Born c. 1900 in Rome.", "The city is old."]),
-        ("Version 2.5 of node.js won. iPods sold", ["Version 2.5 of node.js won. iPods sold"]),
-        (" \n ", []),
-    ],
-)  # fmt: skip
-def test_sentences_are_split(text, sentences):
-    assert multihop_qa.split_sentences(text) == sentences
-
-
-@given(st.text(alphabet="aB .!?\"')(\n5", max_size=60))
-def test_splitting_loses_white_space_only(text):
-    sentences = multihop_qa.split_sentences(text)
-    assert "".join("".join(sentences).split()) == "".join(text.split())
-    assert all(sentence == sentence.strip() != "" for sentence in sentences)
-
-
 def test_long_sentences_become_several_facts(tmp_path):
     record = make_record(0, answer="d", supporting_facts=[["T", 1]])
     record["context"] = [["T", ["x.", "a b c d e f g."]], ["U", ["y."]]]
@@ -192,28 +72,6 @@ def test_long_sentences_become_several_facts(tmp_path):
     needed = [flatten(example)[number]["note"] for number in example["questions"][0]["needs"]]
     assert needed == ["T: a b c", "T: d e f", "T: g"]
     assert [fact["support"] for fact in flatten(example)].count(True) == 3
-
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"supporting_facts": [["Person 0", 2], ["Firm 0", 0]]}, "names no sentence"),
-        ({"supporting_facts": [["Person 0", -1]]}, "names no sentence"),
-        ({"supporting_facts": [["Nobody", 0]]}, "names no sentence"),
-        ({"supporting_facts": []}, "names no sentence"),
-        ({"answer": " "}, "no text, or no answer"),
-        ({"question": "one two three four five six seven eight?"}, "max_question_words=7 words"),
-        ({"answer": "one two three"}, "max_answer_words=2 words"),
-    ],
-)
-def test_questions_are_left_out_and_counted(tmp_path, fields, reason):
-    records = [make_record(0, **fields), make_record(1)]
-    config = write(tmp_path, records, max_question_words=7, max_answer_words=2)
-    corpus = multihop_qa.read(config)
-    assert [question.id for question in corpus.splits["train"]] == ["id1"]
-    [(found, count)] = corpus.left_out.items()
-    assert reason in found
-    assert count == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,40 +153,6 @@ def test_left_over_questions_and_a_limit(tmp_path):
     assert len(generate(write(tmp_path, records, max_examples=4))) == 4
 
 
-def test_splits_share_no_question_and_no_supporting_document(tmp_path):
-    # Question i needs a document of its own and one that it shares with three others; its
-    # distractors support its neighbours.
-    records = []
-    for i in range(200):
-        record = make_record(i, distractors=1)
-        record["context"][-1] = [f"Shared {i // 4}", ["It is in Town."]]
-        record["context"].append(make_record((i + 4) % 200)["context"][-2])
-        record["supporting_facts"] = [[f"Person {i}", 0], [f"Shared {i // 4}", 0]]
-        records.append(record)
-    config = write(tmp_path, records, test_every=5, validation_every=5, documents=6)
-    corpus = multihop_qa.read(config)
-    ids = {split: {q.id for q in questions} for split, questions in corpus.splits.items()}
-    assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
-    assert sum(map(len, ids.values())) + sum(corpus.left_out.values()) == 200
-    assert all("supporting document" in reason for reason in corpus.left_out)
-    assert 20 <= len(ids["test"]) <= 60
-    assert all(len(found) > 5 for found in ids.values())
-    support = {
-        split: {doc for question in questions for doc in question.supporting()}
-        for split, questions in corpus.splits.items()
-    }
-    for split in corpus.splits:
-        seen = {title for e in multihop_qa.generate(config, corpus, split) for title in titles(e)}
-        assert seen >= {doc.title for doc in support[split]}
-        for other in corpus.splits:
-            if other != split:
-                assert seen.isdisjoint(doc.title for doc in support[other])
-    # The split is the question's own: neither the seed nor the order of the file moves it.
-    again = write(tmp_path, records[::-1], test_every=5, validation_every=5, documents=6, seed=3)
-    splits = multihop_qa.read(again).splits
-    assert {split: {q.id for q in questions} for split, questions in splits.items()} == ids
-
-
 @pytest.mark.parametrize(
     "limits",
     [
@@ -379,82 +203,6 @@ def test_chunks_keep_within_their_limits(tmp_path, limits):
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"dataset": "squad"}, "task.dataset is 'squad'; allowed: 'hotpotqa', '2wiki"),
-        ({"questions": (0, 2)}, r"task.questions is \(0, 2\); allowed: \(fewest, most\)"),
-        ({"questions": (3, 2)}, r"task.questions is \(3, 2\)"),
-        ({"questions": (1, 6)}, "task.documents is 10; allowed: at least 12: up to 2 documents"),
-        ({"dataset": "musique", "documents": 3}, "task.documents is 3; allowed: at least 4"),
-        ({"chunk_words": -1}, "task.chunk_words is -1; allowed: 1 or more, or 0 for no limit"),
-        ({"documents_per_chunk": 0}, "documents_per_chunk is 0; allowed: 1 or more, unless"),
-        ({"test_every": 1}, "task.test_every is 1; allowed: 2 or more"),
-        ({"validation_every": 0}, "task.validation_every is 0"),
-    ],
-)
-def test_bad_fields_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        MultihopQaConfig(**fields)
-
-
-@pytest.mark.parametrize("path", ["", "/nowhere.json"])
-@pytest.mark.parametrize("dataset", PUBLISHED)
-def test_a_missing_file_error_says_where_it_comes_from(dataset, path):
-    with pytest.raises(FileNotFoundError) as error:
-        multihop_qa.read(MultihopQaConfig(dataset=dataset, data_file=path))
-    source = {"hotpotqa": "hotpotqa.github.io", "2wikimultihopqa": "Alab-NII/2wikimultihop"}
-    for part in ("config.task.data_file", path or "not set", source.get(dataset, "musique_v1.0")):
-        assert part in str(error.value)
-
-
-def without(record: dict, field: str) -> dict:
-    return {name: value for name, value in record.items() if name != field}
-
-
-@pytest.mark.parametrize(
-    ("dataset", "record", "message"),
-    [
-        *[
-            ("hotpotqa", without(make_record(1), field), f"record 2 has no field '{field}'")
-            for field in ("_id", "question", "answer", "supporting_facts", "context")
-        ],
-        ("hotpotqa", ["?"], "record 2 is a JSON list, no object"),
-        ("hotpotqa", make_record(1, answer=None), "'answer' that is a NoneType; allowed: a str"),
-        ("hotpotqa", make_record(1, context=[["T", "x"]]), "'context' that is not"),
-        ("hotpotqa", make_record(1, context=[["T", [1]]]), "'context' that is not"),
-        ("hotpotqa", make_record(1, supporting_facts=[["T"]]), "'supporting_facts' that are not"),
-        *[
-            ("musique", without(MUSIQUE, field), f"record 2 has no field '{field}'")
-            for field in ("id", "question", "answer", "paragraphs", "question_decomposition")
-        ],
-        ("musique", MUSIQUE | {"paragraphs": [{"idx": 0}]}, "has no field 'title'"),
-        ("musique", MUSIQUE | {"answer_aliases": [1]}, "'answer_aliases' that are not"),
-    ],
-)
-def test_records_of_another_kind_are_refused(tmp_path, dataset, record, message):
-    good = MUSIQUE if dataset == "musique" else make_record(0)
-    with pytest.raises(ValueError, match=message) as error:
-        multihop_qa.read(write(tmp_path, [good, record], dataset))
-    assert str(tmp_path / "published") in str(error.value)
-    assert "published test files have no answers" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "text", "message"),
-    [
-        ("hotpotqa", '{"data": []}', "holds a JSON dict; allowed: a list"),
-        ("hotpotqa", '{"_id": 1}\n{"_id": 2}\n', "is no JSON .*; allowed: a JSON list"),
-        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "record 2 is no JSON"),
-    ],
-)
-def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
-    config = write(tmp_path, [], dataset)
-    (tmp_path / "published").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        multihop_qa.read(config)
-
-
 def test_too_few_questions_or_documents_are_refused(tmp_path):
     config = write(tmp_path, [make_record(0)], documents=5)
     with pytest.raises(ValueError, match=r"documents is 5, but .* 'train' come with 4 different"):
@@ -477,7 +225,7 @@ def test_prepared_once_for_what_the_file_says(tmp_path):
     config = write(tmp_path, [make_record(i) for i in range(60)], test_every=4, validation_every=4)
     task = {"name": "multihop_qa"} | vars(config)
     found = datasets.prepare(task, tmp_path / "prepared")
-    corpus = multihop_qa.read(config)
+    corpus = multihop_files.read(config)
     for split in ("train", "validation", "test"):
         expected = list(multihop_qa.generate(config, corpus, split))
         assert list(found.split(split)) == expected
@@ -573,7 +321,7 @@ def test_published_files_are_read_whole(shared_data, dataset):
     if not path.is_file():
         pytest.skip(f"no {dataset} at {path}")
     config = MultihopQaConfig(dataset=dataset, data_file=str(path), chunk_words=150)
-    corpus = multihop_qa.read(config)
+    corpus = multihop_files.read(config)
     assert sum(map(len, corpus.splits.values())) + sum(corpus.left_out.values()) == count
     assert set(corpus.left_out) <= {
         "of train, with a supporting document of a question of another split",

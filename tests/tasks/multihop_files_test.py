@@ -1,0 +1,181 @@
+"""Published files of multi-hop questions are read, cut into sentences and split, or refused."""
+
+import json
+
+import pytest
+
+from atommem_jax.tasks import multihop_files, multihop_qa
+from atommem_jax.tasks.multihop_files import MultihopQaConfig
+from tests.helpers.multihop import MUSIQUE, PUBLISHED, make_record, titles, write
+
+
+def test_musique_needs_the_sentence_that_answers_each_step(tmp_path):
+    filler = MUSIQUE | {"id": "2hop__1", "question": "What rings?"}
+    unanswerable = MUSIQUE | {"id": "2hop__2", "answerable": False}
+    unanswerable["question_decomposition"] = [
+        {"question": "?", "answer": "Bob", "paragraph_support_idx": None}
+    ]
+    records = [MUSIQUE, unanswerable, filler]
+    config = write(tmp_path, records, "musique", documents=4)
+    corpus = multihop_files.read(config)
+    assert corpus.left_out == {"it is marked as not answerable": 1}
+    question = corpus.splits["train"][0]
+    found = [question.documents[d].sentences[s] for d, s in question.support]
+    # "Bob likes tea." holds the answer too, but nothing else of "Who founded Firm?".
+    assert found == ["She joined FIRM in 1990.", "Firm was founded by Bob."]
+    assert question.aliases == ("Bob", "Robert")
+
+
+def test_musique_needs_a_whole_paragraph_where_no_sentence_holds_the_answer(tmp_path):
+    steps = [MUSIQUE["question_decomposition"][0] | {"answer": "Cook"}]
+    config = write(tmp_path, [MUSIQUE | {"question_decomposition": steps}], "musique")
+    [question] = multihop_files.read(config).splits["train"]
+    assert [question.documents[d].sentences[s] for d, s in question.support] == [
+        "Ann cooks.",
+        "She joined FIRM in 1990.",
+    ]
+
+
+def test_musique_is_cut_into_sentences_that_lose_white_space_only():
+    text = "  Mr. Dee was  born c. 1900\nin Rome.The city is old. "
+    assert multihop_files.split_sentences(text) == [
+        "Mr. Dee was born c. 1900 in Rome.",
+        "The city is old.",
+    ]
+    assert multihop_files.split_sentences(" \n ") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"supporting_facts": [["Person 0", 2], ["Firm 0", 0]]}, "names no sentence"),
+        ({"supporting_facts": [["Person 0", -1]]}, "names no sentence"),
+        ({"supporting_facts": [["Nobody", 0]]}, "names no sentence"),
+        ({"supporting_facts": []}, "names no sentence"),
+        ({"answer": " "}, "no text, or no answer"),
+        ({"question": "one two three four five six seven eight?"}, "max_question_words=7 words"),
+        ({"answer": "one two three"}, "max_answer_words=2 words"),
+    ],
+)
+def test_questions_are_left_out_and_counted(tmp_path, fields, reason):
+    records = [make_record(0, **fields), make_record(1)]
+    config = write(tmp_path, records, max_question_words=7, max_answer_words=2)
+    corpus = multihop_files.read(config)
+    assert [question.id for question in corpus.splits["train"]] == ["id1"]
+    [(found, count)] = corpus.left_out.items()
+    assert reason in found
+    assert count == 1
+
+
+def test_splits_share_no_question_and_no_supporting_document(tmp_path):
+    # Question i needs a document of its own and one that it shares with three others; its
+    # distractors support its neighbours.
+    records = []
+    for i in range(200):
+        record = make_record(i, distractors=1)
+        record["context"][-1] = [f"Shared {i // 4}", ["It is in Town."]]
+        record["context"].append(make_record((i + 4) % 200)["context"][-2])
+        record["supporting_facts"] = [[f"Person {i}", 0], [f"Shared {i // 4}", 0]]
+        records.append(record)
+    config = write(tmp_path, records, test_every=5, validation_every=5, documents=6)
+    corpus = multihop_files.read(config)
+    ids = {split: {q.id for q in questions} for split, questions in corpus.splits.items()}
+    assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
+    assert sum(map(len, ids.values())) + sum(corpus.left_out.values()) == 200
+    assert all("supporting document" in reason for reason in corpus.left_out)
+    assert 20 <= len(ids["test"]) <= 60
+    assert all(len(found) > 5 for found in ids.values())
+    support = {
+        split: {doc for question in questions for doc in question.supporting()}
+        for split, questions in corpus.splits.items()
+    }
+    for split in corpus.splits:
+        seen = {title for e in multihop_qa.generate(config, corpus, split) for title in titles(e)}
+        assert seen >= {doc.title for doc in support[split]}
+        for other in corpus.splits:
+            if other != split:
+                assert seen.isdisjoint(doc.title for doc in support[other])
+    # The split is the question's own: neither the seed nor the order of the file moves it.
+    again = write(tmp_path, records[::-1], test_every=5, validation_every=5, documents=6, seed=3)
+    splits = multihop_files.read(again).splits
+    assert {split: {q.id for q in questions} for split, questions in splits.items()} == ids
+
+
+# ---------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dataset": "squad"}, "task.dataset is 'squad'; allowed: 'hotpotqa', '2wiki"),
+        ({"questions": (0, 2)}, r"task.questions is \(0, 2\); allowed: \(fewest, most\)"),
+        ({"questions": (3, 2)}, r"task.questions is \(3, 2\)"),
+        ({"questions": (1, 6)}, "task.documents is 10; allowed: at least 12: up to 2 documents"),
+        ({"dataset": "musique", "documents": 3}, "task.documents is 3; allowed: at least 4"),
+        ({"chunk_words": -1}, "task.chunk_words is -1; allowed: 1 or more, or 0 for no limit"),
+        ({"documents_per_chunk": 0}, "documents_per_chunk is 0; allowed: 1 or more, unless"),
+        ({"test_every": 1}, "task.test_every is 1; allowed: 2 or more"),
+        ({"validation_every": 0}, "task.validation_every is 0"),
+    ],
+)
+def test_bad_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MultihopQaConfig(**fields)
+
+
+@pytest.mark.parametrize("path", ["", "/nowhere.json"])
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_a_missing_file_error_says_where_it_comes_from(dataset, path):
+    with pytest.raises(FileNotFoundError) as error:
+        multihop_files.read(MultihopQaConfig(dataset=dataset, data_file=path))
+    source = {"hotpotqa": "hotpotqa.github.io", "2wikimultihopqa": "Alab-NII/2wikimultihop"}
+    for part in ("config.task.data_file", path or "not set", source.get(dataset, "musique_v1.0")):
+        assert part in str(error.value)
+
+
+def without(record: dict, field: str) -> dict:
+    return {name: value for name, value in record.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "record", "message"),
+    [
+        *[
+            ("hotpotqa", without(make_record(1), field), f"record 2 has no field '{field}'")
+            for field in ("_id", "question", "answer", "supporting_facts", "context")
+        ],
+        ("hotpotqa", ["?"], "record 2 is a JSON list, no object"),
+        ("hotpotqa", make_record(1, answer=None), "'answer' that is a NoneType; allowed: a str"),
+        ("hotpotqa", make_record(1, context=[["T", "x"]]), "'context' that is not"),
+        ("hotpotqa", make_record(1, context=[["T", [1]]]), "'context' that is not"),
+        ("hotpotqa", make_record(1, supporting_facts=[["T"]]), "'supporting_facts' that are not"),
+        *[
+            ("musique", without(MUSIQUE, field), f"record 2 has no field '{field}'")
+            for field in ("id", "question", "answer", "paragraphs", "question_decomposition")
+        ],
+        ("musique", MUSIQUE | {"paragraphs": [{"idx": 0}]}, "has no field 'title'"),
+        ("musique", MUSIQUE | {"answer_aliases": [1]}, "'answer_aliases' that are not"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, dataset, record, message):
+    good = MUSIQUE if dataset == "musique" else make_record(0)
+    with pytest.raises(ValueError, match=message) as error:
+        multihop_files.read(write(tmp_path, [good, record], dataset))
+    assert str(tmp_path / "published") in str(error.value)
+    assert "published test files have no answers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "message"),
+    [
+        ("hotpotqa", '{"data": []}', "holds a JSON dict; allowed: a list"),
+        ("hotpotqa", '{"_id": 1}\n{"_id": 2}\n', "is no JSON .*; allowed: a JSON list"),
+        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "record 2 is no JSON"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
+    config = write(tmp_path, [], dataset)
+    (tmp_path / "published").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        multihop_files.read(config)
