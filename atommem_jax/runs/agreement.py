@@ -8,11 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from atommem_jax.parallel import processes
-from atommem_jax.parallel import rules
 from atommem_jax.config import Experiment, check, flatten
-from atommem_jax.tasks.encoding import EpisodeShape
 from atommem_jax.language.tokenizer import Tokenizer
+from atommem_jax.parallel import processes, rules
+from atommem_jax.tasks.encoding import EpisodeShape
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 

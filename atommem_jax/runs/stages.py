@@ -20,19 +20,17 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from atommem_jax.learning import evaluation
-from atommem_jax.learning import trainer
-from atommem_jax.model import lora
-from atommem_jax.parallel import host_batches
-from atommem_jax.types import Trajectory
-from atommem_jax.weights import fingerprint
+from atommem_jax.agent import build, play
+from atommem_jax.collection import store
+from atommem_jax.learning import evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.model import lora
 from atommem_jax.model.transformer import count_params, init_params
+from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import encoding
-from atommem_jax.agent import build
-from atommem_jax.agent import play
-from atommem_jax.collection import store
+from atommem_jax.types import Trajectory
+from atommem_jax.weights import fingerprint
 
 # Streams of randomness, folded into the config's seed: no two of them share a key.
 _INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)

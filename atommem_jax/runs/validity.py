@@ -1,19 +1,18 @@
 """The validity table of a task: what scripted policies reach at each scale, and what it shows."""
 
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
 import jax
 import tqdm
+
 from atommem_jax.agent import build, validate
 from atommem_jax.agent import play as play_lib
-from atommem_jax.config import check
+from atommem_jax.config import Experiment
 from atommem_jax.learning import evaluation
 from atommem_jax.parallel import host_batches, rules
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import datasets, encoding, teacher
-from atommem_jax.config import Experiment
 
 FLOOR = 0.95  # of the policy that makes no mistake, at every scale
 CEILING = 0.75  # of a fixed workflow, at the first scale

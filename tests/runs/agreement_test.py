@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from atommem_jax.config import flatten, ConfigError
+from atommem_jax.config import ConfigError, flatten
 from atommem_jax.parallel import processes
 from atommem_jax.runs import agreement
 from tests.helpers import runs
