@@ -224,12 +224,11 @@ def _read_evaluations(
         where = f"{path}: EVALUATIONS[{number}]"
         for name in entry:
             check(name in fields, f"{where} has the field {name!r}; allowed: {', '.join(fields)}")
-        evaluation = Evaluation(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in entry.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in entry.items()
+        }
+        evaluation = Evaluation(**values)
         check(
             evaluation.step in ("last", "sft") or isinstance(evaluation.step, int),
             f"{where} has step {evaluation.step!r}; allowed: 'last', 'sft' or a number",

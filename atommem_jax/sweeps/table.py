@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from atommem_jax.sweeps import scheduler
-from atommem_jax.sweeps.plan import Evaluation, Run, resolve_step
-
-PENDING = "pending"
+from atommem_jax.sweeps.plan import Evaluation, Run, Sweep, resolve_step
 
 Column = tuple[str, float]  # split and temperature
 
@@ -47,7 +45,7 @@ class Result:
     @property
     def state(self) -> str:
         """done, failed, started or pending."""
-        return self.status.state if self.status else PENDING
+        return self.status.state if self.status else scheduler.PENDING
 
 
 def collect(runs: Iterable[Run], workdir: pathlib.Path) -> list[Result]:
@@ -56,6 +54,15 @@ def collect(runs: Iterable[Run], workdir: pathlib.Path) -> list[Result]:
         Result(run, scheduler.read_status(workdir / run.name), _read_cells(run, workdir / run.name))
         for run in runs
     ]
+
+
+def write(sweep: Sweep, workdir: pathlib.Path) -> tuple[list[Result], str]:
+    """Writes table.csv and table.md from what there is; returns all results, and the Markdown."""
+    results = collect(sweep.runs, workdir)
+    text = render_markdown(results, pathlib.Path(sweep.spec.split(":", 1)[0]).stem)
+    (workdir / "table.csv").write_text(render_csv(results), encoding="utf-8")
+    (workdir / "table.md").write_text(text, encoding="utf-8")
+    return results, text
 
 
 def _read_cells(run: Run, folder: pathlib.Path) -> tuple[Cell, ...]:
@@ -215,7 +222,7 @@ def _footer(results: Sequence[Result]) -> list[str]:
     for word, text in (
         ("Failed", names(scheduler.FAILED, failure)),
         ("Under way or interrupted", names(scheduler.STARTED)),
-        ("Not started", names(PENDING)),
+        ("Not started", names(scheduler.PENDING)),
     ):
         if text:
             lines += ["", f"{word}: {text}."]
