@@ -12,6 +12,7 @@ from atommem_jax.config import ConfigError
 from atommem_jax.sweeps import scheduler as scheduler_lib
 from atommem_jax.sweeps.scheduler import DONE, FAILED, LOST, PLACED, STARTED, Job, Outcome, Status
 from tests.conftest import ROOT
+from tests.helpers.sweeps import OLD_STATUS
 
 
 @dataclasses.dataclass
@@ -254,34 +255,6 @@ def test_commands_that_last_are_found_in_their_slot(tmp_path, lasting):
 
 # ---------------------------------------------------------------------------------------------
 # What is on disk, and what a user sees
-
-# As the version before the one that knows of slots wrote it.
-OLD_STATUS = """{
-  "state": "failed",
-  "finished": [
-    "train"
-  ],
-  "failed": "evaluate {\\"step\\": \\"last\\"}: was killed by SIGKILL",
-  "attempts": 2,
-  "seconds": 61.25,
-  "cpu_seconds": 118.5,
-  "commit": "8c6116f+",
-  "log": "log.txt",
-  "about": {
-    "cpu_devices": 2,
-    "overrides": {
-      "seed": 1
-    },
-    "config": {
-      "seed": 1,
-      "task.scales": [
-        1,
-        2
-      ]
-    }
-  }
-}
-"""
 
 
 def test_an_older_status_is_read_and_its_job_goes_on(tmp_path):
