@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 import tqdm
 from absl import flags as absl_flags
-from ml_collections import config_flags
 
 from atommem_jax.config import check
 from atommem_jax.sweeps import jobs as jobs_lib
@@ -52,12 +51,8 @@ def main(argv: Sequence[str]) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass a directory for the runs and the table")
     workdir = pathlib.Path(WORKDIR.value).resolve()
-    flag = absl_flags.FLAGS["config"]
-    sweep = plan_lib.load(
-        config_flags.get_config_filename(flag),
-        CONFIG.value,
-        config_flags.get_override_values(flag),
-    )
+    spec, changes = flags.read_changes()
+    sweep = plan_lib.load(spec, CONFIG.value, changes)
     if TABLE_ONLY.value:
         check(workdir.is_dir(), f"--workdir={workdir} does not exist: nothing was run there")
         _write_table(sweep, workdir)

@@ -26,13 +26,13 @@ from typing import Any
 import jax
 import tqdm
 from absl import flags as absl_flags
+from atommem_jax.runs.recorder import Recorder
 
 from atommem_jax.agent import build, load, validate
 from atommem_jax.config import Experiment, check, parse
 from atommem_jax.metrics import SilentWriter, open_writer
 from atommem_jax.parallel import processes, rules
 from atommem_jax.runs import agreement, resume, stages
-from atommem_jax.runs.recorder import Recorder
 from atommem_jax.tasks import encoding
 from atommem_jax.weights.checkpoint import Checkpointer
 from experiments import flags

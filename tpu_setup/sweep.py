@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 
 import tqdm
 from absl import flags as absl_flags
-from ml_collections import config_flags
 
 from atommem_jax.config import check
 from atommem_jax.sweeps import jobs as jobs_lib
@@ -62,12 +61,8 @@ def main(argv: Sequence[str]) -> None:
     check(bool(vms), "--vms is missing: pass names of TPU VMs, such as --vms=atommem-a,atommem-b")
     check(len(set(vms)) == len(vms), f"--vms={','.join(vms)} names a VM twice; name each once")
     workdir = pathlib.Path(local).resolve()
-    flag = absl_flags.FLAGS["config"]
-    sweep = plan_lib.load(
-        config_flags.get_config_filename(flag),
-        CONFIG.value,
-        config_flags.get_override_values(flag),
-    )
+    spec, changes = flags.read_changes()
+    sweep = plan_lib.load(spec, CONFIG.value, changes)
     bucket = tpu_vms.read_bucket(ENV.value)
     if DRY_RUN.value:
         statuses = _read_statuses(sweep, workdir) | placements.read_statuses(workdir)

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atommem_jax.config import ConfigError, check, flatten
+import flax.traverse_util
+
+from atommem_jax.config import ConfigError, Experiment, check, flatten, parse
 from atommem_jax.sweeps.plan import Run, Sweep, choose_devices, make_commands
 from atommem_jax.sweeps.scheduler import Job, Status
 
@@ -129,11 +131,18 @@ def _translate(word: str, checkout: pathlib.Path, folder: str) -> str:
 
 
 def _describe(run: Run) -> dict[str, Any]:
-    """What a status keeps of a run, as JSON would read it back."""
-    return {
-        "overrides": dict(run.overrides),
-        "config": json.loads(json.dumps(flatten(run.config))),
-    }
+    """What a status keeps of a run."""
+    return {"overrides": dict(run.overrides), "config": _to_plain(run.config)}
+
+
+def _to_plain(config: Experiment) -> dict[str, Any]:
+    """{path: value} as JSON would read it back."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def _upgrade(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a status that may have the names of an older version."""
+    return _to_plain(parse(flax.traverse_util.unflatten_dict(dict(plain), sep=".")))
 
 
 def _check_unchanged(
@@ -150,7 +159,8 @@ def _check_unchanged(
         f"run {run.name!r} was started {places[there]}, and would go on {places[on_vms]}, away "
         f"from its checkpoints. {advice}",
     )
-    before, after = then.get("config", now["config"]), now["config"]
+    before = _upgrade(then["config"]) if "config" in then else now["config"]
+    after = now["config"]
     changed = [
         f"{path}={after.get(path)!r} (was {before.get(path)!r})"
         for path in sorted({*after, *before})

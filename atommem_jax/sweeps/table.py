@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from atommem_jax.config import flatten
 from atommem_jax.sweeps import scheduler
 from atommem_jax.sweeps.plan import Evaluation, Run, Sweep, resolve_step
 
@@ -114,7 +115,8 @@ def render_csv(results: Sequence[Result]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*head, *measures, *costs])
     for result in results:
-        settings = [_get(result.run, path) for path in paths]
+        fields = flatten(result.run.config)
+        settings = [fields[path] for path in paths]
         left = [result.run.name, result.state, *settings, result.run.config.seed]
         status = result.status or scheduler.Status()
         right = [f"{status.seconds:.1f}", f"{status.cpu_seconds:.1f}", status.commit]
@@ -129,13 +131,6 @@ def render_csv(results: Sequence[Result]) -> str:
 
 def _overridden(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(path for result in results for path in result.run.overrides))
-
-
-def _get(run: Run, path: str) -> Any:
-    value: Any = run.config
-    for part in path.split("."):
-        value = value[part]
-    return value
 
 
 # ---------------------------------------------------------------------------------------------

@@ -63,6 +63,23 @@ def test_a_run_that_was_started_with_another_config_is_refused(make_sweep, tmp_p
     assert f"delete {tmp_path / 'a'}" in message
 
 
+def test_a_run_of_an_older_version_goes_on_under_new_names(make_sweep, tmp_path):
+    plan = make_sweep([("a", {"memory.slots": 6})])
+    job = make_job(plan, tmp_path)
+    old = dict(job.about["config"])
+    for section in ("sft", "rl.ppo"):
+        old[f"{section}.eighths"] = old.pop(f"{section}.length_buckets")
+    old["rollout.group"] = old.pop("rollout.microbatch")
+    for path in ("protocol.free_text", "mesh.slices", "model.attention"):
+        del old[path]  # fields of later versions
+    scheduler.Status(about={**job.about, "config": old}).write(job.folder)
+    assert make_job(plan, tmp_path) == job
+    old["rollout.group"] = 2
+    scheduler.Status(about={**job.about, "config": old}).write(job.folder)
+    with pytest.raises(ConfigError, match=r"another config: rollout.microbatch=\d \(was 2\)\. "):
+        make_job(plan, tmp_path)
+
+
 def test_a_run_goes_on_with_the_devices_that_it_began_with(make_sweep, tmp_path):
     plan = make_sweep([("a", {"mesh.data": 0})])
     job = make_job(plan, tmp_path, shares=([0], [1]))
