@@ -11,7 +11,6 @@ and what they end is not started again.
 """
 
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from absl import flags as absl_flags
 
 from atommem_jax.config import check
+from atommem_jax.sweeps import launcher
 from experiments import flags
 
 MAX_RESTARTS = absl_flags.DEFINE_integer(
@@ -38,7 +38,6 @@ CHECKPOINTS = absl_flags.DEFINE_string(
     "Folder of numbered checkpoints that shows progress. Default: that of the command's --workdir.",
 )
 
-_LAUNCHER = pathlib.Path(__file__).resolve().parents[1] / "atommem_jax/sweeps/launcher.py"
 _LONGEST_WAIT = 300.0
 _MISTAKE = 2
 
@@ -133,8 +132,8 @@ class Supervisor:
     def _run_once(self) -> int:
         """Status of one run; negative where a signal ended it."""
         # The launcher has the kernel end the command should this process be killed.
-        launcher = [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), ""]
-        self._process = subprocess.Popen([*launcher, *self._command], start_new_session=True)
+        command = launcher.wrap(self._command)
+        self._process = subprocess.Popen(command, start_new_session=True)
         if self._signal is not None:  # it came while the process was being made
             self._process.send_signal(self._signal)
         return self._process.wait()

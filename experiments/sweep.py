@@ -8,32 +8,26 @@ and status.json beside its checkpoints. Interrupted in any way, the same command
 done is skipped, what is half done resumes. A failed run stops no other; --retry_failed tries it
 again. The table is <workdir>/table.csv and <workdir>/table.md. The status is 1 where a run failed.
 
---config.x=y sets a field of all runs; the runs' own overrides come after it.
+--config.x=y sets a field of all runs; the runs' own overrides come after it. On several TPU VMs
+tpu_setup/sweep.py does the same.
 """
 
-import itertools
-import json
 import os
 import pathlib
-import re
-import shlex
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import tqdm
 from absl import flags as absl_flags
-from ml_collections import ConfigDict, config_flags
 
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import check
+from atommem_jax.sweeps import jobs as jobs_lib
+from atommem_jax.sweeps import local_processes, scheduler, table
 from atommem_jax.sweeps import plan as plan_lib
-from atommem_jax.sweeps import scheduler as scheduler_lib
-from atommem_jax.sweeps import table
-from atommem_jax.sweeps.plan import Run, Sweep
-from experiments import flags, train
+from experiments import flags
 
-absl_flags.adopt_module_key_flags(train)  # --help lists them
+CONFIG = flags.define_config("experiments/configs/synthetic.py")
+WORKDIR = flags.define_workdir("Where the runs and the table go.")
 JOBS = absl_flags.DEFINE_integer(
     "jobs",
     0,
@@ -55,36 +49,35 @@ _TAIL_LINES = 15
 def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
-    check(
-        bool(train.WORKDIR.value),
-        "--workdir is missing: pass a directory for the runs and the table",
-    )
-    workdir = pathlib.Path(train.WORKDIR.value).resolve()
-    flag = absl_flags.FLAGS["config"]
-    sweep = plan_lib.load(
-        config_flags.get_config_filename(flag),
-        train.CONFIG.value,
-        config_flags.get_override_values(flag),
-    )
+    check(bool(WORKDIR.value), "--workdir is missing: pass a directory for the runs and the table")
+    workdir = pathlib.Path(WORKDIR.value).resolve()
+    spec, changes = flags.read_changes()
+    sweep = plan_lib.load(spec, CONFIG.value, changes)
     if TABLE_ONLY.value:
         check(workdir.is_dir(), f"--workdir={workdir} does not exist: nothing was run there")
-        write_table(sweep, workdir)
+        _write_table(sweep, workdir)
         return
-    chosen = _choose(sweep, ONLY.value)
-    slots = plan_slots(JOBS.value, len(chosen))
-    plan = [make_job(sweep, run, workdir, slots) for run in chosen]
-    due = [
-        job
-        for job in plan
-        if scheduler_lib.is_due(job, scheduler_lib.read_status(job.folder), RETRY_FAILED.value)
+    chosen = jobs_lib.choose(sweep, ONLY.value)
+    shares = local_processes.share_cores(JOBS.value, len(chosen))
+    statuses = {run.name: scheduler.read_status(workdir / run.name) for run in chosen}
+    jobs = [
+        jobs_lib.make_local_job(
+            sweep,
+            run,
+            statuses[run.name],
+            workdir=workdir,
+            data_root=pathlib.Path(flags.DATA_ROOT.value).resolve(),
+            shares=shares,
+        )
+        for run in chosen
     ]
     if DRY_RUN.value:
-        _print_plan(plan, due)
+        print(scheduler.describe_plan(jobs, statuses, RETRY_FAILED.value))
         return
     try:
-        with scheduler_lib.lock(workdir) as descriptor, scheduler_lib.interruptible():
-            _run(sweep, workdir, due, slots, descriptor)
-            results = write_table(sweep, workdir)
+        with scheduler.lock(workdir) as descriptor, scheduler.interruptible():
+            _run(sweep, workdir, jobs, shares, descriptor)
+            results = _write_table(sweep, workdir)
     except KeyboardInterrupt:
         print("sweep.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -92,49 +85,49 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(
-    sweep: Sweep,
+    sweep: plan_lib.Sweep,
     workdir: pathlib.Path,
-    due: Sequence[scheduler_lib.Job],
-    slots: Sequence[Sequence[int]],
+    jobs: Sequence[scheduler.Job],
+    shares: Sequence[Sequence[int]],
     descriptor: int,
 ) -> None:
     runs = {run.name: run for run in sweep.runs}
-    print(f"{len(due)} of {len(runs)} runs to do, {len(slots)} at a time, in {workdir}", flush=True)
+    due = scheduler.find_due(jobs, RETRY_FAILED.value)
+    at_a_time = f"{len(shares)} at a time"
+    print(f"{len(due)} of {len(runs)} runs to do, {at_a_time}, in {workdir}", flush=True)
 
-    def report(job: scheduler_lib.Job, status: scheduler_lib.Status) -> None:
-        cost = f"{status.seconds:.0f} s, {status.cpu_seconds / 3600:.2f} CPU hours"
-        if status.state == scheduler_lib.DONE:
+    def show(change: str, job: scheduler.Job, status: scheduler.Status) -> None:
+        line = scheduler.tell(change, job, status)
+        if change == scheduler.DONE:
             (result,) = table.collect([runs[job.name]], workdir)
-            tqdm.tqdm.write(f"done    {job.name}  {table.headline(result)}  {cost}")
+            cost = f"{status.seconds:.0f} s, {status.cpu_seconds / 3600:.2f} CPU hours"
+            tqdm.tqdm.write(f"{line}  {table.headline(result)}  {cost}")
+        elif change == scheduler.FAILED:
+            log = job.folder / scheduler.LOG_FILE
+            tail = local_processes.read_tail(log, _TAIL_LINES).replace("\n", "\n    ")
+            tqdm.tqdm.write(f"{line}; {log} ends:\n    {tail}")
         else:
-            log = job.folder / scheduler_lib.LOG_FILE
-            tail = scheduler_lib.read_tail(log, _TAIL_LINES).replace("\n", "\n    ")
-            tqdm.tqdm.write(f"FAILED  {job.name}  {status.failed}; {log} ends:\n    {tail}")
-        write_table(sweep, workdir, quiet=True)
+            return  # the progress bar shows what is at work
+        table.write(sweep, workdir)
 
-    scheduler = scheduler_lib.Scheduler(
-        slots,
+    driver = local_processes.LocalProcesses(
+        shares,
         environment={**os.environ, "PYTHONUNBUFFERED": "1"},
         keep_open=[descriptor],
-        commit=read_commit,
     )
-    scheduler.run(due, report)
+    scheduler.Scheduler(driver, commit=lambda: local_processes.read_commit(_ROOT)).run(
+        jobs, retry_failed=RETRY_FAILED.value, on_change=show
+    )
 
 
-def write_table(sweep: Sweep, workdir: pathlib.Path, quiet: bool = False) -> list:
-    """Writes table.csv and table.md from what there is; returns the results of all runs."""
-    results = table.collect(sweep.runs, workdir)
-    title = pathlib.Path(sweep.spec.split(":", 1)[0]).stem
-    text = table.render_markdown(results, title)
-    (workdir / "table.csv").write_text(table.render_csv(results), encoding="utf-8")
-    (workdir / "table.md").write_text(text, encoding="utf-8")
-    if not quiet:
-        print(f"\n{text}\ntable: {workdir / 'table.csv'}, {workdir / 'table.md'}")
+def _write_table(sweep: plan_lib.Sweep, workdir: pathlib.Path) -> list[table.Result]:
+    results, text = table.write(sweep, workdir)
+    print(f"\n{text}\ntable: {workdir / 'table.csv'}, {workdir / 'table.md'}")
     return results
 
 
 def _end(results: Sequence[table.Result]) -> None:
-    failed = [result.run.name for result in results if result.state == scheduler_lib.FAILED]
+    failed = [result.run.name for result in results if result.state == scheduler.FAILED]
     if failed:
         print(
             f"sweep.py: failed: {', '.join(failed)}; look at their log.txt, then start again with "
@@ -142,137 +135,6 @@ def _end(results: Sequence[table.Result]) -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-
-
-def _choose(sweep: Sweep, only: str) -> list[Run]:
-    try:
-        chosen = [run for run in sweep.runs if re.search(only, run.name)]
-    except re.error as error:
-        raise ConfigError(f"--only={only}: {error}; it is a regular expression") from error
-    names = ", ".join(run.name for run in sweep.runs)
-    check(bool(chosen), f"--only={only} fits no run; there are: {names}")
-    return chosen
-
-
-def _print_plan(plan: Sequence[scheduler_lib.Job], due: Sequence[scheduler_lib.Job]) -> None:
-    for job in plan:
-        status = scheduler_lib.read_status(job.folder)
-        state = status.state if status else table.PENDING
-        print(f"{job.name}: {state}{'' if job in due else ', nothing to do'}")
-        for key, command in job.commands.items():
-            if job in due and not (status and key in status.finished):
-                print(f"    {shlex.join(command)}")
-
-
-# ---------------------------------------------------------------------------------------------
-# From runs to jobs
-
-
-def make_job(
-    sweep: Sweep, run: Run, workdir: pathlib.Path, slots: Sequence[Sequence[int]]
-) -> scheduler_lib.Job:
-    """The commands of a run, after a look at what it has left in its folder.
-
-    Raises ConfigError where its config has changed since it was started.
-    """
-    folder = workdir / run.name
-    status = scheduler_lib.read_status(folder)
-    config = _to_plain(run.config)
-    if slots[0]:
-        devices = plan_lib.choose_devices(sweep, run, min(map(len, slots)))
-    else:
-        devices = run.config.mesh.cpu_devices
-    if status is not None:
-        _check_unchanged(run, folder, config, status.about["config"])
-        # A trial goes on with as many devices as it began with, to the same bits.
-        devices = status.about["cpu_devices"]
-    data_root = pathlib.Path(flags.DATA_ROOT.value).resolve()
-    return scheduler_lib.Job(
-        name=run.name,
-        folder=folder,
-        commands=plan_lib.make_commands(sweep, run, workdir, data_root, devices),
-        after=(run.start[0],) if run.start else (),
-        about={"cpu_devices": devices, "overrides": dict(run.overrides), "config": config},
-    )
-
-
-def _check_unchanged(
-    run: Run, folder: pathlib.Path, now: Mapping[str, Any], then: Mapping[str, Any]
-) -> None:
-    changed = [
-        f"{path}={now.get(path)!r} (was {then.get(path)!r})"
-        for path in sorted({*now, *then})
-        if now.get(path) != then.get(path) and path != "mesh.cpu_devices"
-    ]
-    check(
-        not changed,
-        f"run {run.name!r} was started with another config: {'; '.join(changed)}. Choose another "
-        f"--workdir, or delete {folder} to run it anew",
-    )
-
-
-def _to_plain(config: ConfigDict) -> dict[str, Any]:
-    """{path: value} as JSON would read it back."""
-
-    def flatten(section: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in section.items():
-            if isinstance(value, ConfigDict):
-                yield from flatten(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return json.loads(json.dumps(dict(flatten(config, ""))))
-
-
-# ---------------------------------------------------------------------------------------------
-# The host
-
-
-def plan_slots(wanted: int, runs: int) -> list[list[int]]:
-    """The cores of each job that runs at a time; none where jobs are not confined.
-
-    Args:
-      wanted: --jobs; 0 leaves the choice to the host.
-      runs: how many there are to share the cores.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    else:
-        cores = []  # macOS has no way to confine a process
-    count = len(cores) or os.cpu_count() or 1
-    accelerated = has_accelerator()
-    number = min(wanted or (1 if accelerated else max(1, count // 2)), max(1, runs))
-    if number == 1 or accelerated or not cores:
-        return [[] for _ in range(number)]
-    if number > count:  # they take turns
-        return [[cores[slot % count]] for slot in range(number)]
-    ends = [slot * count // number for slot in range(number + 1)]
-    return [cores[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def has_accelerator() -> bool:
-    """Whether JAX finds more than a CPU. Asked in a process of its own, which lets go of it."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.split()[-1] != "cpu"
-
-
-def read_commit() -> str:
-    """Short name of the commit of this code, with a + where files differ from it."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(_ROOT), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = ask("rev-parse", "--short", "HEAD")
-        changed = ask("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:  # no git
-        return ""
-    return f"{commit}+" if commit and changed else commit
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ORDER = {
     "report": "trace figures page run",
     "documents": "split session memory_file transcript conversation",
     "collection": "endpoint store player",
-    "sweeps": "launcher scheduler plan table",
+    "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",
     "tpu_model": (
         "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation"
     ),

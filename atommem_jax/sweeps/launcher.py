@@ -11,8 +11,15 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+def wrap(command: Sequence[str], cores: Sequence[int] = ()) -> list[str]:
+    """The same command as one that ends with this process; for `subprocess.Popen`."""
+    launcher = [sys.executable, "-I", "-S", os.path.abspath(__file__)]
+    return [*launcher, str(os.getpid()), ",".join(map(str, cores)), *command]
 
 
 def main(parent: int, cores: str, command: list[str]) -> None:

@@ -30,7 +30,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from atommem_jax.agent import validate
-from atommem_jax.config import ConfigError, check, check_path, find_config, is_section
+from atommem_jax.config import (
+    ConfigError,
+    Experiment,
+    check,
+    check_path,
+    find_config,
+    is_section,
+    parse,
+)
 
 _SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "experiments"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
@@ -63,7 +71,7 @@ class Run:
 
     name: str
     overrides: Overrides  # of this run alone, as plain values
-    config: ConfigDict  # with everything applied
+    config: Experiment  # with everything applied
     evaluations: tuple[Evaluation, ...]
     start: tuple[str, int] | None = None  # run and step of the checkpoint that RL starts from
 
@@ -121,7 +129,7 @@ def load(spec: str, base: ConfigDict, common: Overrides) -> Sweep:
     return Sweep(spec=spec, common=common, runs=tuple(runs.values()))
 
 
-def resolve_step(step: str | int, config: ConfigDict) -> int:
+def resolve_step(step: str | int, config: Experiment) -> int:
     """The number of the checkpoint that is meant: the end of a stage, or a number already."""
     ends = {"sft": config.sft.steps, "last": config.sft.steps + config.rl.steps}
     return ends[step] if step in ends else int(step)
@@ -158,11 +166,12 @@ def _make_run(
     evaluations: Sequence[Evaluation],
     before: Mapping[str, Run],
 ) -> Run:
-    config = base.copy_and_resolve_references()
+    changed = base.copy_and_resolve_references()
     plain = {}
     try:
         for path, value in overrides.items():
-            plain[path] = _set(config, path, value)
+            plain[path] = _set(changed, path, value)
+        config = parse(changed)
         validate.validate(config)
         start = _find_start(config, before)
     except ConfigError as error:
@@ -179,7 +188,7 @@ def _make_run(
     return Run(name, plain, config, chosen, start)
 
 
-def _find_start(config: ConfigDict, before: Mapping[str, Run]) -> tuple[str, int] | None:
+def _find_start(config: Experiment, before: Mapping[str, Run]) -> tuple[str, int] | None:
     """Run and step that `init_from` names, where it names a run of the sweep."""
     if not config.init_from.startswith("@"):
         return None
@@ -224,12 +233,11 @@ def _read_evaluations(
         where = f"{path}: EVALUATIONS[{number}]"
         for name in entry:
             check(name in fields, f"{where} has the field {name!r}; allowed: {', '.join(fields)}")
-        evaluation = Evaluation(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in entry.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in entry.items()
+        }
+        evaluation = Evaluation(**values)
         check(
             evaluation.step in ("last", "sft") or isinstance(evaluation.step, int),
             f"{where} has step {evaluation.step!r}; allowed: 'last', 'sft' or a number",

@@ -13,10 +13,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from atommem_jax.config import flatten
 from atommem_jax.sweeps import scheduler
-from atommem_jax.sweeps.plan import Evaluation, Run, resolve_step
-
-PENDING = "pending"
+from atommem_jax.sweeps.plan import Evaluation, Run, Sweep, resolve_step
 
 Column = tuple[str, float]  # split and temperature
 
@@ -47,7 +46,7 @@ class Result:
     @property
     def state(self) -> str:
         """done, failed, started or pending."""
-        return self.status.state if self.status else PENDING
+        return self.status.state if self.status else scheduler.PENDING
 
 
 def collect(runs: Iterable[Run], workdir: pathlib.Path) -> list[Result]:
@@ -56,6 +55,15 @@ def collect(runs: Iterable[Run], workdir: pathlib.Path) -> list[Result]:
         Result(run, scheduler.read_status(workdir / run.name), _read_cells(run, workdir / run.name))
         for run in runs
     ]
+
+
+def write(sweep: Sweep, workdir: pathlib.Path) -> tuple[list[Result], str]:
+    """Writes table.csv and table.md from what there is; returns all results, and the Markdown."""
+    results = collect(sweep.runs, workdir)
+    text = render_markdown(results, pathlib.Path(sweep.spec.split(":", 1)[0]).stem)
+    (workdir / "table.csv").write_text(render_csv(results), encoding="utf-8")
+    (workdir / "table.md").write_text(text, encoding="utf-8")
+    return results, text
 
 
 def _read_cells(run: Run, folder: pathlib.Path) -> tuple[Cell, ...]:
@@ -107,7 +115,8 @@ def render_csv(results: Sequence[Result]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*head, *measures, *costs])
     for result in results:
-        settings = [_get(result.run, path) for path in paths]
+        fields = flatten(result.run.config)
+        settings = [fields[path] for path in paths]
         left = [result.run.name, result.state, *settings, result.run.config.seed]
         status = result.status or scheduler.Status()
         right = [f"{status.seconds:.1f}", f"{status.cpu_seconds:.1f}", status.commit]
@@ -122,13 +131,6 @@ def render_csv(results: Sequence[Result]) -> str:
 
 def _overridden(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(path for result in results for path in result.run.overrides))
-
-
-def _get(run: Run, path: str) -> Any:
-    value: Any = run.config
-    for part in path.split("."):
-        value = value[part]
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def _footer(results: Sequence[Result]) -> list[str]:
     for word, text in (
         ("Failed", names(scheduler.FAILED, failure)),
         ("Under way or interrupted", names(scheduler.STARTED)),
-        ("Not started", names(PENDING)),
+        ("Not started", names(scheduler.PENDING)),
     ):
         if text:
             lines += ["", f"{word}: {text}."]

@@ -1,46 +1,17 @@
-"""Sweeps: shares of the machine, runs that are there already, and one sweep for real."""
+"""The script of sweeps: one sweep for real, one of the version before, and mistakes."""
 
 import csv
 import json
-import os
-import pathlib
-import sys
 
 import jax
 import pytest
-from absl import flags as absl_flags
 
-from atommem_jax.config import ConfigError
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.sweeps import plan as plan_lib
 from atommem_jax.sweeps import scheduler
-from experiments import sweep
-from tests.helpers import runs, sweeps
+from tests.helpers import runs
 from tests.helpers.sweeps import write_config
 
 MAIN = "--config=experiments/configs/main_table.py"
-
-
-@pytest.fixture
-def make_sweep(tmp_path):
-    """Writes and loads a config that adds these runs to the tiny config."""
-    return sweeps.make_maker(tmp_path)
-
-
-def test_jobs_share_the_cores_evenly(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6, 7}, raising=False)
-    monkeypatch.setattr(sweep, "has_accelerator", lambda: False)
-    assert sweep.plan_slots(1, runs=9) == [[]]
-    assert sweep.plan_slots(0, runs=9) == sweep.plan_slots(2, runs=9) == [[0, 2], [4, 6, 7]]
-    assert sweep.plan_slots(8, runs=3) == [[0], [2, 4], [6, 7]]
-    assert sweep.plan_slots(7, runs=9) == [[0], [2], [4], [6], [7], [0], [2]]
-    monkeypatch.setattr(sweep, "has_accelerator", lambda: True)
-    assert sweep.plan_slots(0, runs=9) == [[]]
-    assert sweep.plan_slots(2, runs=9) == [[], []]
-
-
-def test_there_is_no_accelerator_here():
-    assert not sweep.has_accelerator()
 
 
 def test_scripts_share_a_cache_that_jax_locks(monkeypatch, tmp_path):
@@ -55,51 +26,6 @@ def test_scripts_share_a_cache_that_jax_locks(monkeypatch, tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-
-
-# ---------------------------------------------------------------------------------------------
-# Runs that are there already
-
-
-def make_job(plan: plan_lib.Sweep, folder: pathlib.Path, slots=([],)) -> scheduler.Job:
-    if not absl_flags.FLAGS.is_parsed():
-        absl_flags.FLAGS([sys.argv[0]])
-    return sweep.make_job(plan, plan.runs[0], folder, slots)
-
-
-def test_a_run_that_was_started_with_another_config_is_refused(make_sweep, tmp_path):
-    job = make_job(make_sweep([("a", {"memory.slots": 6})]), tmp_path)
-    scheduler.Status(state=scheduler.DONE, about=dict(job.about)).write(job.folder)
-    make_job(make_sweep([("a", {"memory.slots": 6})]), tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        make_job(make_sweep([("a", {"memory.slots": 7})]), tmp_path)
-    message = str(caught.value)
-    assert "run 'a' was started with another config: memory.slots=7 (was 6)." in message
-    assert "another --workdir" in message
-    assert f"delete {tmp_path / 'a'}" in message
-
-
-def test_a_run_goes_on_with_the_devices_that_it_began_with(make_sweep, tmp_path):
-    plan = make_sweep([("a", {"mesh.data": 0})])
-    job = make_job(plan, tmp_path, slots=([0], [1]))
-    assert "--config.mesh.cpu_devices=1" in job.commands["train"]
-    scheduler.Status(about=dict(job.about)).write(job.folder)
-    again = make_job(plan, tmp_path)
-    assert again.commands == job.commands
-    assert "--config.mesh.cpu_devices=2" in make_job(plan, tmp_path / "other").commands["train"]
-
-
-def test_further_evaluations_of_a_finished_run_are_made(make_sweep, tmp_path):
-    job = make_job(make_sweep([("a", {})], "[{'episodes': 8}]"), tmp_path)
-    status = scheduler.Status(
-        state=scheduler.DONE, finished=list(job.commands), about=dict(job.about)
-    )
-    more = make_job(make_sweep([("a", {})], "[{'episodes': 8}, {'step': 'sft'}]"), tmp_path)
-    assert not scheduler.is_due(job, status, retry_failed=False)
-    assert scheduler.is_due(more, status, retry_failed=False)
-    assert [key for key in more.commands if key not in status.finished] == [
-        key for key in more.commands if '"sft"' in key
-    ]
 
 
 # ---------------------------------------------------------------------------------------------

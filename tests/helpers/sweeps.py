@@ -9,6 +9,34 @@ from tests.helpers import runs
 
 COMMITTED = ("main_table", "ablations", "algorithms")
 
+# As the version before the one that knows of slots wrote it.
+OLD_STATUS = """{
+  "state": "failed",
+  "finished": [
+    "train"
+  ],
+  "failed": "evaluate {\\"step\\": \\"last\\"}: was killed by SIGKILL",
+  "attempts": 2,
+  "seconds": 61.25,
+  "cpu_seconds": 118.5,
+  "commit": "8c6116f+",
+  "log": "log.txt",
+  "about": {
+    "cpu_devices": 2,
+    "overrides": {
+      "seed": 1
+    },
+    "config": {
+      "seed": 1,
+      "task.scales": [
+        1,
+        2
+      ]
+    }
+  }
+}
+"""
+
 
 def load(path: pathlib.Path, **common) -> plan.Sweep:
     """A sweep as the command line would load it."""

@@ -1,119 +1,142 @@
-"""The scheduler of sweeps, with commands that cost nothing: order, failures, kills, resumption."""
+"""What is due, the order, failures and lost slots, with a driver whose commands are looks at it."""
 
 import dataclasses
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from atommem_jax.config import ConfigError
 from atommem_jax.sweeps import scheduler as scheduler_lib
+from atommem_jax.sweeps.scheduler import DONE, FAILED, LOST, PLACED, STARTED, Job, Outcome, Status
 from tests.conftest import ROOT
-
-UNCONFINED: list[int] = []
-
-
-def make_job(folder: pathlib.Path, name: str, **scripts: str) -> scheduler_lib.Job:
-    """A job of shell scripts; `$PWD` is the folder of all jobs."""
-    commands = {key: ["sh", "-c", f"cd {folder}; {script}"] for key, script in scripts.items()}
-    return scheduler_lib.Job(name, folder / name, commands, about={"made": "by hand"})
+from tests.helpers.sweeps import OLD_STATUS
 
 
-def run(*due: scheduler_lib.Job, slots=(UNCONFINED,)) -> dict[str, scheduler_lib.Status]:
-    """What the jobs that ended are reported as, in that order."""
-    ended = {}
-    scheduler_lib.Scheduler(slots, commit=lambda: "abc").run(
-        due, lambda job, status: ended.update({job.name: status})
+@dataclasses.dataclass
+class Command:
+    """A command at work; it ends at the look at which none is left."""
+
+    name: str
+    slot: str
+    looks: int
+
+
+class Looks:
+    """A driver that ends every command after some looks, and as it was told to."""
+
+    def __init__(self, *slots: str, lasting: bool = False):
+        self.lasting = lasting
+        self.ready = dict.fromkeys(slots or ("s",), True)
+        self.ends: dict[str, list[Outcome]] = {}  # of a command, one an attempt; then DONE
+        self.looks: dict[str, int] = {}  # of a command; 1 if not named
+        self.log: list[tuple[str, str]] = []  # slot and command, as started
+        self.found: list[str] = []
+        self.stopped: list[str] = []
+
+    def slots(self):
+        return dict(self.ready)
+
+    def start(self, task, slot):
+        name = " ".join(task.command)
+        (self.found if task.found else []).append(name)
+        self.log.append((slot, name))
+        task.mark()
+        return Command(name, slot, self.looks.get(name, 1))
+
+    def poll(self, handle):
+        handle.looks -= 1
+        if handle.looks > 0 or handle.name in self.stopped:
+            return None
+        ends = self.ends.get(handle.name)
+        outcome = ends.pop(0) if ends else Outcome(DONE, cpu_seconds=2.0)
+        if outcome.result == LOST:
+            del self.ready[handle.slot]
+        return outcome
+
+    def stop(self, handles):
+        self.stopped += [handle.name for handle in handles]
+
+    def describe(self, handle):
+        return f"{handle.looks} looks"
+
+
+def make_jobs(folder: pathlib.Path, *names: str, after: tuple[str, ...] = ()) -> list[Job]:
+    return [
+        Job(name, folder / name, {"one": [name, "1"], "two": [name, "2"]}, {"made": "so"}, after)
+        for name in names
+    ]
+
+
+def run(driver: Looks, jobs, retry_failed: bool = False):
+    """What has happened, as (change, job), and the jobs that are left."""
+    changes = []
+    left = scheduler_lib.Scheduler(driver, commit=lambda: "abc").run(
+        jobs,
+        retry_failed=retry_failed,
+        on_change=lambda change, job, status: changes.append((change, job.name)),
     )
-    return ended
+    return changes, [job.name for job in left]
 
 
-def read_trace(folder: pathlib.Path) -> list[str]:
-    return (folder / "trace").read_text().split()
+def read(job: Job) -> Status:
+    status = scheduler_lib.read_status(job.folder)
+    assert status is not None
+    return status
 
 
 # ---------------------------------------------------------------------------------------------
-# Running
-
-
-def test_a_job_waits_for_another_and_lets_others_pass(tmp_path):
-    first = make_job(tmp_path, "first", one="sleep 0.5; echo first >> trace")
-    wants = make_job(tmp_path, "wants", one="echo wants >> trace")
-    wants = dataclasses.replace(wants, after=("first", "done long ago"))
-    other = make_job(tmp_path, "other", one="echo other >> trace")
-    assert set(run(first, wants, other, slots=(UNCONFINED, UNCONFINED))) == {
-        "first",
-        "wants",
-        "other",
-    }
-    assert read_trace(tmp_path) == ["other", "first", "wants"]
-
-
-def test_a_job_does_not_wait_for_one_that_has_failed(tmp_path):
-    bad = make_job(tmp_path, "bad", one="exit 3")
-    wants = dataclasses.replace(make_job(tmp_path, "wants", one="true"), after=("bad",))
-    assert [status.state for status in run(bad, wants).values()] == [
-        scheduler_lib.FAILED,
-        scheduler_lib.DONE,
-    ]
+# The order
 
 
 def test_commands_run_in_order_and_the_status_tells(tmp_path):
-    first = make_job(tmp_path, "first", one="echo 1 >> trace; echo said", two="echo 2 >> trace")
-    second = make_job(tmp_path, "in/second", one="echo 3 >> trace")
-    assert not scheduler_lib.read_status(first.folder)
-    assert list(run(first, second)) == ["first", "in/second"]
-    assert read_trace(tmp_path) == ["1", "2", "3"]
-    status = scheduler_lib.read_status(first.folder)
-    assert (status.state, status.finished, status.attempts) == (
-        scheduler_lib.DONE,
-        ["one", "two"],
-        1,
-    )
-    assert (status.commit, status.about) == ("abc", {"made": "by hand"})
-    assert status.seconds > 0
-    assert status.cpu_seconds > 0
-    log = (first.folder / status.log).read_text()
-    assert (
-        log.index("==== attempt 1: sh") < log.index("\nsaid\n") < log.rindex("==== attempt 1: sh")
-    )
+    driver, jobs = Looks(), make_jobs(tmp_path, "a", "in/b")
+    assert scheduler_lib.read_status(jobs[0].folder) is None
+    changes, left = run(driver, jobs)
+    assert changes == [(PLACED, "a"), (DONE, "a"), (PLACED, "in/b"), (DONE, "in/b")]
+    assert [name for _, name in driver.log] == ["a 1", "a 2", "in/b 1", "in/b 2"]
+    assert left == []
+    status = read(jobs[0])
+    assert (status.state, status.finished, status.attempts) == (DONE, ["one", "two"], 1)
+    assert (status.commit, status.about, status.cpu_seconds) == ("abc", {"made": "so"}, 4.0)
+    assert (status.slot, status.at_work) == ("", "")  # nobody can find anything there later
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_the_time_of_the_processors_is_that_of_the_command(tmp_path):
-    burn = "import time\nwhile time.process_time() < 0.5: pass"
-    job = scheduler_lib.Job("burn", tmp_path / "burn", {"one": [sys.executable, "-c", burn]})
-    status = run(job)["burn"]
-    assert 0.5 <= status.cpu_seconds < 5
-    assert scheduler_lib.read_status(job.folder) == status
+def test_every_slot_takes_the_next_job_when_it_is_free(tmp_path):
+    driver = Looks("s", "t")
+    driver.looks = {"a 1": 9}
+    run(driver, make_jobs(tmp_path, "a", "b", "c"))
+    assert driver.log[:2] == [("s", "a 1"), ("t", "b 1")]
+    assert driver.log.index(("t", "c 2")) < driver.log.index(("s", "a 2"))
 
 
-def test_as_many_run_at_a_time_as_there_are_slots(tmp_path):
-    # Each of the first two goes on only when the other runs; the third finds one of them at most.
-    wait = "touch {0}; while [ ! -e {1} ]; do sleep 0.02; done; echo {0} >> trace"
-    due = [
-        make_job(tmp_path, "a", one=wait.format("a.is", "b.is")),
-        make_job(tmp_path, "b", one=wait.format("b.is", "a.is")),
-        make_job(tmp_path, "c", one="grep -c is trace > before"),
-    ]
-    assert set(run(*due, slots=(UNCONFINED, UNCONFINED))) == {"a", "b", "c"}
-    assert int((tmp_path / "before").read_text()) >= 1
+def test_a_job_waits_for_another_and_lets_others_pass(tmp_path):
+    driver = Looks("s", "t")
+    driver.looks = {"first 1": 5}
+    (wants,) = make_jobs(tmp_path, "wants", after=("first", "done long ago"))
+    first, other = make_jobs(tmp_path, "first", "other")
+    changes, _ = run(driver, [first, wants, other])
+    ends = [name for change, name in changes if change == DONE]
+    assert ends == ["other", "first", "wants"]
+    assert changes.index((DONE, "first")) < changes.index((PLACED, "wants"))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot confine processes here")
-def test_a_slot_keeps_its_jobs_on_its_cores(tmp_path):
-    core = max(os.sched_getaffinity(0))
-    show = [sys.executable, "-c", "import os; print('on', sorted(os.sched_getaffinity(0)))"]
-    before = os.sched_getaffinity(0)
-    run(scheduler_lib.Job("a", tmp_path / "a", {"one": show}), slots=([core],))
-    assert f"\non [{core}]\n" in (tmp_path / "a" / "log.txt").read_text()
-    run(scheduler_lib.Job("b", tmp_path / "b", {"one": show}))
-    assert f"\non {sorted(before)}\n" in (tmp_path / "b" / "log.txt").read_text()
+def test_a_job_does_not_wait_for_one_that_has_failed(tmp_path):
+    """What it starts from may be there all the same; if not, its own command says so at once."""
+    driver = Looks("s", "t")
+    driver.ends = {"bad 2": [Outcome(FAILED, "no")], "worse 1": [Outcome(FAILED, "no start")]}
+    jobs = make_jobs(tmp_path, "bad") + make_jobs(tmp_path, "wants", "worse", after=("bad",))
+    changes, _ = run(driver, jobs)
+    assert {change for change in changes if change[0] != PLACED} == {
+        (FAILED, "bad"),
+        (DONE, "wants"),
+        (FAILED, "worse"),
+    }
+    assert read(jobs[0]).failed == "two: no"
+    assert read(jobs[2]).failed == "one: no start; bad, which it starts from, has failed"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -121,127 +144,200 @@ def test_a_slot_keeps_its_jobs_on_its_cores(tmp_path):
 
 
 def test_a_failure_is_kept_apart_and_retried_on_request(tmp_path):
-    bad = make_job(
-        tmp_path, "bad", one="echo one >> trace", two="[ -e cure ] || exit 3", three="echo >> trace"
-    )
-    good = make_job(tmp_path, "good", one="echo good >> trace")
-    ended = run(bad, good)
-    assert (ended["bad"].state, ended["bad"].failed) == (
-        scheduler_lib.FAILED,
-        "two: ended with status 3",
-    )
-    assert ended["bad"].finished == ["one"]
-    assert ended["good"].state == scheduler_lib.DONE
+    driver = Looks()
+    driver.ends = {"bad 2": [Outcome(FAILED, "ended with status 3", 1.0)]}
+    bad, good = jobs = make_jobs(tmp_path, "bad", "good")
+    run(driver, jobs)
+    before = read(bad)
+    assert (before.state, before.failed) == (FAILED, "two: ended with status 3")
+    assert (before.finished, before.cpu_seconds) == (["one"], 3.0)
+    assert read(good).state == DONE
+    assert scheduler_lib.find_due(jobs, retry_failed=False) == []
+    assert scheduler_lib.find_due(jobs, retry_failed=True) == [bad]
 
-    status = scheduler_lib.read_status(bad.folder)
-    assert not scheduler_lib.is_due(bad, status, retry_failed=False)
-    assert scheduler_lib.is_due(bad, status, retry_failed=True)
-    assert not scheduler_lib.is_due(good, scheduler_lib.read_status(good.folder), retry_failed=True)
-
-    (tmp_path / "cure").touch()
-    again = run(bad)["bad"]
-    assert (again.state, again.failed, again.attempts) == (scheduler_lib.DONE, "", 2)
-    assert read_trace(tmp_path) == ["one", "good"]  # and an empty line: nothing was repeated
-    assert again.seconds > status.seconds
-
-
-def test_a_command_that_was_killed_has_failed(tmp_path):
-    assert (
-        run(make_job(tmp_path, "a", one="kill -9 $$"))["a"].failed == "one: was killed by SIGKILL"
-    )
-
-
-def test_a_command_that_does_not_exist_has_failed(tmp_path):
-    job = scheduler_lib.Job("a", tmp_path / "a", {"one": [str(tmp_path / "nothing")]})
-    assert run(job)["a"].state == scheduler_lib.FAILED
-    assert "No such file" in scheduler_lib.read_tail(job.folder / "log.txt", 3)
+    assert run(driver, jobs) == ([], [])
+    driver.log.clear()
+    assert run(driver, jobs, retry_failed=True)[0] == [(PLACED, "bad"), (DONE, "bad")]
+    assert driver.log == [("s", "bad 2")]  # what was finished is not repeated
+    after = read(bad)
+    assert (after.state, after.failed, after.attempts) == (DONE, "", 2)
+    assert (after.seconds > before.seconds, after.cpu_seconds) == (True, 5.0)
 
 
 def test_a_new_command_makes_a_job_due_again(tmp_path):
-    run(make_job(tmp_path, "a", one="echo 1 >> trace"))
-    more = make_job(tmp_path, "a", one="echo 1 >> trace", two="echo 2 >> trace")
-    assert scheduler_lib.is_due(more, scheduler_lib.read_status(more.folder), retry_failed=False)
-    run(more)
-    assert read_trace(tmp_path) == ["1", "2"]
+    driver, (job,) = Looks(), make_jobs(tmp_path, "a")
+    run(driver, [job])
+    more = dataclasses.replace(job, commands={**job.commands, "three": ["a", "3"]})
+    assert run(driver, [more])[0] == [(PLACED, "a"), (DONE, "a")]
+    assert [name for _, name in driver.log] == ["a 1", "a 2", "a 3"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_makes_the_driver_take_leave(tmp_path, error):
+    driver = Looks("s", "t")
+    driver.looks = {"b 1": 1000}
+    jobs = make_jobs(tmp_path, "a", "b")
+
+    def refuse(change, job, status):
+        if change == DONE:
+            raise error("no")
+
+    with pytest.raises(error):
+        scheduler_lib.Scheduler(driver).run(jobs, on_change=refuse)
+    assert driver.stopped == ["b 1"]
+    assert (read(jobs[0]).state, read(jobs[1]).state) == (DONE, STARTED)
+    assert read(jobs[1]).seconds > 0
+    assert scheduler_lib.find_due(jobs, retry_failed=False) == [jobs[1]]
 
 
 # ---------------------------------------------------------------------------------------------
-# The end of the scheduler
+# Slots that come and go, and commands that last
 
-_DRIVER = """
-import json, pathlib, sys
-from atommem_jax.sweeps import scheduler as scheduler_lib
-folder, commands = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
-with scheduler_lib.lock(folder) as descriptor, scheduler_lib.interruptible():
-    scheduler = scheduler_lib.Scheduler([[]], keep_open=[descriptor])
-    scheduler.run([scheduler_lib.Job("a", folder / "a", commands)])
+
+def test_a_job_that_loses_its_slot_goes_back_to_its_place_in_the_queue(tmp_path):
+    driver = Looks("s", "t", lasting=True)
+    driver.ends = {"a 2": [Outcome(LOST)]}
+    driver.looks = {"b 1": 9}
+    jobs = make_jobs(tmp_path, "a", "b", "c")
+    changes, left = run(driver, jobs)
+    assert changes[2:4] == [(LOST, "a"), (DONE, "b")]
+    assert [entry for entry in driver.log if "1" not in entry[1]][:2] == [
+        ("s", "a 2"),
+        ("t", "b 2"),
+    ]
+    assert driver.log[4:] == [("t", "a 2"), ("t", "c 1"), ("t", "c 2")]
+    assert left == []
+    status = read(jobs[0])
+    assert (status.state, status.attempts, status.requeued, status.slot) == (DONE, 2, 1, "t")
+
+
+def test_without_a_slot_jobs_are_left_and_the_next_scheduler_takes_them(tmp_path):
+    driver = Looks("s", lasting=True)
+    driver.ends = {"a 1": [Outcome(LOST)]}
+    jobs = make_jobs(tmp_path, "a", "b")
+    assert run(driver, jobs)[1] == ["a", "b"]
+    assert read(jobs[0]).state == STARTED
+    assert scheduler_lib.read_status(jobs[1].folder) is None
+    assert run(Looks("t", lasting=True), jobs)[1] == []
+
+
+def test_a_slot_that_is_not_ready_is_waited_for(tmp_path):
+    driver, looks = Looks("s"), iter([False] * 3)
+    driver.slots = lambda: {"s": next(looks, True)}
+    assert run(driver, make_jobs(tmp_path, "a"))[1] == []
+    assert next(looks, None) is None
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_commands_that_last_are_found_in_their_slot(tmp_path, lasting):
+    first, jobs = Looks("s", lasting=lasting), make_jobs(tmp_path, "a", "b")
+    first.looks = {"a 1": 1000}
+
+    def interrupt(change, job, status):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scheduler_lib.Scheduler(first).run(jobs, on_change=interrupt)
+    assert read(jobs[0]).at_work == "one"
+    # The slot is not offered any more: what is at work there is looked after, and nothing more.
+    second = Looks("t", lasting=lasting)
+    run(second, jobs)
+    assert second.found == (["a 1"] if lasting else [])
+    where = {name: slot for slot, name in second.log}
+    assert where == {
+        "a 1": "s" if lasting else "t",
+        "a 2": "s" if lasting else "t",
+        "b 1": "t",
+        "b 2": "t",
+    }
+    assert read(jobs[0]).attempts == (1 if lasting else 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is on disk, and what a user sees
+
+
+def test_an_older_status_is_read_and_its_job_goes_on(tmp_path):
+    job = Job("a", tmp_path / "a", {"train": ["a", "train"], "evaluate x": ["a", "evaluate"]})
+    job.folder.mkdir()
+    (job.folder / scheduler_lib.STATUS_FILE).write_text(OLD_STATUS)
+    status = read(job)
+    assert (status.state, status.attempts, status.seconds) == (FAILED, 2, 61.25)
+    assert status.about["config"]["task.scales"] == [1, 2]
+    for driver in (Looks(), Looks(lasting=True)):
+        (job.folder / scheduler_lib.STATUS_FILE).write_text(OLD_STATUS)
+        assert run(driver, [job]) == ([], [])
+        assert run(driver, [job], retry_failed=True)[0] == [(PLACED, "a"), (DONE, "a")]
+        assert driver.log == [("s", "a evaluate")]
+        assert (read(job).attempts, read(job).cpu_seconds) == (3, 120.5)
+
+
+def test_a_plan_names_states_and_what_is_left(tmp_path):
+    jobs = make_jobs(tmp_path, "new", "half", "placed", "bad", "done")
+    statuses = {
+        "new": None,
+        "half": Status(finished=["one"]),
+        "placed": Status(slot="va", at_work="one"),
+        "bad": Status(state=FAILED),
+        "done": Status(state=DONE, finished=["one", "two"]),
+    }
+    plan = scheduler_lib.describe_plan(jobs, statuses, retry_failed=False)
+    assert plan.splitlines() == [
+        *("new: pending", "    new 1", "    new 2"),
+        *("half: started", "    half 2"),
+        *("placed: started on va", "    placed 1", "    placed 2"),
+        "bad: failed, nothing to do",
+        "done: done, nothing to do",
+    ]
+
+
+def test_what_happens_is_told_in_a_line(tmp_path):
+    (job,) = make_jobs(tmp_path, "a")
+    here, there = Status(failed="one: no"), Status(slot="va", failed="one: no")
+    told = [
+        [scheduler_lib.tell(change, job, status) for change in (PLACED, DONE, FAILED)]
+        for status in (here, there)
+    ]
+    assert told == [
+        ["placed  a", "done    a", "FAILED  a  one: no"],
+        ["placed  a on va", "done    a on va", "FAILED  a  one: no"],
+    ]
+    assert scheduler_lib.tell(LOST, job, there) == "queued  a again: va has lost it"
+
+
+# ---------------------------------------------------------------------------------------------
+# The lock
+
+_HOLDER = """
+import pathlib, sys
+from atommem_jax.sweeps import scheduler
+with scheduler.lock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(
-            signal.SIGKILL,
-            marks=pytest.mark.skipif(sys.platform != "linux", reason="orphans go on here"),
-        ),
-    ],
-)
-def test_commands_end_with_the_scheduler_and_the_next_one_goes_on(tmp_path, number):
-    job = make_job(
-        tmp_path,
-        "a",
-        one="echo one >> trace",
-        two="[ -e go ] || { touch waiting; exec sleep 1000; }; echo two >> trace",
+def test_the_second_on_a_folder_is_told_who_the_first_is(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)],
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    driver = subprocess.Popen(
-        [sys.executable, "-c", _DRIVER, str(tmp_path), json.dumps(job.commands)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-    )
-    while driver.poll() is None and not (tmp_path / "waiting").exists():
-        time.sleep(0.01)
-    # In use, by the scheduler and by its command.
-    with pytest.raises(ConfigError, match="is in use"), scheduler_lib.lock(tmp_path, patience=0.0):
-        pass
-    driver.send_signal(number)
-    _, printed = driver.communicate()
-    assert driver.returncode != 0, printed
-    status = scheduler_lib.read_status(job.folder)
-    assert (status.state, status.finished) == (scheduler_lib.STARTED, ["one"])
-
-    (tmp_path / "go").touch()
-    with scheduler_lib.lock(tmp_path, patience=60.0):  # free: the command has ended too
-        assert run(job)["a"].state == scheduler_lib.DONE
-    assert read_trace(tmp_path) == ["one", "two"]
-    assert scheduler_lib.read_status(job.folder).attempts == 2
+    assert holder.stdout.readline() == "held\n"
+    for _ in range(2):  # who is refused leaves the name as it is
+        with (
+            pytest.raises(ConfigError, match=rf"in use by process {holder.pid} on .* \(-c "),
+            scheduler_lib.lock(tmp_path, patience=0.0),
+        ):
+            pass
+    holder.communicate("")
+    with scheduler_lib.lock(tmp_path, patience=0.0):
+        assert f"process {holder.pid} " not in (tmp_path / ".lock").read_text()
 
 
-def test_an_error_in_a_report_ends_the_commands(tmp_path):
-    def refuse(job, status):
-        raise RuntimeError("no")
-
-    sleeper = make_job(tmp_path, "b", one="exec sleep 1000")
-    with scheduler_lib.lock(tmp_path) as descriptor:
-        scheduler = scheduler_lib.Scheduler([UNCONFINED, UNCONFINED], keep_open=[descriptor])
-        with pytest.raises(RuntimeError, match="no"):
-            scheduler.run([make_job(tmp_path, "a", one=":"), sleeper], refuse)
-    with scheduler_lib.lock(tmp_path, patience=60.0):
-        assert scheduler_lib.read_status(sleeper.folder).state == scheduler_lib.STARTED
-
-
-# ---------------------------------------------------------------------------------------------
-# Logs
-
-
-def test_a_tail_shows_progress_bars_as_they_were_left(tmp_path):
-    log = tmp_path / "log.txt"
-    assert scheduler_lib.read_tail(log, 3) == scheduler_lib.read_progress(log) == ""
-    log.write_text("begin\nsft:   1%|   | 1/90\rsft:  10%|#  | 9/90\n\nsft step 9: EM 0.1\n")
-    assert scheduler_lib.read_tail(log, 2) == "sft:  10%|#  | 9/90\nsft step 9: EM 0.1"
-    assert scheduler_lib.read_progress(log) == "sft 10%"
-    with log.open("a") as file:
-        file.write("\rrl:   0%|  | 0/36\rrl:  50%|# | 18/36")
-    assert scheduler_lib.read_progress(log) == "rl 50%"
-    assert scheduler_lib.read_tail(log, 1) == "rl:  50%|# | 18/36"
+def test_a_status_has_the_fields_that_older_versions_read(tmp_path):
+    Status(about={"x": 1}).write(tmp_path)
+    saved = json.loads((tmp_path / scheduler_lib.STATUS_FILE).read_text())
+    assert list(json.loads(OLD_STATUS)) == list(saved)[: len(json.loads(OLD_STATUS))]

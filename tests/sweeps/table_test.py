@@ -131,3 +131,19 @@ def test_a_sweep_without_any_measurement_has_a_table(make_sweep, tmp_path):
     text = table.render_markdown(table.collect(plan.runs, tmp_path), "few")
     assert "0 of 2 runs done" in text
     assert text.endswith("Not started: a, b.\n")
+
+
+def test_a_folder_of_an_older_version_has_a_table(make_sweep, tmp_path):
+    plan = make_sweep([("a", {"seed": 1}), ("b", {"seed": 2})], "[{'splits': ['test_1x']}]")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "status.json").write_text(sweeps.OLD_STATUS)
+    leave_cell(tmp_path / "a", "test_1x", 0.0, 12, 0.25)
+    results, text = table.write(plan, tmp_path)
+    assert [result.state for result in results] == [scheduler.FAILED, scheduler.PENDING]
+    assert text == (tmp_path / "table.md").read_text()
+    assert text.startswith("# few\n")
+    assert "0.03 CPU hours, 0.02 hours summed over runs; commit 8c6116f+." in text
+    assert "Failed: a (evaluate)." in text
+    first = next(csv.DictReader((tmp_path / "table.csv").open()))
+    assert (first["run"], first["state"], first["em"]) == ("a", "failed", "0.25")
+    assert (first["seconds"], first["cpu_seconds"]) == ("61.2", "118.5")
