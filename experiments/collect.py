@@ -89,13 +89,14 @@ def main(argv) -> None:
     """See the module docstring."""
     # ------------------------------------------------------------------ flags
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
-    for flag in (BASE_URL, MODEL, OUT):
-        check(bool(flag.value), f"--{flag.name} is missing: pass it; see --help")
+    base_url, model, out = (
+        flags.require(flag, "pass it; see --help") for flag in (BASE_URL, MODEL, OUT)
+    )
     prices = _read_prices(PRICE.value)
     options = _read_options()
     endpoint = Endpoint(
-        BASE_URL.value,
-        MODEL.value,
+        base_url,
+        model,
         api_key=_read_key(API_KEY_ENV),
         options=options,
         patience=Patience(TIMEOUT.value, RETRIES.value, BACKOFF.value, LONGEST_WAIT.value),
@@ -117,11 +118,11 @@ def main(argv) -> None:
     # ------------------------------------------------------------------ loop
     source = {
         "split": SPLIT.value,
-        "model": MODEL.value,
+        "model": model,
         **options,
         **flatten(config.task.to_dict(), "task."),
     }
-    with store.Writer(pathlib.Path(OUT.value), store.describe_setting(parts), source) as writer:
+    with store.Writer(pathlib.Path(out), store.describe_setting(parts), source) as writer:
         tally = Tally(MIN_REWARD.value, prices)
         for name in (store.EPISODES, store.FAILURES):
             for record in writer.read(name):

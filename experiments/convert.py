@@ -70,17 +70,16 @@ PAD_TOKEN = absl_flags.DEFINE_string(
 def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    for flag in (SOURCE, TARGET):
-        check(bool(flag.value), f"--{flag.name} is missing: see --help")
+    source, target = (flags.require(flag, "see --help") for flag in (SOURCE, TARGET))
     try:
         if TO.value == "checkpoint":
             config = parse(CONFIG.value)
             mesh_lib.prepare_devices(config.mesh.cpu_devices)
-            write_checkpoint(SOURCE.value, TARGET.value, config, vocab_size=VOCAB_SIZE.value)
+            write_checkpoint(source, target, config, vocab_size=VOCAB_SIZE.value)
         elif TO.value == "adapters":
-            write_adapters(SOURCE.value, TARGET.value, base=BASE.value, dtype=DTYPE.value)
+            write_adapters(source, target, base=BASE.value, dtype=DTYPE.value)
         else:
-            write_huggingface(SOURCE.value, TARGET.value, dtype=DTYPE.value)
+            write_huggingface(source, target, dtype=DTYPE.value)
     except (hf_config.PublishedError, CheckpointError) as error:
         raise ConfigError(str(error)) from error
 
@@ -135,7 +134,8 @@ def write_checkpoint(source: str, target: str, config: Experiment, *, vocab_size
     )
     model = dataclasses.replace(found, vocab_size=vocab_size or found.vocab_size)
     tokenizer = read_tokenizer(source, model, build.reserved_names(config))
-    check(tokenizer is not None, f"--tokenizer is missing: {source} has no tokenizer.json")
+    if tokenizer is None:
+        raise ConfigError(f"--tokenizer is missing: {source} has no tokenizer.json")
     config = describe_run(config, model)
     validate.validate(config)
     parts = build.build(config, tokenizer)

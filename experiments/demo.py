@@ -151,7 +151,7 @@ def _measure(
     What an interrupted call has measured already is not played again.
     """
     loaded = load.load(str(folder), str(step))
-    first = {}
+    first: dict[str, dict[str, Any]] = {}
     for suffix, temperature in TEMPERATURES.items():
         for scale in (f"{times}x" for times in scales):
             summary = score.evaluate_split(

@@ -59,10 +59,8 @@ SKIP_EXISTING = absl_flags.DEFINE_bool(
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
-    loaded = load(
-        CHECKPOINT.value, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value
-    )
+    checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
+    loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
     dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))

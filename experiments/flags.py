@@ -61,6 +61,15 @@ def _share(name: str, define: Callable[[], absl_flags.FlagHolder]) -> absl_flags
     return define()
 
 
+def require(holder: absl_flags.FlagHolder, advice: str) -> str:
+    """The value of a flag that has no default. Raises ConfigError where it was not given.
+
+    advice: what to pass.
+    """
+    config_lib.check(bool(holder.value), f"--{holder.name} is missing: {advice}")
+    return holder.value
+
+
 def read_changes(name: str = "config") -> tuple[str, dict[str, Any]]:
     """The config file that `--config` names, and {path: value} of the fields set by flag."""
     flag = absl_flags.FLAGS[name]

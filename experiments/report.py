@@ -36,9 +36,8 @@ OUT = absl_flags.DEFINE_string("out", None, "Folder of the report. Default: <wor
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    check(bool(WORKDIR.value), "--workdir is missing: pass the workdir of a training run")
     run.make(
-        pathlib.Path(WORKDIR.value),
+        pathlib.Path(flags.require(WORKDIR, "pass the workdir of a training run")),
         flags.DATA_ROOT.value,
         compare=[pathlib.Path(other) for other in COMPARE.value],
         split=SPLIT.value,

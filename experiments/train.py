@@ -51,10 +51,10 @@ PROCESSES = flags.define_processes()
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
-    check(bool(WORKDIR.value), "--workdir is missing: pass a directory for checkpoints and metrics")
+    workdir = flags.require(WORKDIR, "pass a directory for checkpoints and metrics")
     processes.initialise(**PROCESSES())
     processes.catch_preemption()
-    train(parse(CONFIG.value), WORKDIR.value, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
+    train(parse(CONFIG.value), workdir, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
 
 
 def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool = False) -> None:

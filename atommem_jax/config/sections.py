@@ -90,7 +90,8 @@ class Section:
 
         prefix: path of the section, as `rl.ppo`.
         """
-        hints = read_hints(type(self))
+        kind: Any = type(self)
+        hints = read_hints(kind)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             path = f"{prefix}.{field.name}" if prefix else field.name

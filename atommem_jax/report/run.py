@@ -192,8 +192,9 @@ def trace_episodes(
     loaded = load.load(str(workdir), step)
     dataset = build.load_dataset(loaded.parts.config, data_root)
     if split is None:
-        split = next((name for name in dataset.splits if name.startswith("test")), None)
-        check(split is not None, f"the data set has no test split, but {list(dataset.splits)}")
+        tests = [name for name in dataset.splits if name.startswith("test")]
+        check(bool(tests), f"the data set has no test split, but {list(dataset.splits)}")
+        split = tests[0]
     shape = loaded.shape(dataset, split)
     examples = dataset.split(split)
     played = play(loaded, examples, shape, episodes, temperature)

@@ -142,8 +142,8 @@ class Stage:
 
     def score(self, trajectories, aliases) -> np.ndarray:
         """Exact match of each question in the rows of this process, on the host: Float[B Q]."""
-        answers = host_batches.fetch((trajectories.answers, trajectories.answer_lengths))
-        texts = evaluation.decode_answers(*answers, self.parts.tokenizer.decode)
+        answers, lengths = host_batches.fetch((trajectories.answers, trajectories.answer_lengths))
+        texts = evaluation.decode_answers(answers, lengths, self.parts.tokenizer.decode)
         return evaluation.score_answers(texts, aliases)
 
     def ids(self, step: int, count: int) -> jax.Array:
