@@ -8,7 +8,7 @@ import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
 from atommem_jax.model.transformer import ModelConfig
-from atommem_jax.weights import hf_config, huggingface
+from atommem_jax.weights import hf_config, hf_export, hf_names, huggingface
 from atommem_jax.weights.hf_config import PublishedError
 from experiments.configs import published
 from tests.weights import huggingface_test
@@ -99,7 +99,7 @@ def test_a_published_config_is_enough(preset, fields, tensors):
     config = hf_config.parse_config(fields)
     sizes = published.get_preset(preset).sizes()
     assert config == ModelConfig(**sizes, pad_id=fields.get("pad_token_id", 0))
-    shapes = huggingface.published_shapes(config)
+    shapes = hf_names.published_shapes(config)
     assert len(shapes) == tensors
     last = fields["num_hidden_layers"] - 1
     assert shapes[f"model.layers.{last}.mlp.down_proj.weight"] == (
@@ -193,7 +193,7 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
     tensors = huggingface_test.make_tensors(fields)
     config, params = huggingface.load(huggingface_test.write(tmp_path / "in", fields, tensors))
     tokenizer = hf_config.read_tokenizer(write_tokenizer(tmp_path / "in"), config.vocab_size)
-    huggingface.save(tmp_path / "out", params, config, tokenizer=tokenizer)
+    hf_export.save(tmp_path / "out", params, config, tokenizer=tokenizer)
     read = hf_config.read_config(tmp_path / "out")
     assert read == dataclasses.replace(config, pad_id=257)
     again = hf_config.read_tokenizer(tmp_path / "out", read.vocab_size)
