@@ -5,8 +5,8 @@ counters and the metrics in one Orbax `Composite`. Orbax writes it under a tempo
 renames it when it is whole, so an interrupted save leaves the previous steps as they were. The
 last steps and the best ones are kept.
 
-This is Orbax's first interface. The second is `orbax.checkpoint.experimental.v1` in what is
-installed: its maintainers do not call it stable yet.
+This is Orbax's first interface: its second lies under `orbax.checkpoint.experimental` in 0.12.8,
+and its maintainers announce it as the main one for their version 1.0.
 """
 
 import dataclasses
@@ -234,15 +234,9 @@ class Checkpointer:
         step = self._resolve(step)
         abstract_state = jax.tree.map(_place, abstract_state)
         items = self._restore_items(step, _TREE, _CONFIG, _TOKENIZER, _DATA, _PROGRESS, _METRICS)
-        differing = fingerprint.find_differences(abstract_state, items[_TREE], partial=partial)
-        if differing:
-            more = len(differing) - _LEAVES_SHOWN
-            raise CheckpointError(
-                f"abstract_state does not fit step {step} of {self.directory}, leaves that differ: "
-                f"{'; '.join(differing[:_LEAVES_SHOWN])}{f'; and {more} more' if more > 0 else ''}."
-                " Build the model from restore_config() of this directory, or choose another "
-                "directory."
-            )
+        self._check_fit(
+            step, fingerprint.find_differences(abstract_state, items[_TREE], partial=partial)
+        )
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         tree_args = ocp.args.PyTreeRestore(
             abstract_state, restore_args=restore_args, partial_restore=partial
@@ -367,6 +361,17 @@ class Checkpointer:
                 "one of them, or None for the latest."
             )
         return step
+
+    def _check_fit(self, step: int, differing: Sequence[str]) -> None:
+        if not differing:
+            return
+        shown = "; ".join(differing[:_LEAVES_SHOWN])
+        more = len(differing) - _LEAVES_SHOWN
+        raise CheckpointError(
+            f"abstract_state does not fit step {step} of {self.directory}, leaves that differ: "
+            f"{shown}{f'; and {more} more' if more > 0 else ''}. Build the model from "
+            "restore_config() of this directory, or choose another directory."
+        )
 
     def _restore_items(self, step: int, *names: str) -> dict[str, Any]:
         return self._read(step, {name: ocp.args.JsonRestore() for name in names})

@@ -312,8 +312,10 @@ def _number(fields: Mapping[str, Any], field: str, where: str) -> float:
 def _integer(fields: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:
     value = fields.get(field)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PublishedError(f"{where}: {field} is {value!r}; it must be a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 31:
+        raise PublishedError(
+            f"{where}: {field} is {value!r}; it must be a whole number, of at most 31 bits"
+        )
     return value
 
 

@@ -1,7 +1,8 @@
 """Files of a Hugging Face directory: which tensors lie in which safetensors file.
 
 One file, or several beside an index. The names and shapes of tensors are read from the headers,
-and what a file lacks is named: a tensor, or the one that a truncated file ends in.
+and what a file lacks is named: a tensor, or the one that a truncated file ends in. Which tensor is
+written to which file is decided by `huggingface_hub`, from shapes alone.
 """
 
 import json

@@ -143,6 +143,11 @@ def test_configs_come_back(fields):
         ({"hidden_size": None}, ["hidden_size is None; it must be a whole number"]),
         ({"num_hidden_layers": "36"}, ["num_hidden_layers is '36'"]),
         ({"rms_norm_eps": None}, ["rms_norm_eps is None; it must be a number"]),
+        ({"layer_types": [["full_attention"]]}, ["layer_types holds ['full_attention']"]),
+        ({"architectures": 3}, ["architectures=[3]"]),
+        ({"architectures": [["Qwen3Model"]]}, ["architectures=[['Qwen3Model']]"]),
+        ({"rope_scaling": "null"}, ["rope_scaling is 'null'; it must be an object or null"]),
+        ({"head_dim": 2**70}, ["head_dim is 1180591620717411303424", "31 bits"]),
         ({"num_key_value_heads": 5}, ["model.num_heads=32 is not a multiple of", "=5"]),
     ],
 )
@@ -218,6 +223,22 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, size, arguments, na
         hf_config.read_tokenizer(write_tokenizer(tmp_path, **names), size, **arguments)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("WordLevel", [{"a": 0, "<|end|>": 1, "<|pad|>": 2}, "a"]),
+        ("WordPiece", [{"a": 0, "<|end|>": 1, "<|pad|>": 2}]),
+        ("Unigram", [[("a", -1.0), ("<|end|>", -2.0), ("<|pad|>", -2.0)]]),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, kind, arguments):
+    write_tokenizer(tmp_path)
+    other = tokenizers.Tokenizer(getattr(tokenizers.models, kind)(*arguments))
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(PublishedError, match=rf"tokenizer\.json: holds a {kind} tokenizer"):
+        hf_config.read_tokenizer(tmp_path, 300)
 
 
 def test_tokenizer_files_that_cannot_be_read_are_named(tmp_path):

@@ -381,6 +381,7 @@ def test_an_unexpected_tensor_is_named(tmp_path):
         ("head_dim", 16, ["layers.0.self_attn.q_proj.weight", "num_attention_heads x head_dim"]),
         ("num_hidden_layers", 1, ["found model.layers.1.input_layernorm.weight"]),
         ("num_hidden_layers", 3, ["model.layers.2.", "is missing"]),
+        ("num_hidden_layers", 2_000_000_000, ["2000000000 layers by config.json", "only 25"]),
         ("tie_word_embeddings", True, []),
     ],
 )
@@ -424,6 +425,9 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
     index["weight_map"]["model.norm.weight"] = "model-1.safetensors"
     path.write_text(json.dumps(index))
     expect(folder, "does not hold model.norm.weight")
+    for places in (None, [], {"model.norm.weight": 1}):
+        path.write_text(json.dumps({"weight_map": places}))
+        expect(folder, "model.safetensors.index.json: weight_map must be an object")
 
 
 def test_a_quantised_tensor_is_named(tmp_path):
