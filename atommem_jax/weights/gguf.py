@@ -131,7 +131,7 @@ class Model:
         if pad_token is not None:
             names["pad_token"] = pad_token
         vocabulary, added = self._find_ids(pieces, names.values(), reserved)
-        merges = [tuple(m.split(" ")) for m in self._read_strings("tokenizer.ggml.merges")]
+        merges: Any = [tuple(m.split(" ")) for m in self._read_strings("tokenizer.ggml.merges")]
         try:
             # Llama 3 takes a word that is a piece as it is, whether merges lead there or not.
             model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe")
