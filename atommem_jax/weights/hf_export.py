@@ -51,13 +51,7 @@ def save(
     hf_names.check_dtype(dtype)
     fields = hf_config.format_config(config, dtype=dtype)
     leaves = traverse_util.flatten_dict(params, sep="/")
-    shapes = traverse_util.flatten_dict(hf_names.make_shapes(config), sep="/")
-    if {n: x.shape for n, x in leaves.items()} != {n: x.shape for n, x in shapes.items()}:
-        wrong = [n for n in leaves | shapes if _shape(leaves, n) != _shape(shapes, n)]
-        raise ValueError(
-            f"parameter {wrong[0]} is {_shape(leaves, wrong[0])}, and by the model's config it "
-            f"must be {_shape(shapes, wrong[0])}; pass the config that the model was made with"
-        )
+    _check_shapes(leaves, config)
     folder = pathlib.Path(directory)
     writes = jax.process_index() == 0
     if writes:
@@ -155,6 +149,17 @@ def save_adapters(
     }
     hf_shards.write_json(folder / ADAPTER_CONFIG_FILE, fields)
     _permit_reading(folder, [ADAPTER_FILE, hf_names.VALUE_HEAD_FILE], like=ADAPTER_CONFIG_FILE)
+
+
+def _check_shapes(leaves: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises ValueError for parameters that are not of this config."""
+    shapes = traverse_util.flatten_dict(hf_names.make_shapes(config), sep="/")
+    if {n: x.shape for n, x in leaves.items()} != {n: x.shape for n, x in shapes.items()}:
+        wrong = [n for n in leaves | shapes if _shape(leaves, n) != _shape(shapes, n)]
+        raise ValueError(
+            f"parameter {wrong[0]} is {_shape(leaves, wrong[0])}, and by the model's config it "
+            f"must be {_shape(shapes, wrong[0])}; pass the config that the model was made with"
+        )
 
 
 def _permit_reading(folder: pathlib.Path, files: Sequence[str], *, like: str) -> None:
