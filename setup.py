@@ -31,12 +31,16 @@ setup(
         "bench": ["faiss-cpu>=1.10", "torch>=2.6"],
         # What experiments/collect.py asks teachers through.
         "collect": ["openai>=2.8,<4"],
+        # Reads .gguf files. Pure Python, and what it needs is required here already; most runs
+        # never open such a file.
+        "gguf": ["gguf>=0.17"],
         # What tests/model/parity_test.py compares with; PyTorch as above. accelerate is for weights
         # in GGUF.
         "hf": ["accelerate>=1.5", "gguf>=0.17", "torch>=2.6", "transformers>=5"],
         # Built from its source, which takes CMake, a C++ compiler and a while.
         "llama": ["gguf>=0.17", "llama-cpp-python>=0.3.16"],
         "test": [
+            "gguf>=0.17",
             "hypothesis>=6.130",
             "mypy>=1.15",
             "openai>=2.8,<4",

@@ -33,7 +33,7 @@ from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTo
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.transformer import ModelConfig
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.weights import gguf, hf_config, huggingface
+from atommem_jax.weights import gguf, hf_config, hf_export, huggingface
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 from experiments import flags
 
@@ -91,7 +91,7 @@ def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> No
     """
     config, params, tokenizer = read(source)
     published_one = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    huggingface.save(target, params, config, tokenizer=published_one, dtype=dtype)
+    hf_export.save(target, params, config, tokenizer=published_one, dtype=dtype)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(target)
     _say(target, params, config)
@@ -107,7 +107,7 @@ def write_adapters(source: str, target: str, *, base: str = "", dtype: str = "fl
     loaded = load.load_adapters(source)
     config = loaded.parts.agent.model.config
     base = base or loaded.parts.config.init_from
-    huggingface.save_adapters(target, loaded.params, config, base=base, dtype=dtype)
+    hf_export.save_adapters(target, loaded.params, config, base=base, dtype=dtype)
     count = model_lib.count_params(loaded.params)
     print(
         f"{target}: adapters of rank {config.lora.rank}, {count:,} parameters, value head included"

@@ -29,7 +29,10 @@ ORDER = {
         "schema builders synthetic babi multihop_files multihop_qa datasets encoding "
         "batches teacher workflows"
     ),
-    "weights": "fingerprint checkpoint hf_config hf_shards gguf huggingface",
+    "weights": (
+        "fingerprint records checkpoint hf_config hf_shards gguf_file gguf hf_names huggingface "
+        "hf_export"
+    ),
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
     "agent": "build play validate load score",
     "report": "trace figures page run",

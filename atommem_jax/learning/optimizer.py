@@ -98,7 +98,12 @@ def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> Tra
 def apply_gradients(
     state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step, or none where a gradient is not finite."""
+    """One optimiser step, or none where a gradient is not finite.
+
+    `optax.apply_if_finite` gives in after a set number of such gradients and applies one, takes a
+    gradient whose norm overflows for a finite one, and keeps its counts within `opt_state`, where
+    checkpoints from before would not have them: hence not that.
+    """
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

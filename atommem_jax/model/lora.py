@@ -79,25 +79,22 @@ def merge(params: PyTree, config: LoraConfig) -> PyTree:
     if not config.rank:
         return params
 
-    def walk(tree: PyTree) -> PyTree:
-        merged = {}
-        for name, part in tree.items():
-            if name.endswith(SUFFIX):
-                continue
-            adapter = tree.get(name + SUFFIX)
-            if adapter is not None:
-                change = _product(adapter, config.scale)
-                merged[name] = jax.tree.map(lambda w, d=change: w.astype(jnp.float32) + d, part)
-            elif isinstance(part, Mapping):
-                merged[name] = walk(part)
-            else:
-                merged[name] = part.astype(jnp.float32)
-        return merged
-
-    return walk(params)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    merged = {}
+    for path, leaf in flat.items():
+        if f"{SUFFIX}/" in path:
+            continue
+        merged[path] = leaf.astype(jnp.float32)
+        for matrix in (path, path.rpartition("/")[0]):  # a matrix is a leaf, or holds one
+            if f"{matrix}{SUFFIX}/a" in flat:
+                a, b = (flat[f"{matrix}{SUFFIX}/{factor}"] for factor in "ab")
+                merged[path] += _product(a, b, config.scale)
+    return _unflatten(merged)
 
 
-def _product(adapter: Mapping[str, Array], scale: float) -> Float[Array, "*layers in out"]:
+def _product(
+    a: Float[Array, "*layers in rank"], b: Float[Array, "*layers rank out"], scale: float
+) -> Float[Array, "*layers in out"]:
     # A TPU would multiply float32 in bfloat16: too coarse for what is added to a weight.
-    a, b = adapter["a"].astype(jnp.float32), adapter["b"].astype(jnp.float32)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -4,9 +4,11 @@ A step holds the train state, the config, the tokenizer, the position in the dat
 counters and the metrics in one Orbax `Composite`. Orbax writes it under a temporary name and
 renames it when it is whole, so an interrupted save leaves the previous steps as they were. The
 last steps and the best ones are kept.
+
+This is Orbax's first interface: its second lies under `orbax.checkpoint.experimental` in 0.12.8,
+and its maintainers announce it as the main one for their version 1.0.
 """
 
-import base64
 import dataclasses
 import math
 import os
@@ -15,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from atommem_jax.parallel import processes
-from atommem_jax.weights.fingerprint import describe, fingerprints
+from atommem_jax.weights import fingerprint
+from atommem_jax.weights.records import decode, encode
 
 PyTree = Any
 
@@ -35,7 +37,6 @@ _STATE, _CONFIG, _TOKENIZER, _DATA, _PROGRESS, _METRICS, _TREE = (
     "scores",  # Orbax reserves the name "metrics"
     "tree",
 )
-_TUPLE, _BYTES = "__tuple__", "__bytes__"  # how JSON holds what it has no type for
 _LEAVES_SHOWN = 5
 _CLOSE_SECONDS = 30  # that a save may still take when another process may be gone
 
@@ -207,7 +208,7 @@ class Checkpointer:
             _DATA: ocp.args.JsonSave({"processes": data_states}),
             _PROGRESS: ocp.args.JsonSave(encode(progress, "progress")),
             _METRICS: ocp.args.JsonSave(scores),
-            _TREE: ocp.args.JsonSave(_describe_with_fingerprints(state)),
+            _TREE: ocp.args.JsonSave(fingerprint.describe_exactly(state)),
         }
         # The training loop forbids implicit transfers; this one is meant.
         with jax.transfer_guard("allow"):
@@ -233,15 +234,16 @@ class Checkpointer:
         step = self._resolve(step)
         abstract_state = jax.tree.map(_place, abstract_state)
         items = self._restore_items(step, _TREE, _CONFIG, _TOKENIZER, _DATA, _PROGRESS, _METRICS)
-        saved = {path: leaf[:2] for path, leaf in items[_TREE].items()}
-        _check_trees(describe(abstract_state), saved, step, self.directory, partial)
+        self._check_fit(
+            step, fingerprint.find_differences(abstract_state, items[_TREE], partial=partial)
+        )
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         tree_args = ocp.args.PyTreeRestore(
             abstract_state, restore_args=restore_args, partial_restore=partial
         )
         with jax.transfer_guard("allow"):
             state = self._read(step, {_STATE: tree_args})[_STATE]
-            changed = _find_changed(items[_TREE], state)
+            changed = fingerprint.find_changed(items[_TREE], state)
         if changed:
             shown = ", ".join(changed[:_LEAVES_SHOWN])
             raise self._corrupt(step, f"other bits than were saved in {len(changed)}: {shown}")
@@ -360,6 +362,17 @@ class Checkpointer:
             )
         return step
 
+    def _check_fit(self, step: int, differing: Sequence[str]) -> None:
+        if not differing:
+            return
+        shown = "; ".join(differing[:_LEAVES_SHOWN])
+        more = len(differing) - _LEAVES_SHOWN
+        raise CheckpointError(
+            f"abstract_state does not fit step {step} of {self.directory}, leaves that differ: "
+            f"{shown}{f'; and {more} more' if more > 0 else ''}. Build the model from "
+            "restore_config() of this directory, or choose another directory."
+        )
+
     def _restore_items(self, step: int, *names: str) -> dict[str, Any]:
         return self._read(step, {name: ocp.args.JsonRestore() for name in names})
 
@@ -385,67 +398,9 @@ class Checkpointer:
         return CorruptCheckpointError(self.directory, step, why, earlier)
 
 
-def _describe_with_fingerprints(state: PyTree) -> dict[str, list[Any]]:
-    leaves = describe(state)
-    with jax.transfer_guard("allow"):
-        numbers = fingerprints(jax.tree.leaves(state))
-    return {path: [*leaf, n] for (path, leaf), n in zip(leaves.items(), numbers, strict=True)}
-
-
-def _find_changed(saved: Mapping[str, list[Any]], state: PyTree) -> list[str]:
-    """Paths whose fingerprint is not the one saved; checkpoints from before there were any pass."""
-    paths = describe(state)
-    numbers = fingerprints(jax.tree.leaves(state))
-    return [
-        path
-        for path, number in zip(paths, numbers, strict=True)
-        if saved[path][2:] not in ([], [number])
-    ]
-
-
 def _shorten(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def encode(value: Any, path: str) -> Any:
-    """Returns `value` in JSON's types; tuples and bytes are tagged so that `decode` restores them.
-
-    Raises ValueError naming the `path` of what JSON cannot hold.
-    """
-    if isinstance(value, (ConfigDict, Mapping)):
-        plain = value.to_dict() if isinstance(value, ConfigDict) else value
-        for name in plain:
-            if not isinstance(name, str) or name in (_TUPLE, _BYTES):
-                raise ValueError(f"{path}: key {name!r} is reserved or no string; rename it.")
-        return {name: encode(item, f"{path}.{name}") for name, item in plain.items()}
-    if isinstance(value, tuple):
-        return {_TUPLE: [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]}
-    if isinstance(value, list):
-        return [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, bytes):
-        return {_BYTES: base64.b64encode(value).decode("ascii")}
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(
-        f"{path} is a {type(value).__name__}; JSON holds str, int, float, bool, None, lists, "
-        "tuples, bytes and dicts of them: name the thing with a string."
-    )
-
-
-def decode(value: Any) -> Any:
-    """Undoes `encode`."""
-    if isinstance(value, dict):
-        if _TUPLE in value:
-            return tuple(decode(item) for item in value[_TUPLE])
-        if _BYTES in value:
-            return base64.b64decode(value[_BYTES])
-        return {name: decode(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [decode(item) for item in value]
-    return value
 
 
 def _place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -454,36 +409,6 @@ def _place(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_trees(
-    asked: Mapping[str, list[Any]],
-    saved: Mapping[str, list[Any]],
-    step: int,
-    directory: str,
-    partial: bool,
-) -> None:
-    changed = [
-        f"{path} is {_show(saved[path])}, asked for {_show(asked[path])}"
-        for path in saved
-        if path in asked and asked[path] != saved[path]
-    ]
-    unknown = [f"{path} {_show(asked[path])} was not saved" for path in asked if path not in saved]
-    left_out = [f"{path} {_show(saved[path])} has no place" for path in saved if path not in asked]
-    problems = changed + unknown + ([] if partial else left_out)
-    if problems:
-        shown = "; ".join(problems[:_LEAVES_SHOWN])
-        more = len(problems) - _LEAVES_SHOWN
-        raise CheckpointError(
-            f"abstract_state does not fit step {step} of {directory}, leaves that differ: {shown}"
-            f"{f'; and {more} more' if more > 0 else ''}. Build the model from restore_config() of "
-            "this directory, or choose another directory."
-        )
-
-
-def _show(leaf: list[Any]) -> str:
-    shape, dtype = leaf
-    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def _describe_folder(directory: str) -> str:

@@ -6,7 +6,7 @@ They depend on paths, shapes, dtypes and every bit, and not on how an array is s
 import collections
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,55 @@ def _fingerprint(leaf: Array) -> UInt32[Array, ""]:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
         mixed = (mixed ^ (mixed >> jnp.uint32(shift))) * jnp.uint32(factor)
     return jnp.sum(mixed ^ (mixed >> jnp.uint32(16)), dtype=jnp.uint32)
+
+
+def describe_exactly(tree: PyTree) -> dict[str, list[Any]]:
+    """Returns {path: [shape, dtype, fingerprint]}; see `describe`."""
+    leaves = describe(tree)
+    with jax.transfer_guard("allow"):
+        numbers = fingerprints(jax.tree.leaves(tree))
+    return {path: [*leaf, n] for (path, leaf), n in zip(leaves.items(), numbers, strict=True)}
+
+
+def find_changed(saved: Mapping[str, list[Any]], tree: PyTree) -> list[str]:
+    """Paths whose fingerprint is not the one saved; where none was saved, a leaf passes.
+
+    saved: as `describe_exactly` returned it, or, from before there were any, `describe`.
+    """
+    paths = describe(tree)
+    numbers = fingerprints(jax.tree.leaves(tree))
+    return [
+        path
+        for path, number in zip(paths, numbers, strict=True)
+        if saved[path][2:] not in ([], [number])
+    ]
+
+
+def find_differences(
+    tree: PyTree, saved: Mapping[str, list[Any]], *, partial: bool = False
+) -> list[str]:
+    """What keeps `tree` from being filled with what was saved: a clause for each such leaf.
+
+    Args:
+      tree: of arrays or `jax.ShapeDtypeStruct`.
+      saved: as `describe_exactly` returned it.
+      partial: `tree` may be a part of what was saved.
+    """
+    asked = describe(tree)
+    kept = {path: leaf[:2] for path, leaf in saved.items()}
+    changed = [
+        f"{path} is {_show(kept[path])}, asked for {_show(asked[path])}"
+        for path in kept
+        if path in asked and asked[path] != kept[path]
+    ]
+    unknown = [f"{path} {_show(asked[path])} was not saved" for path in asked if path not in kept]
+    left_out = [f"{path} {_show(kept[path])} has no place" for path in kept if path not in asked]
+    return changed + unknown + ([] if partial else left_out)
+
+
+def _show(leaf: list[Any]) -> str:
+    shape, dtype = leaf
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def fingerprint_base(frozen: PyTree) -> str:

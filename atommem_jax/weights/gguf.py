@@ -1,231 +1,21 @@
-"""Reads GGUF, the one-file format of llama.cpp, as if it were a Hugging Face directory.
+"""A model in GGUF, the one-file format of llama.cpp, as if it were a Hugging Face directory.
 
-A file holds typed fields, then a list of tensors, then their data. Rows of a matrix are stored one
-after another, each in blocks of 32 numbers with scales of their own, so that rows can be read and
-decoded alone. `open_model` presents the tensors under the names of Hugging Face, and the fields as
-those of a config.json.
-
-Kinds that are read: F32, F16, BF16, Q4_0, Q4_1, Q8_0.
+`open_model` presents the tensors under the names of Hugging Face, and the fields as those of a
+config.json. A model that was split into several files is opened by any of them.
 """
 
-import dataclasses
 import math
 import os
-import pathlib
 import re
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
+from atommem_jax.weights.gguf_file import File
 from atommem_jax.weights.hf_config import PublishedError, wrap_tokenizer
-
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of the data, where the field general.alignment does not say otherwise
-_BLOCK = 32  # numbers in a block of every quantised kind here
-
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
-
-
-# ---------------------------------------------------------------------------------------------
-# Kinds of numbers
-
-
-def _halves(raw: np.ndarray, at: int) -> np.ndarray:
-    """The float16 at byte `at` of each block, as float32 [... blocks 1]."""
-    return np.ascontiguousarray(raw[..., at : at + 2]).view("<f2").astype(np.float32)
-
-
-def _nibbles(raw: np.ndarray) -> np.ndarray:
-    """32 numbers of four bits from 16 bytes: the low halves first, then the high ones."""
-    return np.concatenate([raw & 0x0F, raw >> 4], axis=-1).astype(np.float32)
-
-
-def _decode_q4_0(raw: np.ndarray) -> np.ndarray:
-    return (_nibbles(raw[..., 2:]) - np.float32(8)) * _halves(raw, 0)
-
-
-def _decode_q4_1(raw: np.ndarray) -> np.ndarray:
-    return _nibbles(raw[..., 4:]) * _halves(raw, 0) + _halves(raw, 2)
-
-
-def _decode_q8_0(raw: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(raw[..., 2:]).view(np.int8).astype(np.float32) * _halves(raw, 0)
-
-
-def _plain(dtype: Any) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda raw: np.ascontiguousarray(raw).view(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """How numbers are stored: `block` of them in `size` bytes, which `decode` reads.
-
-    decode: uint8 [... blocks size] -> [... blocks block].
-    """
-
-    name: str
-    block: int
-    size: int
-    decode: Callable[[np.ndarray], np.ndarray]
-
-
-_KINDS = {
-    0: _Kind("F32", 1, 4, _plain("<f4")),
-    1: _Kind("F16", 1, 2, _plain("<f2")),
-    2: _Kind("Q4_0", _BLOCK, 18, _decode_q4_0),
-    3: _Kind("Q4_1", _BLOCK, 20, _decode_q4_1),
-    8: _Kind("Q8_0", _BLOCK, 34, _decode_q8_0),
-    30: _Kind("BF16", 1, 2, _plain(ml_dtypes.bfloat16)),
-}
-
-
-# ---------------------------------------------------------------------------------------------
-# The format
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    shape: tuple[int, ...]  # outermost dimension first, as in NumPy
-    kind: _Kind
-    start: int  # of its data, in bytes from the beginning of the file
-
-
-class File:
-    """Fields and tensors of a GGUF file.
-
-    Attributes:
-      path: of the file.
-      fields: name -> value; arrays are lists.
-      shapes: name of each tensor -> shape, outermost dimension first.
-
-    Raises PublishedError for a file that is not GGUF, is truncated, or holds a kind of numbers that
-    is not read here.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise PublishedError(f"{self.path}: no such file")
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            try:
-                self.fields, self._entries = self._read_header(file)
-            except (struct.error, UnicodeDecodeError) as error:
-                raise PublishedError(
-                    f"{self.path}: ends or breaks within its header, at byte {file.tell()} of "
-                    f"{size}; copy the file again"
-                ) from error
-        for name, entry in self._entries.items():
-            end = entry.start + math.prod(entry.shape) // entry.kind.block * entry.kind.size
-            if end > size:
-                raise PublishedError(
-                    f"{self.path}: truncated: ends after {size} bytes, within {name}, which needs "
-                    f"{end}; copy the file again"
-                )
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
-
-    def read(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Rows (along the outermost dimension) of a tensor, decoded; quantised ones to float32."""
-        entry = self._entries[name]
-        kind, inner = entry.kind, entry.shape[-1]
-        size = math.prod(entry.shape) // kind.block * kind.size
-        raw = np.memmap(self.path, np.uint8, "r", entry.start, (size,))
-        shaped = raw.reshape(*entry.shape[:-1], inner // kind.block, kind.size)
-        found = kind.decode(np.asarray(shaped[rows]))
-        return found.reshape(*found.shape[:-2], -1)
-
-    def _read_header(self, file: BinaryIO) -> tuple[dict[str, Any], dict[str, _Entry]]:
-        magic = file.read(4)
-        if magic != _MAGIC:
-            raise PublishedError(
-                f"{self.path}: begins with {magic!r}; a GGUF file begins with {_MAGIC!r}"
-            )
-        (version,) = _unpack(file, "I")
-        if version not in _VERSIONS:
-            raise PublishedError(
-                f"{self.path}: version={version}: allowed are {', '.join(map(str, _VERSIONS))}; "
-                "convert the file with a newer llama.cpp"
-            )
-        num_tensors, num_fields = _unpack(file, "QQ")
-        fields: dict[str, Any] = {}
-        for _ in range(num_fields):
-            name = _read_string(file)
-            fields[name] = self._read_value(file, _unpack(file, "I")[0], name)
-        listed = [self._read_entry(file) for _ in range(num_tensors)]
-        alignment = int(fields.get("general.alignment", _ALIGNMENT))
-        data = -(-file.tell() // alignment) * alignment
-        return fields, {
-            name: dataclasses.replace(entry, start=data + entry.start) for name, entry in listed
-        }
-
-    def _read_value(self, file: BinaryIO, kind: int, name: str) -> Any:
-        if kind in _SCALARS:
-            return _unpack(file, _SCALARS[kind])[0]
-        if kind == _STRING:
-            return _read_string(file)
-        if kind != _ARRAY:
-            raise PublishedError(
-                f"{self.path}: field {name} is of type {kind}, which GGUF does not have"
-            )
-        inner, count = _unpack(file, "IQ")
-        if inner in _SCALARS:
-            return list(_unpack(file, f"{count}{_SCALARS[inner]}"))
-        return [self._read_value(file, inner, name) for _ in range(count)]
-
-    def _read_entry(self, file: BinaryIO) -> tuple[str, _Entry]:
-        name = _read_string(file)
-        (rank,) = _unpack(file, "I")
-        shape = tuple(reversed(_unpack(file, f"{rank}Q")))
-        kind, start = _unpack(file, "IQ")
-        if kind not in _KINDS:
-            allowed = ", ".join(k.name for k in _KINDS.values())
-            raise PublishedError(
-                f"{self.path}: {name} holds numbers of kind {kind}: allowed are {allowed}; take a "
-                "file in one of these"
-            )
-        if shape[-1] % _KINDS[kind].block:
-            raise PublishedError(
-                f"{self.path}: {name} {list(shape)} is {_KINDS[kind].name}, whose blocks of "
-                f"{_BLOCK} do not divide its rows; the file is damaged, copy it again"
-            )
-        return name, _Entry(shape, _KINDS[kind], start)
-
-
-def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    size = struct.calcsize(f"<{layout}")
-    return struct.unpack(f"<{layout}", file.read(size))
-
-
-def _read_string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "Q")
-    data = file.read(length)
-    if len(data) != length:
-        raise struct.error("string")
-    return data.decode()
-
-
-# ---------------------------------------------------------------------------------------------
-# A model
-
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -250,6 +40,7 @@ _NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _ADDED_TYPES = (3, 4)  # control tokens, and those that a user has defined
+_EMPTY_TYPES = (2, 5)  # unknown and unused: '[PAD7]' and the like, which fill a vocabulary up
 
 
 def _split_by(pattern: str) -> list[Any]:
@@ -277,7 +68,7 @@ _SPLITS: Mapping[str, Callable[[], list[Any]]] = {
 
 
 class Model:
-    """The weights of a model under the names of Hugging Face; see `pretrained.Weights`.
+    """The weights of a model under the names of Hugging Face; see `huggingface.Weights`.
 
     Attributes:
       place: path of the file.
@@ -304,7 +95,7 @@ class Model:
         )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """See `pretrained.Weights.read`; quantised tensors come as float32."""
+        """See `huggingface.Weights.read`; quantised tensors come as float32."""
         rows: np.ndarray | slice = index[0]
         heads = self._heads.get(name.rpartition(".weight")[0].rpartition(".")[2])
         if heads:
@@ -316,43 +107,80 @@ class Model:
     def read_tokenizer(
         self, vocab_size: int, *, reserved: Sequence[str] = (), pad_token: str | None = None
     ) -> HuggingFaceTokenizer:
-        """The tokenizer in the file; arguments as in `published.read_tokenizer`.
+        """The tokenizer in the file; arguments as in `hf_config.read_tokenizer`.
 
         Raises PublishedError for a kind that is not known here, and as `wrap_tokenizer`.
         """
         fields = self._file.fields
-        pieces = fields.get("tokenizer.ggml.tokens")
         kind, split = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre"))
-        if kind != "gpt2" or split not in _SPLITS or pieces is None:
+        if kind != "gpt2" or split not in _SPLITS or "tokenizer.ggml.tokens" not in fields:
             raise PublishedError(
-                f"{self.place}: tokenizer.ggml.model={kind!r}, tokenizer.ggml.pre={split!r}: "
-                f"allowed are 'gpt2' and one of {', '.join(_SPLITS)}; take the model's "
-                "tokenizer.json"
+                f"{self.place}: tokenizer.ggml.model={_show(kind)}, tokenizer.ggml.pre="
+                f"{_show(split)}: allowed are 'gpt2' and one of {', '.join(_SPLITS)}; take the "
+                "model's tokenizer.json"
             )
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        # Llama 3 takes a word that is a piece as it is, whether merges lead there or not.
-        model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe")
+        pieces = self._read_strings("tokenizer.ggml.tokens")
+
+        def find(field: str) -> int | None:
+            number = fields.get(f"tokenizer.ggml.{field}_token_id")
+            known = isinstance(number, int) and 0 <= number < len(pieces)
+            return number if known else None
+
+        ids = {"eos_token": find("eos"), "pad_token": find("padding"), "bos_token": find("bos")}
+        names = {name: None if i is None else pieces[i] for name, i in ids.items()}
+        if pad_token is not None:
+            names["pad_token"] = pad_token
+        vocabulary, added = self._find_ids(pieces, names.values(), reserved)
+        merges: Any = [tuple(m.split(" ")) for m in self._read_strings("tokenizer.ggml.merges")]
+        try:
+            # Llama 3 takes a word that is a piece as it is, whether merges lead there or not.
+            model = tokenizers.models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe")
+        except Exception as error:  # the library raises nothing narrower
+            raise PublishedError(
+                f"{self.place}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens ({error}); "
+                "copy the file again, or take the model's tokenizer.json"
+            ) from error
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(_SPLITS[split]())
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
-        types = fields.get("tokenizer.ggml.token_type", [])
-        added = [p for p, t in zip(pieces, types, strict=False) if t in _ADDED_TYPES]
         tokenizer.add_special_tokens(
             [tokenizers.AddedToken(p, special=True, normalized=False) for p in added]
         )
-
-        def name_of(field: str) -> str | None:
-            number = fields.get(f"tokenizer.ggml.{field}_token_id")
-            return pieces[number] if number is not None and number < len(pieces) else None
-
-        names = {
-            "eos_token": name_of("eos"),
-            "pad_token": name_of("padding") if pad_token is None else pad_token,
-            "bos_token": name_of("bos"),
-            "chat_template": fields.get("tokenizer.chat_template"),
-        }
+        names["chat_template"] = fields.get("tokenizer.chat_template")
         return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=self.place)
+
+    def _read_strings(self, field: str) -> list[str]:
+        found = self._file.fields.get(field)
+        if not isinstance(found, list) or not all(isinstance(piece, str) for piece in found):
+            shown = "missing" if found is None else f"a {type(found).__name__} of other things"
+            raise PublishedError(
+                f"{self.place}: field {field} is {shown}; it must be a list of strings: copy the "
+                "file again, or take the model's tokenizer.json"
+            )
+        return found
+
+    def _find_ids(
+        self, pieces: Sequence[str], needed: Collection[str | None], reserved: Sequence[str]
+    ) -> tuple[dict[str, int], list[str]]:
+        """Piece -> id, and which pieces are added tokens.
+
+        Pieces without text are left out, but for those `needed`. Their ids are free, and go to what
+        of `reserved` is no piece yet, in order.
+        """
+        types = self._file.fields.get("tokenizer.ggml.token_type", [])
+        if not isinstance(types, list) or len(types) not in (0, len(pieces)):
+            raise PublishedError(
+                f"{self.place}: field tokenizer.ggml.token_type is {_show(types)}; it must be a "
+                f"list of {len(pieces)} numbers, as many as pieces: copy the file again"
+            )
+        types = types or [1] * len(pieces)
+        empty = [t in _EMPTY_TYPES and p not in needed for p, t in zip(pieces, types, strict=True)]
+        vocabulary = {piece: i for i, piece in enumerate(pieces) if not empty[i]}
+        added = [p for p, t in zip(pieces, types, strict=True) if t in _ADDED_TYPES]
+        free = [i for i, is_empty in enumerate(empty) if is_empty]
+        fresh = [name for name in dict.fromkeys(reserved) if name not in vocabulary]
+        placed = dict(zip(fresh, free, strict=False))
+        return vocabulary | placed, added + list(placed)
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
@@ -371,9 +199,9 @@ def _rename(name: str) -> str:
 
 def _make_config(file: File) -> dict[str, Any]:
     kind = file.fields.get("general.architecture")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise PublishedError(
-            f"{file.path}: general.architecture={kind!r}: allowed are "
+            f"{file.path}: general.architecture={_show(kind)}: allowed are "
             f"{', '.join(_ARCHITECTURES)}; convert a model of these"
         )
 
@@ -385,30 +213,49 @@ def _make_config(file: File) -> dict[str, Any]:
             )
         return value
 
+    def check(name: str, value: Any, wanted: str, types: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
+            raise PublishedError(
+                f"{file.path}: field {kind}.{name} is {_show(value)}; it must be {wanted}"
+            )
+        return value
+
+    def count(name: str, default: int | None = None) -> int:
+        return check(name, get(name, default), "a whole number above 0, for all layers", int)
+
+    def number(name: str, default: float | None = None) -> float:
+        return float(check(name, get(name, default), "a number above 0", int | float))
+
     scaling = get("rope.scaling.type", "none")
     if scaling != "none":
         raise PublishedError(
-            f"{file.path}: {kind}.rope.scaling.type={scaling!r}: allowed is 'none'; take the "
+            f"{file.path}: {kind}.rope.scaling.type={_show(scaling)}: allowed is 'none'; take the "
             "model's safetensors"
         )
-    heads, width = get("attention.head_count"), get("embedding_length")
-    head_width = get("attention.key_length", width // heads)
-    theta = get("rope.freq_base", 10_000.0)
+    heads, width = count("attention.head_count"), count("embedding_length")
+    head_width = count("attention.key_length", max(width // heads, 1))
+    theta = number("rope.freq_base", 10_000.0)
     return {
         "architectures": [_ARCHITECTURES[kind]],
         "hidden_size": width,
-        "num_hidden_layers": get("block_count"),
+        "num_hidden_layers": count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
         "head_dim": head_width,
-        "intermediate_size": get("feed_forward_length"),
-        "rms_norm_eps": _shorten(get("attention.layer_norm_rms_epsilon")),
+        "intermediate_size": count("feed_forward_length"),
+        "rms_norm_eps": _shorten(number("attention.layer_norm_rms_epsilon")),
         "vocab_size": file.shapes.get("token_embd.weight", (0,))[0],
         "rope_theta": theta,
         "rope_scaling": _make_scaling(file, theta, head_width),
         "tie_word_embeddings": "output.weight" not in file.shapes,
         "pad_token_id": file.fields.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _show(value: Any) -> str:
+    """A value that may be a list as long as a vocabulary."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _shorten(value: float) -> float:
@@ -420,20 +267,24 @@ def _make_scaling(file: File, theta: float, head_width: int) -> Mapping[str, Any
     """`rope_scaling` from the divisors that llama.cpp stores instead, one a pair of channels."""
     if _ROPE_FACTORS not in file.shapes:
         return None
+    refused = PublishedError(
+        f"{file.path}: {_ROPE_FACTORS} is not what Llama 3 has with 8,192 original positions; take "
+        "the model's safetensors"
+    )
+    if file.shapes[_ROPE_FACTORS] != (head_width // 2,):
+        raise refused
     stored = file.read(_ROPE_FACTORS).astype(np.float64)
     factor = float(stored.max())
-    scaling = {
+    if not 0 < factor < math.inf:
+        raise refused
+    turns = 8192 * theta ** (-np.arange(0, head_width, 2) / head_width) / (2 * math.pi)
+    kept = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
+    if not np.allclose(stored, 1 / (kept + (1 - kept) / factor), rtol=1e-3):
+        raise refused
+    return {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    turns = 8192 * theta ** (-np.arange(0, head_width, 2) / head_width) / (2 * math.pi)
-    kept = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
-    if not np.allclose(stored, 1 / (kept + (1 - kept) / factor), rtol=1e-3):
-        raise PublishedError(
-            f"{file.path}: {_ROPE_FACTORS} is not what Llama 3 has with 8,192 original positions; "
-            "take the model's safetensors"
-        )
-    return scaling

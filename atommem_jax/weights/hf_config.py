@@ -79,11 +79,12 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
                 f"{where}: {field}={fields[field]!r}: allowed is {allowed[0]!r}; the decoder has "
                 "nothing else, choose another model"
             )
-    layer_types = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
+    layer_types = fields.get("layer_types") or []
+    others = [kind for kind in _listed(layer_types) if kind != "full_attention"]
+    if others:
         raise PublishedError(
-            f"{where}: layer_types holds {sorted(layer_types)}: allowed is 'full_attention'; "
-            "choose a model without windows"
+            f"{where}: layer_types holds {others[0]!r}: allowed is 'full_attention'; choose a "
+            "model without windows"
         )
     width = _integer(fields, "hidden_size", where)
     num_heads = _integer(fields, "num_attention_heads", where)
@@ -207,6 +208,11 @@ def wrap_tokenizer(
                 f"{where}: {field} is {names.get(field)!r}; it must name a token"
                 + ("; pass pad_token" if field == "pad_token" else "")
             )
+    if not isinstance(tokenizer.model, tokenizers.models.BPE):
+        raise PublishedError(
+            f"{where}: holds a {type(tokenizer.model).__name__} tokenizer; allowed is a byte-level "
+            "BPE, choose another model"
+        )
     known = tokenizer.get_vocab(with_added_tokens=True)
     fresh = [name for name in dict.fromkeys(reserved) if name not in known]
     tokenizer.add_special_tokens(
@@ -254,9 +260,14 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _listed(value: Any) -> list[Any]:
+    """A field that must be a list; anything else as its one entry, which then is refused."""
+    return value if isinstance(value, list) else [value]
+
+
 def _find_architecture(fields: Mapping[str, Any], where: str) -> str:
-    found = fields.get("architectures") or []
-    if len(found) != 1 or found[0] not in ARCHITECTURES:
+    found = _listed(fields.get("architectures") or [])
+    if len(found) != 1 or not isinstance(found[0], str) or found[0] not in ARCHITECTURES:
         raise PublishedError(
             f"{where}: architectures={found!r}: allowed is one of {', '.join(ARCHITECTURES)}; "
             "convert a model of these"
@@ -275,6 +286,8 @@ def _parse_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     newer = fields.get("rope_parameters")
     name = "rope_scaling" if newer is None else "rope_parameters"
     scaling = fields.get(name) or {}
+    if not isinstance(scaling, Mapping):
+        raise PublishedError(f"{where}: {name} is {scaling!r}; it must be an object or null")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = _number({**fields, **scaling}, "rope_theta", where)
     if kind == "default":
@@ -299,8 +312,10 @@ def _number(fields: Mapping[str, Any], field: str, where: str) -> float:
 def _integer(fields: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:
     value = fields.get(field)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PublishedError(f"{where}: {field} is {value!r}; it must be a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 31:
+        raise PublishedError(
+            f"{where}: {field} is {value!r}; it must be a whole number, of at most 31 bits"
+        )
     return value
 
 

@@ -1,7 +1,8 @@
 """Files of a Hugging Face directory: which tensors lie in which safetensors file.
 
 One file, or several beside an index. The names and shapes of tensors are read from the headers,
-and what a file lacks is named: a tensor, or the one that a truncated file ends in.
+and what a file lacks is named: a tensor, or the one that a truncated file ends in. Which tensor is
+written to which file is decided by `huggingface_hub`, from shapes alone.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from atommem_jax.weights import hf_config
 from atommem_jax.weights.hf_config import PublishedError
@@ -24,7 +26,7 @@ _READABLE = ("F32", "F16", "BF16", "F64")  # as safetensors spells them
 
 
 class Directory:
-    """The safetensors of a Hugging Face directory, as `pretrained.Weights`.
+    """The safetensors of a Hugging Face directory, as `huggingface.Weights`.
 
     Files are opened for one tensor at a time, so that what was mapped is given back.
 
@@ -69,8 +71,14 @@ class Directory:
         """Each file with the tensors that it must hold."""
         index = self._folder / _INDEX_FILE
         if index.is_file():
+            places = hf_config.read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+                raise PublishedError(
+                    f"{index}: weight_map must be an object of tensors and the names of their "
+                    "files; copy the file again"
+                )
             held: dict[str, list[str]] = {}
-            for name, file in hf_config.read_json(index).get("weight_map", {}).items():
+            for name, file in places.items():
                 held.setdefault(file, []).append(name)
             return [(self._folder / file, names) for file, names in sorted(held.items())]
         if not (self._folder / _SINGLE_FILE).is_file():
@@ -126,34 +134,28 @@ def remove(folder: pathlib.Path) -> None:
     (folder / _INDEX_FILE).unlink(missing_ok=True)
 
 
-def plan_files(
+def plan(
     shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_file_bytes: int
-) -> dict[str, list[str]]:
-    """File -> the tensors it holds, in order."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        size += math.prod(shape) * itemsize
-        if groups[-1] and size > max_file_bytes:
-            groups.append([])
-            size = math.prod(shape) * itemsize
-        groups[-1].append(name)
-    if len(groups) == 1:
-        return {_SINGLE_FILE: groups[0]}
-    count = len(groups)
-    return {f"model-{i:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups, 1)}
+) -> StateDictSplit:
+    """Which file holds which tensor, by the rule of `huggingface_hub`; no tensor is needed for it.
+
+    Args:
+      shapes: name -> shape, in the order in which tensors are written.
+      itemsize: bytes of a number.
+      max_file_bytes: size of a file, except where one tensor is larger.
+    """
+    return split_state_dict_into_shards_factory(
+        dict(shapes),
+        get_storage_size=lambda shape: math.prod(shape) * itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
 
 
-def write_index(
-    folder: pathlib.Path,
-    files: Mapping[str, Sequence[str]],
-    shapes: Mapping[str, tuple[int, ...]],
-    itemsize: int,
-) -> None:
+def write_index(folder: pathlib.Path, files: StateDictSplit) -> None:
     """Which file holds which tensor, and how many bytes all of them have."""
-    total = sum(math.prod(shape) for shape in shapes.values()) * itemsize
-    places = {name: file for file, names in files.items() for name in names}
-    write_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+    index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+    write_json(folder / _INDEX_FILE, index)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

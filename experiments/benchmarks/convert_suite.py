@@ -19,7 +19,7 @@ import matplotlib
 import tqdm
 
 from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
-from atommem_jax.weights import huggingface
+from atommem_jax.weights import hf_export
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ def run(layers: Sequence[int] = LAYERS, config: ModelConfig = MODEL) -> list[dic
         sized = dataclasses.replace(config, num_layers=count)
         with tempfile.TemporaryDirectory() as folder:
             params = init_params(Transformer(sized), jax.random.key(0))
-            huggingface.save(folder, params, sized, max_file_bytes=64 * _MIB)
+            hf_export.save(folder, params, sized, max_file_bytes=64 * _MIB)
             del params
             found = _load_apart(folder)
         points.append(

@@ -14,7 +14,7 @@ from atommem_jax.agent import build, load, validate
 from atommem_jax.config import ConfigError, parse
 from atommem_jax.metrics import read_metrics
 from atommem_jax.model import lora
-from atommem_jax.weights import fingerprint, huggingface
+from atommem_jax.weights import fingerprint, hf_export
 from atommem_jax.weights.checkpoint import Checkpointer
 from atommem_jax.weights.hf_config import PublishedError
 from experiments import convert, train
@@ -225,7 +225,7 @@ def test_what_is_exported_adds_up(tmp_path):
     convert.write_huggingface(str(run), str(tmp_path / "merged"))
     convert.write_adapters(str(run), str(tmp_path / "alone"), base="Qwen/Qwen3-tiny")
     merged = huggingface_test.read_all(tmp_path / "merged")
-    alone = safetensors.numpy.load_file(tmp_path / "alone" / huggingface.ADAPTER_FILE)
+    alone = safetensors.numpy.load_file(tmp_path / "alone" / hf_export.ADAPTER_FILE)
     # PEFT: W + lora_alpha / r * B A, and for embeddings its transpose.
     expected = {name: np.asarray(tensor, np.float64) for name, tensor in published.items()}
     for name, a in alone.items():
@@ -245,7 +245,7 @@ def test_what_is_exported_adds_up(tmp_path):
     }
     for name, tensor in expected.items():
         np.testing.assert_allclose(merged[name], tensor, rtol=1e-5, atol=1e-6, err_msg=name)
-    described = json.loads((tmp_path / "alone" / huggingface.ADAPTER_CONFIG_FILE).read_text())
+    described = json.loads((tmp_path / "alone" / hf_export.ADAPTER_CONFIG_FILE).read_text())
     targets = ["embed_tokens", "lm_head", "o_proj", "q_proj", "up_proj"]
     assert (described["peft_type"], described["r"], described["lora_alpha"]) == ("LORA", 2, 6.0)
     assert described["target_modules"] == targets
@@ -258,4 +258,4 @@ def test_the_adapter_of_a_tied_table_is_exported_merged_only(tmp_path):
     model = make_model(token_shift=0, tie_embeddings=True)
     trainable, _ = lora.partition(draw_params(model), EVERYTHING)
     with pytest.raises(PublishedError, match=r"lora\.targets: the adapter of embedder reads out"):
-        huggingface.save_adapters(tmp_path, trainable, model.config)
+        hf_export.save_adapters(tmp_path, trainable, model.config)

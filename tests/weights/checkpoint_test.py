@@ -19,15 +19,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from atommem_jax.weights import checkpoint as checkpoint_lib
 from atommem_jax.weights import fingerprint
 from atommem_jax.weights.checkpoint import (
     Checkpointer,
     CheckpointError,
     CorruptCheckpointError,
-    decode,
-    encode,
 )
+from atommem_jax.weights.records import decode, encode
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHILD_ENV = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -318,7 +316,7 @@ def test_a_single_other_bit_is_noticed(tmp_path, monkeypatch, leaf):
         with monkeypatch.context() as patch:
             honest = fingerprint.fingerprints
             patch.setattr(
-                checkpoint_lib,
+                fingerprint,
                 "fingerprints",
                 lambda leaves: honest(jax.tree.leaves(flip(jax.tree.unflatten(tree, leaves)))),
             )
@@ -348,7 +346,7 @@ def test_fingerprints_do_not_depend_on_the_sharding_but_on_values_and_places():
 def test_a_checkpoint_from_before_there_were_fingerprints_is_read(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_lib, "_describe_with_fingerprints", fingerprint.describe)
+            patch.setattr(fingerprint, "describe_exactly", fingerprint.describe)
             save(checkpointer, 1)
         restored = checkpointer.restore(abstract_state=abstract())
     assert_same_bits(restored.state, make_state(1))

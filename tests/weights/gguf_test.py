@@ -1,10 +1,14 @@
-"""GGUF: numbers decoded by hand, a model against the same one in safetensors, and what is refused.
+"""GGUF: a model against the same one in safetensors, tokenizers, split files, and what is refused.
 
-The writer here is a few lines of `struct`; `parity_test.py` compares with the package `gguf`.
+The writer is that of `gguf_file_test`.
 """
 
-import struct
+import gc
+import math
+import sys
+import tracemalloc
 
+import gguf as library
 import jax
 import numpy as np
 import pytest
@@ -14,73 +18,7 @@ from atommem_jax.parallel import mesh
 from atommem_jax.weights import gguf, huggingface
 from atommem_jax.weights.hf_config import PublishedError
 from tests.weights import huggingface_test
-
-NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30, "Q6_K": 14}
-
-
-def string(text):
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def value(x):
-    """A field's type and value."""
-    if isinstance(x, str):
-        return struct.pack("<I", 8) + string(x)
-    if isinstance(x, list) and isinstance(x[0], int):
-        return struct.pack(f"<IIQ{len(x)}i", 9, 5, len(x), *x)
-    if isinstance(x, list):
-        return struct.pack("<IIQ", 9, 8, len(x)) + b"".join(map(string, x))
-    kind, layout = (6, "f") if isinstance(x, float) else (4, "I")
-    return struct.pack(f"<I{layout}", kind, x)
-
-
-def write(path, fields, tensors, version=3, magic=b"GGUF"):
-    """tensors: name -> (shape, kind, bytes)."""
-    head = magic + struct.pack("<IQQ", version, len(tensors), len(fields))
-    head += b"".join(string(name) + value(x) for name, x in fields.items())
-    data = b""
-    for name, (shape, kind, stored) in tensors.items():
-        data += b"\0" * (-len(data) % 32)
-        head += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        head += struct.pack("<IQ", NUMBERS[kind], len(data))
-        data += stored
-    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
-    return path
-
-
-def half(x):
-    return struct.pack("<e", x)
-
-
-NIBBLES = bytes((i + 1) % 16 << 4 | i for i in range(16))  # 0 1 .. 15, then 1 2 .. 15 0
-HALVES = [*range(16), *range(1, 16), 0]
-
-
-@pytest.mark.parametrize(
-    ("kind", "stored", "expected"),
-    [
-        ("Q4_0", half(0.5) + NIBBLES, [(q - 8) * 0.5 for q in HALVES]),
-        ("Q4_1", half(0.5) + half(-3.0) + NIBBLES, [q * 0.5 - 3.0 for q in HALVES]),
-        ("Q8_0", half(0.25) + bytes(range(240, 256)) + bytes(range(16)),
-         [q * 0.25 for q in range(-16, 16)]),
-        ("F16", half(1.5) * 32, [1.5] * 32),
-        ("BF16", b"\xc0\x3f" * 32, [1.5] * 32),
-        ("F32", struct.pack("<f", 1.5) * 32, [1.5] * 32),
-    ],
-)  # fmt: skip
-def test_numbers_by_hand(tmp_path, kind, stored, expected):
-    row = np.array(expected, np.float32)
-    file = gguf.File(write(tmp_path / "a.gguf", {}, {"a": ((3, 32), kind, stored * 3)}))
-    assert file.shapes == {"a": (3, 32)}
-    np.testing.assert_array_equal(file.read("a").astype(np.float32), np.stack([row] * 3))
-    np.testing.assert_array_equal(file.read("a", np.array([2])).astype(np.float32), row[None])
-
-
-def test_fields_of_every_kind(tmp_path):
-    fields = {"name": "small", "count": 7, "rate": 0.5, "words": ["a", "β", ""]}
-    assert gguf.File(write(tmp_path / "a.gguf", fields, {})).fields == fields
-
+from tests.weights.gguf_file_test import write
 
 # ---------------------------------------------------------------------------------------------
 # A model
@@ -219,9 +157,41 @@ def test_a_tokenizer_is_made_of_the_fields(tmp_path, model, split, expected):
     assert tokenizer.decode(tokenizer.encode("<|end|> ab")) == "<|end|> ab"
 
 
+def test_ids_without_a_piece_are_free(tmp_path, model):
+    """Files are filled up with pieces of type unused, at the end and, rarely, within."""
+    fields, tensors = model
+    tokens = make_tokenizer_fields()
+    tokens["tokenizer.ggml.tokens"].insert(7, "[PAD7]")
+    tokens["tokenizer.ggml.tokens"] += ["[PAD262]", "<unk>", "[PAD264]"]
+    tokens["tokenizer.ggml.token_type"] = [3, 3, 1, 1, 1, 1, 1, 5] + [1] * 254 + [5, 2, 5]
+    file = gguf.open_model(write(tmp_path / "model.gguf", fields | tokens, tensors))
+    plain = file.read_tokenizer(265)
+    assert [i for i, spelled in enumerate(plain.token_bytes) if not spelled] == [
+        *(0, 1, 7),
+        *range(262, 265),
+    ]
+    assert plain.encode("[PAD262]") == [plain.encode(c)[0] for c in "[PAD"] + [
+        plain.encode(c)[0] for c in "262]"
+    ]
+    names = ["<create>", "<update>", "<delete>"]
+    ours = file.read_tokenizer(265, reserved=names)
+    assert ours.reserved == {"<create>": 7, "<update>": 262, "<delete>": 263}
+    assert ours.encode("ab ab") == plain.encode("ab ab")
+    assert ours.decode(ours.encode("<create> ab")) == "<create> ab"
+    more = file.read_tokenizer(266, reserved=[*names, "<read>", "<end>"])
+    assert (more.reserved["<read>"], more.reserved["<end>"]) == (264, 265)
+    assert file.read_tokenizer(265, pad_token="[PAD264]").pad_id == 264
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"tokenizer.ggml.merges": ["a b", "zz y"]}, "tokenizer.ggml.merges do not fit"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "tokenizer.ggml.merges do not fit"),
+        ({"tokenizer.ggml.merges": 3}, "tokenizer.ggml.merges is a int"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is a list of other things"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "must be a list of 261 numbers"),
+        ({"tokenizer.ggml.eos_token_id": "one"}, "eos_token is None; it must name a token"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre='tekken': allowed are 'gpt2' and"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
         ({"tokenizer.ggml.padding_token_id": 1}, "pad_token: found '<|end|>', which is also eos"),
@@ -273,28 +243,139 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model):
     bias = ((32,), "F32", bytes(128))
     expect(write(path, fields, tensors | {"blk.0.attn_q.bias": bias}), "blk.0.attn_q.bias [32]")
     cut = dict(tensors)
-    cut["blk.1.ffn_up.weight"] = ((24, 16), "Q6_K", b"")
-    expect(write(path, fields, cut), "blk.1.ffn_up.weight holds numbers of kind 14", "Q4_0, Q4_1")
     cut["blk.1.ffn_up.weight"] = ((24, 16), "Q8_0", b"")
     expect(write(path, fields, cut), "blk.1.ffn_up.weight [24, 16] is Q8_0")
 
 
 @pytest.mark.parametrize(
-    ("cut", "words"),
+    ("field", "found"),
     [
-        (slice(0, -8), ["truncated", "output.weight"]),
-        (slice(0, 200), ["within its header"]),
-        (slice(0, 2), ["begins with b'GG'"]),
+        ("attention.head_count", [4, 4]),
+        ("attention.head_count", 0),
+        ("attention.head_count_kv", -2),
+        ("embedding_length", 2**62),
+        ("block_count", 2**31),
+        ("feed_forward_length", "wide"),
+        ("attention.key_length", 7),
+        ("attention.layer_norm_rms_epsilon", math.inf),
+        ("rope.freq_base", math.nan),
+        ("rope.scaling.type", [1]),
     ],
 )
-def test_a_truncated_file_is_named(tmp_path, model, cut, words):
+def test_a_field_of_another_kind_is_refused(tmp_path, model, field, found):
+    """Numbers that no model has, and lists where one number is wanted: sentences, no tracebacks."""
+    fields, tensors = model
+    path = write(tmp_path / "model.gguf", fields | {f"qwen3.{field}": found}, tensors)
+    with pytest.raises(PublishedError):
+        huggingface.load(path)
+
+
+def test_without_the_package_the_error_says_how_to_install_it(tmp_path, model, monkeypatch):
     path = write(tmp_path / "model.gguf", *model)
-    path.write_bytes(path.read_bytes()[cut])
-    expect(path, *words)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(PublishedError, match=r"pip install 'atommem_jax\[gguf\]'"):
+        huggingface.load(path)
 
 
-def test_files_of_another_kind_are_refused(tmp_path, model):
-    path = tmp_path / "model.gguf"
-    expect(path, "no such file")
-    expect(write(path, *model, magic=b"GGJT"), "begins with b'GGJT'")
-    expect(write(path, *model, version=1), "version=1: allowed are 2, 3")
+# ---------------------------------------------------------------------------------------------
+# Split files
+
+
+def write_parts(folder, fields, tensors, count=3, **changes):
+    """`count` files with the tensors dealt out; the fields stand in the first."""
+    paths = []
+    for i in range(count):
+        told = {"split.no": i, "split.count": count, "split.tensors.count": len(tensors)} | changes
+        held = {name: tensors[name] for j, name in enumerate(tensors) if j % count == i}
+        path = folder / f"model-{i + 1:05}-of-{count:05}.gguf"
+        paths.append(write(path, told | (fields if i == 0 else {}), held))
+    return paths
+
+
+def test_a_split_model_is_opened_by_any_of_its_parts(tmp_path, model):
+    config, whole = huggingface.load(write(tmp_path / "whole.gguf", *model))
+    for path in write_parts(tmp_path, *model):
+        found, params = huggingface.load(path)
+        assert found == config
+        huggingface_test.assert_same_bits(params, whole)
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path, model):
+    paths = write_parts(tmp_path, *model)
+    again = "merge them with llama-gguf-split --merge"
+    paths[2].rename(tmp_path / "third.gguf")
+    expect(tmp_path / "third.gguf", "is part 3 of 3", "-00001-of-00003.gguf", again)
+    expect(paths[0], "is part 1 of 3", "model-00003-of-00003.gguf is not beside it", again)
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(PublishedError, match=r"00003.gguf: split.no=1 .*must be 2 and 3"):
+        huggingface.load(paths[0])
+    paths = write_parts(tmp_path, *model, **{"split.tensors.count": 99})
+    expect(paths[1], "part 2 of 3", "hold 25 tensors, and split.tensors.count=99", again)
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage and memory
+
+
+def open_all(path):
+    """Everything that is read before the first tensor is."""
+    config, weights = huggingface.open_weights(path)
+    huggingface.check(weights, config)
+    gguf.open_model(path).read_tokenizer(config.vocab_size, reserved=["<create>"])
+
+
+def test_a_damaged_header_is_read_or_refused_in_a_sentence(tmp_path):
+    """Bytes, lengths and counts at random places: nothing but PublishedError, and little memory."""
+    fields = {**huggingface_test.LLAMA, "vocab_size": 270, "num_hidden_layers": 1}
+    described, tensors = make_model(fields, huggingface_test.make_tensors(fields))
+    whole = write(tmp_path / "whole.gguf", described | make_tokenizer_fields(), tensors)
+    open_all(whole)
+    stored = whole.read_bytes()
+    header = stored.index(b"output_norm.weight") + 50
+    words = [i for i in range(24, header) if stored[i : i + 8].count(0) >= 6]  # lengths, mostly
+    rng = np.random.default_rng(0)
+    path, refused, largest = tmp_path / "model.gguf", 0, 0
+    for i in range(400):
+        data = bytearray(stored)
+        if i % 4 == 0:
+            del data[rng.integers(4, header) :]
+        elif i % 4 == 1:
+            at = rng.choice(words)
+            data[at : at + 8] = (1 << int(rng.integers(63))).to_bytes(8, "little")
+        else:
+            for at in rng.integers(4, header, int(rng.integers(1, 4))):
+                data[at] = rng.integers(256)
+        path.write_bytes(data)
+        if i % 4 == 1:  # tracing is slow
+            tracemalloc.start()
+        try:
+            open_all(path)
+        except PublishedError:
+            refused += 1
+        if i % 4 == 1:
+            largest = max(largest, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert 150 < refused < 390
+    assert largest < 100 * len(stored)
+
+
+def test_the_host_holds_one_decoded_tensor_at_a_time(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    fields = {**huggingface_test.LLAMA, **sizes}
+    described, tensors = make_model(fields, huggingface_test.make_tensors(fields))
+    largest = max(math.prod(shape) * 4 for shape, _, _ in tensors.values())
+    for name, (shape, _, stored) in tensors.items():
+        if len(shape) == 2:
+            packed = library.quants.quantize(
+                np.frombuffer(stored, np.float32).reshape(shape), library.GGMLQuantizationType.Q8_0
+            )
+            tensors[name] = (shape, "Q8_0", packed.tobytes())
+    path = write(tmp_path / "model.gguf", described, tensors)
+    del tensors, stored, packed
+    huggingface.load(path)  # compiles
+    gc.collect()
+    tracemalloc.start()
+    huggingface.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * largest

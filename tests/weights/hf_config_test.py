@@ -8,7 +8,7 @@ import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
 from atommem_jax.model.transformer import ModelConfig
-from atommem_jax.weights import hf_config, huggingface
+from atommem_jax.weights import hf_config, hf_export, hf_names, huggingface
 from atommem_jax.weights.hf_config import PublishedError
 from experiments.configs import published
 from tests.weights import huggingface_test
@@ -99,7 +99,7 @@ def test_a_published_config_is_enough(preset, fields, tensors):
     config = hf_config.parse_config(fields)
     sizes = published.get_preset(preset).sizes()
     assert config == ModelConfig(**sizes, pad_id=fields.get("pad_token_id", 0))
-    shapes = huggingface.published_shapes(config)
+    shapes = hf_names.published_shapes(config)
     assert len(shapes) == tensors
     last = fields["num_hidden_layers"] - 1
     assert shapes[f"model.layers.{last}.mlp.down_proj.weight"] == (
@@ -143,6 +143,11 @@ def test_configs_come_back(fields):
         ({"hidden_size": None}, ["hidden_size is None; it must be a whole number"]),
         ({"num_hidden_layers": "36"}, ["num_hidden_layers is '36'"]),
         ({"rms_norm_eps": None}, ["rms_norm_eps is None; it must be a number"]),
+        ({"layer_types": [["full_attention"]]}, ["layer_types holds ['full_attention']"]),
+        ({"architectures": 3}, ["architectures=[3]"]),
+        ({"architectures": [["Qwen3Model"]]}, ["architectures=[['Qwen3Model']]"]),
+        ({"rope_scaling": "null"}, ["rope_scaling is 'null'; it must be an object or null"]),
+        ({"head_dim": 2**70}, ["head_dim is 1180591620717411303424", "31 bits"]),
         ({"num_key_value_heads": 5}, ["model.num_heads=32 is not a multiple of", "=5"]),
     ],
 )
@@ -193,7 +198,7 @@ def test_a_tokenizer_goes_with_its_model(tmp_path):
     tensors = huggingface_test.make_tensors(fields)
     config, params = huggingface.load(huggingface_test.write(tmp_path / "in", fields, tensors))
     tokenizer = hf_config.read_tokenizer(write_tokenizer(tmp_path / "in"), config.vocab_size)
-    huggingface.save(tmp_path / "out", params, config, tokenizer=tokenizer)
+    hf_export.save(tmp_path / "out", params, config, tokenizer=tokenizer)
     read = hf_config.read_config(tmp_path / "out")
     assert read == dataclasses.replace(config, pad_id=257)
     again = hf_config.read_tokenizer(tmp_path / "out", read.vocab_size)
@@ -218,6 +223,22 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, size, arguments, na
         hf_config.read_tokenizer(write_tokenizer(tmp_path, **names), size, **arguments)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        ("WordLevel", [{"a": 0, "<|end|>": 1, "<|pad|>": 2}, "a"]),
+        ("WordPiece", [{"a": 0, "<|end|>": 1, "<|pad|>": 2}]),
+        ("Unigram", [[("a", -1.0), ("<|end|>", -2.0), ("<|pad|>", -2.0)]]),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, kind, arguments):
+    write_tokenizer(tmp_path)
+    other = tokenizers.Tokenizer(getattr(tokenizers.models, kind)(*arguments))
+    other.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(PublishedError, match=rf"tokenizer\.json: holds a {kind} tokenizer"):
+        hf_config.read_tokenizer(tmp_path, 300)
 
 
 def test_tokenizer_files_that_cannot_be_read_are_named(tmp_path):

@@ -21,7 +21,7 @@ from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.transformer import ModelConfig, Transformer
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules
-from atommem_jax.weights import huggingface
+from atommem_jax.weights import hf_export, huggingface
 from atommem_jax.weights.hf_config import PublishedError
 from tests.helpers import processes, tiny
 
@@ -207,7 +207,7 @@ def test_published_tensors_come_back_bit_for_bit(tmp_path, fields, dtype):
     tensors = make_tensors(fields, dtype)
     config, params = huggingface.load(write(tmp_path / "in", fields, tensors))
     out = tmp_path / "out"
-    huggingface.save(out, params, config, dtype=dtype, max_file_bytes=2000)
+    hf_export.save(out, params, config, dtype=dtype, max_file_bytes=2000)
     assert len(list(out.glob("model-*.safetensors"))) > 2
     again = read_all(out)
     assert_same_bits(again, tensors)
@@ -222,7 +222,7 @@ def test_our_parameters_come_back_bit_for_bit_from_and_to_a_mesh(tmp_path):
     params = tiny.disturb(fresh, 0.1)  # the value head too
     mesh = mesh_lib.make_mesh(2, 2, 2)
     spread = jax.device_put(params, config.layout.shardings(params, mesh))
-    huggingface.save(tmp_path / "out", spread, config)
+    hf_export.save(tmp_path / "out", spread, config)
     assert not list((tmp_path / "out").glob("model-*"))
     _, here = huggingface.load(tmp_path / "out")
     assert_same_bits(here, params)
@@ -233,15 +233,15 @@ def test_our_parameters_come_back_bit_for_bit_from_and_to_a_mesh(tmp_path):
 def test_rope_scaling_is_written_and_read(tmp_path):
     config = ModelConfig(40, rope_theta=5e5, rope_factor=8.0, rope_original_length=64)
     params = model_lib.init_params(Transformer(config), jax.random.key(0))
-    huggingface.save(tmp_path, params, config)
+    hf_export.save(tmp_path, params, config)
     assert huggingface.open_weights(tmp_path)[0] == config
 
 
 def test_a_smaller_model_leaves_nothing_of_a_larger_one(tmp_path):
     config = huggingface.open_weights(write(tmp_path / "in", QWEN, make_tensors(QWEN)))[0]
     params = model_lib.init_params(Transformer(config), jax.random.key(0))
-    huggingface.save(tmp_path / "out", params, config, max_file_bytes=2000)
-    huggingface.save(tmp_path / "out", params, config)
+    hf_export.save(tmp_path / "out", params, config, max_file_bytes=2000)
+    hf_export.save(tmp_path / "out", params, config)
     assert_same_bits(huggingface.load(tmp_path / "out")[1], params)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"model.safetensors", "value_head.safetensors", "config.json"}
@@ -301,14 +301,14 @@ PROCESS = """
 import sys
 import jax
 from atommem_jax.parallel.mesh import make_mesh
-from atommem_jax.weights import huggingface
+from atommem_jax.weights import hf_export, huggingface
 
 address, index, source, target = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, 2, int(index))
 config, params = huggingface.load(source, make_mesh(1, 2, 2))
 assert not params["layers"]["query"]["kernel"].is_fully_addressable
-huggingface.save(target, params, config, max_file_bytes=3000)
+hf_export.save(target, params, config, max_file_bytes=3000)
 """
 
 
@@ -330,14 +330,14 @@ def test_the_host_holds_a_few_tensors_at_a_time(tmp_path):
     folder = write(tmp_path / "in", fields, tensors)
     del tensors
     config, params = huggingface.load(folder)  # compiles
-    huggingface.save(tmp_path / "first", params, config, max_file_bytes=largest)  # so does it
+    hf_export.save(tmp_path / "first", params, config, max_file_bytes=largest)  # so does it
     del params
     gc.collect()
     tracemalloc.start()
     config, params = huggingface.load(folder)
     loading = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
-    huggingface.save(tmp_path / "out", params, config, max_file_bytes=largest)
+    hf_export.save(tmp_path / "out", params, config, max_file_bytes=largest)
     saving = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total > 50 * largest
@@ -381,6 +381,7 @@ def test_an_unexpected_tensor_is_named(tmp_path):
         ("head_dim", 16, ["layers.0.self_attn.q_proj.weight", "num_attention_heads x head_dim"]),
         ("num_hidden_layers", 1, ["found model.layers.1.input_layernorm.weight"]),
         ("num_hidden_layers", 3, ["model.layers.2.", "is missing"]),
+        ("num_hidden_layers", 2_000_000_000, ["2000000000 layers by config.json", "only 25"]),
         ("tie_word_embeddings", True, []),
     ],
 )
@@ -424,6 +425,9 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
     index["weight_map"]["model.norm.weight"] = "model-1.safetensors"
     path.write_text(json.dumps(index))
     expect(folder, "does not hold model.norm.weight")
+    for places in (None, [], {"model.norm.weight": 1}):
+        path.write_text(json.dumps({"weight_map": places}))
+        expect(folder, "model.safetensors.index.json: weight_map must be an object")
 
 
 def test_a_quantised_tensor_is_named(tmp_path):
@@ -450,7 +454,7 @@ def test_a_value_head_of_another_width_is_refused(tmp_path):
 def test_a_model_that_nobody_else_has_is_not_written(tmp_path, change, word):
     config = dataclasses.replace(ModelConfig(40), **change)
     with pytest.raises(PublishedError, match=word):
-        huggingface.save(tmp_path / "out", {}, config)
+        hf_export.save(tmp_path / "out", {}, config)
     assert not (tmp_path / "out").exists()
 
 
@@ -465,7 +469,7 @@ def test_parameters_of_another_config_are_not_written(tmp_path):
         (dataclasses.replace(config, tie_embeddings=False), r"head is absent"),
     ]:
         with pytest.raises(ValueError, match=words):
-            huggingface.save(tmp_path / "out", params, other)
+            hf_export.save(tmp_path / "out", params, other)
 
 
 def test_an_unknown_dtype_is_refused(tmp_path):
