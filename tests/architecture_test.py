@@ -40,7 +40,8 @@ ORDER = {
     "collection": "endpoint store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",
     "tpu_model": (
-        "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation"
+        "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation "
+        "workload compilation"
     ),
     "runs": "agreement stages resume recorder validity",
 }
