@@ -1,5 +1,6 @@
-"""The README's commands name scripts and flags that exist."""
+"""The commands of the README and of docs/ name scripts, configs and flags that exist."""
 
+import pathlib
 import re
 import shlex
 import subprocess
@@ -9,25 +10,54 @@ import pytest
 
 from tests.conftest import ROOT
 
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-def read_commands() -> list[list[str]]:
-    """Returns the script and the flags of every indented command that runs a script."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^    \.venv/bin/python (experiments/.*)$", text, flags=re.MULTILINE)
+
+def read_commands(document: pathlib.Path) -> list[list[str]]:
+    """Returns the script and the flags of every command in a document that runs a script.
+
+    An indented line is a command to be typed as it stands; what `$` introduces is a transcript,
+    which may leave flags out.
+    """
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(
+        r"^    \.venv/bin/python ((?:experiments|tpu_setup)/.*)$", text, re.MULTILINE
+    )
     return [shlex.split(line) for line in lines]
 
 
+def read_all_commands() -> list[list[str]]:
+    """Returns the commands of all documents, of those that are the same only one."""
+    commands = [command for document in DOCUMENTS for command in read_commands(document)]
+    return [list(command) for command in dict.fromkeys(map(tuple, commands))]
+
+
 def test_there_are_commands():
-    scripts = {command[0] for command in read_commands()}
-    assert {"experiments/train.py", "experiments/evaluate.py"} <= scripts
+    scripts = {command[0] for command in read_commands(ROOT / "README.md")}
+    named = {path.name for path in (ROOT / "experiments").glob("*.py")} - {"flags.py", "demo.py"}
+    assert scripts == {f"experiments/{name}" for name in named}, "the README shows every script"
 
 
-@pytest.mark.parametrize("command", read_commands(), ids=lambda command: " ".join(command)[12:60])
+@pytest.mark.parametrize(
+    "command", read_all_commands(), ids=lambda command: " ".join(command)[:60].replace("/", " ")
+)
 def test_flags_of_a_command_are_accepted(command):
     # absl parses and validates the flags, then leaves before `main`.
-    arguments = [sys.executable, *command, "--only_check_args"]
+    # A command that supervise.py is to start leaves in the same way.
+    words = [sys.executable if word == ".venv/bin/python" else word for word in command]
+    arguments = [sys.executable, *words, "--only_check_args"]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda d: d.name)
+def test_links_and_paths_lead_somewhere(document):
+    text = document.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    missing = [link for link in links if link and not (document.parent / link).exists()]
+    named = re.findall(r"`((?:atommem_jax|experiments|tests|docs|tpu_setup)/[\w/.-]+)`", text)
+    missing += [path for path in named if not (ROOT / path).exists()]
+    assert not missing
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
