@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.architecture_test import ORDER
 from tests.conftest import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +59,17 @@ def test_links_and_paths_lead_somewhere(document):
     named = re.findall(r"`((?:atommem_jax|experiments|tests|docs|tpu_setup)/[\w/.-]+)`", text)
     missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_contributing_lists_the_floors_as_they_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:`(\w+)/`|\(the package itself\)) \| ([^|]*) \|", text, re.MULTILINE)
+    listed = [(folder, " ".join(re.findall(r"\w+", files))) for folder, files in rows]
+    # A file of the package itself stands in ORDER as a folder of no files.
+    assert listed == [
+        (folder, files) if folder and files else ("", folder or files)
+        for folder, files in ORDER.items()
+    ]
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
