@@ -95,11 +95,11 @@ class Actions:
 
 @flax.struct.dataclass
 class MemoryState:
-    """The slot table of one trajectory. Only `memory.py` touches these fields."""
+    """The slot table of one trajectory. Only `memory.slot_table` touches these fields."""
 
     entries: Int[Array, "N L"]  # pad where there is no token; all pad in a free slot
     lengths: Int[Array, " N"]
-    keys: Float[Array, "N D"]  # unit vectors on a grid, see `memory`; zero in a free slot
+    keys: Float[Array, "N D"]  # unit vectors on a grid, see `slot_table`; zero in a free slot
     valid: Bool[Array, " N"]
     created: Int[Array, " N"]  # clock at which the entry was created; 0 in a free slot
     touched: Int[Array, " N"]  # clock of the last create, update or showing

@@ -27,37 +27,43 @@ from experiments import flags
 
 _multi = absl_flags.DEFINE_multi_string
 _string = absl_flags.DEFINE_string
-CHECKPOINT = _string("checkpoint", None, "A workdir, its checkpoints folder, or one step in it.")
+CHECKPOINT = _string(
+    "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
+)
 STEP = _string("step", "last", "Which step of a workdir: 'last', 'best' or a number.")
 BASE = _string(
-    "base", "", "What the adapters of a run were trained on, where it is not at its init_from."
+    "base",
+    "",
+    "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
 DOCUMENT = _multi("document", [], "Text file to read; repeat the flag for several, in order.")
-QUESTION = _multi("question", [], "What to answer; repeat the flag for several.")
+QUESTION = _multi("question", [], "Question to answer; repeat the flag for several.")
 INTERACTIVE = absl_flags.DEFINE_bool(
-    "interactive", False, "Ask more, one question a line, up to an empty line or the end of input."
+    "interactive", False, "Go on with questions that are typed, one a line, up to an empty line."
 )
 SET = _multi(
     "set",
     [],
-    "Another size than the checkpoint's, FIELD=VALUE: of a field of memory or rollout, such as "
+    "FIELD=VALUE sets a field of memory or rollout to another value than the checkpoint's, such as "
     "memory.entry_length=64; repeat the flag for several.",
 )
 LOAD_MEMORY = _string("load_memory", None, "Start with the memory in this file.")
 SAVE_MEMORY = _string("save_memory", None, "Keep the memory in this file (.npz).")
 OUT = _string("out", "runs/answer", "Folder of the page with the memory trace.")
-TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
-SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does not use it.")
+TEMPERATURE = absl_flags.DEFINE_float(
+    "temperature", 0.0, "Temperature of sampling; 0 is greedy.", lower_bound=0.0
+)
+SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding does not use it.")
 CHUNK = absl_flags.DEFINE_integer(
     "chunk_tokens",
     None,
-    f"Tokens a part at the most. Default: as trained, or {conversation.CHUNK_TOKENS}.",
+    f"Most tokens of a part of a document. Default: as trained, or {conversation.CHUNK_TOKENS}.",
     lower_bound=1,
 )
 QUESTION_LIMIT = absl_flags.DEFINE_integer(
     "question_tokens",
     None,
-    f"Tokens a question at the most. Default: as trained, or {conversation.QUESTION_TOKENS}.",
+    f"Most tokens of a question. Default: as trained, or {conversation.QUESTION_TOKENS}.",
     lower_bound=1,
 )
 

@@ -35,25 +35,34 @@ from experiments.benchmarks import memory_suite, suites
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 EPISODES = absl_flags.DEFINE_integer(
-    "episodes", 0, "How many of each split in suite task; 0 for all."
+    "episodes", 0, "Episodes of each split in suite task; 0 for all."
 )
 JSON = absl_flags.DEFINE_string("json", None, "File for the results; none is written without.")
 SUITE = absl_flags.DEFINE_list(
-    "suite", list(suites.DEFAULT_SUITES), f"Which to run, of {', '.join(suites.SUITES)}."
+    "suite", list(suites.DEFAULT_SUITES), f"Suites to run, of {', '.join(suites.SUITES)}."
 )
 CHECKPOINT = absl_flags.DEFINE_string(
-    "checkpoint", None, "A workdir of train.py: its agent and config instead of a fresh agent."
+    "checkpoint",
+    None,
+    "A workdir of train.py, whose agent and config take the place of a new agent.",
 )
-STEP = absl_flags.DEFINE_string("step", "last", "Of the checkpoint: 'last', 'best' or a number.")
+STEP = absl_flags.DEFINE_string(
+    "step", "last", "Which step of --checkpoint: 'last', 'best' or a number."
+)
 RUNS = absl_flags.DEFINE_integer("runs", 5, "Rounds that are timed.", lower_bound=1)
 PLOT = absl_flags.DEFINE_string(
     "plot", None, "File (PNG, PDF) for the curves of suite growth or convert."
 )
 SAMPLED = absl_flags.DEFINE_bool(
-    "sampled", False, "Rollouts at rl.temperature. Greedy ones are the same for all peers."
+    "sampled",
+    False,
+    "Sample rollouts at rl.temperature. Without it they are greedy, and the same for all peers.",
 )
 TRAJECTORIES = absl_flags.DEFINE_integer(
-    "trajectories", 0, "0: 256 in suite memory, and a batch of training elsewhere.", lower_bound=0
+    "trajectories",
+    0,
+    "Trajectories at once; 0 for 256 in suite memory and a training batch in the others.",
+    lower_bound=0,
 )
 _LOAD = memory_suite.Load()
 TORCH_COMPILE = absl_flags.DEFINE_bool(
@@ -63,14 +72,16 @@ PRETRAINED = absl_flags.DEFINE_string(
     "pretrained", None, "Weights of suite decode: a .gguf file or a Hugging Face directory."
 )
 PAD_TOKEN = absl_flags.DEFINE_string(
-    "pretrained_pad_token", "<|endoftext|>", "Of the tokenizer of suite decode."
+    "pretrained_pad_token", "<|endoftext|>", "Name of the padding token in suite decode."
 )
-SLOTS = absl_flags.DEFINE_integer("slots", _LOAD.slots, "Of suite memory.", lower_bound=1)
+SLOTS = absl_flags.DEFINE_integer(
+    "slots", _LOAD.slots, "Slots of a table in suite memory.", lower_bound=1
+)
 ENTRY_LENGTH = absl_flags.DEFINE_integer(
-    "entry_length", _LOAD.entry_length, "Tokens of an entry of suite memory.", lower_bound=1
+    "entry_length", _LOAD.entry_length, "Tokens of an entry in suite memory.", lower_bound=1
 )
 KEY_DIM = absl_flags.DEFINE_integer(
-    "key_dim", _LOAD.key_dim, "Width of the keys of suite memory.", lower_bound=1
+    "key_dim", _LOAD.key_dim, "Width of a key in suite memory.", lower_bound=1
 )
 SHOWN = absl_flags.DEFINE_integer(
     "shown", _LOAD.shown, "Entries retrieved a turn in suite memory.", lower_bound=1

@@ -38,50 +38,57 @@ API_KEY_ENV = absl_flags.DEFINE_string(
     "OPENAI_API_KEY",
     "Environment variable that holds the key; none is sent where it is not set.",
 )
-OUT = absl_flags.DEFINE_string("out", None, "Folder of the trajectories.")
-SPLIT = absl_flags.DEFINE_string("split", "train", "Split of the task.")
+OUT = absl_flags.DEFINE_string("out", None, "Folder that the trajectories are written to.")
+SPLIT = absl_flags.DEFINE_string(
+    "split", "train", "Split of the task's data whose episodes are played."
+)
 EPISODES = absl_flags.DEFINE_integer(
-    "episodes", 100, "How many of its first episodes; 0 for all.", lower_bound=0
+    "episodes", 100, "How many episodes to play, the first of the split; 0 for all.", lower_bound=0
 )
 SAMPLES = absl_flags.DEFINE_integer(
-    "samples_per_episode", 1, "Trajectories of each.", lower_bound=1
+    "samples_per_episode", 1, "Trajectories to collect of each episode.", lower_bound=1
 )
 CONCURRENCY = absl_flags.DEFINE_integer(
-    "concurrency", 8, "Episodes played at once, one request each.", lower_bound=1
+    "concurrency", 8, "Episodes played at once; each has one request under way.", lower_bound=1
 )
 TEMPERATURE = absl_flags.DEFINE_float(
-    "temperature", 0.7, "Of sampling; below 0 it is left to the server."
+    "temperature", 0.7, "Temperature of sampling; below 0 it is left to the server."
 )
 MAX_TOKENS = absl_flags.DEFINE_integer(
-    "max_tokens", 1024, "Of a reply; 0 leaves it to the server.", lower_bound=0
+    "max_tokens", 1024, "Most tokens of a reply; 0 leaves it to the server.", lower_bound=0
 )
 EXTRA_BODY = absl_flags.DEFINE_string(
-    "extra_body", "{}", "More fields of every request, in JSON: '{\"top_p\": 0.9}'."
+    "extra_body", "{}", "Further fields of every request, in JSON: '{\"top_p\": 0.9}'."
 )
 MIN_REWARD = absl_flags.DEFINE_float(
     "min_reward",
     0.5,
-    "From which reward on the summary counts a trajectory as kept; training has sft.min_reward.",
+    "The summary counts a trajectory as kept from this reward on; training has sft.min_reward.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
 PRICE = absl_flags.DEFINE_list(
-    "price_per_million", [], "IN,OUT: of a million prompt and completion tokens."
+    "price_per_million",
+    [],
+    "IN,OUT: price of a million prompt tokens and of a million completion tokens.",
 )
 TIMEOUT = absl_flags.DEFINE_float(
     "timeout", Patience.timeout, "Seconds in which a request must be answered.", lower_bound=1e-3
 )
 RETRIES = absl_flags.DEFINE_integer(
-    "retries", Patience.retries, "Of a request that failed for a passing reason.", lower_bound=0
+    "retries",
+    Patience.retries,
+    "Times a request is repeated that failed for a passing reason.",
+    lower_bound=0,
 )
 BACKOFF = absl_flags.DEFINE_float(
     "backoff", Patience.backoff, "Seconds before the first retry; doubled each time.", lower_bound=0
 )
 LONGEST_WAIT = absl_flags.DEFINE_float(
-    "longest_wait", Patience.longest_wait, "Seconds between two attempts at most.", lower_bound=0
+    "longest_wait", Patience.longest_wait, "Most seconds between two attempts.", lower_bound=0
 )
 MAX_FAILURES = absl_flags.DEFINE_integer(
-    "max_failures", 10, "After how many failed episodes in a row to stop.", lower_bound=1
+    "max_failures", 10, "Failed episodes in a row after which to stop.", lower_bound=1
 )
 
 

@@ -4,10 +4,10 @@
         --topology=v5e:8x8 --config.mesh.fsdp=16 --config.mesh.tensor=4 --json=report.json
 
 For each phase (SFT step, rollout, PPO update) it tells whether the program fits, what the memory
-of a chip goes to, exact FLOPs, the collectives of the compiled program, and a roofline model of
-the step time with its assumptions; it ends with status 1 where one does not fit. `--search` tries
-mesh shapes and micro-batches. The compiler is the real one (`pip install -e '.[tpu]'`); step times
-are modelled, not measured.
+of a chip goes to, exact FLOPs, what the compiled program sends between chips, and how long a step
+would take by a roofline model, whose assumptions it prints. It ends with status 1 where one does
+not fit. `--search` tries mesh shapes and micro-batches. The compiler is the real one
+(`pip install -e '.[tpu]'`); step times are modelled, not measured.
 """
 
 import json
@@ -27,15 +27,25 @@ from atommem_jax.tpu_model import compilation, hardware, lowering, presentation,
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/published.py:qwen3_8b")
-TOPOLOGY = absl_flags.DEFINE_string("topology", "v5e:8x8", "TPU generation and topology.")
-SLICES = absl_flags.DEFINE_integer("slices", 1, "Slices, joined by the data-centre network.")
-PHASES = absl_flags.DEFINE_list("phase", list(lowering.PHASES), "Phases to compile.")
-JSON = absl_flags.DEFINE_string("json", None, "Where the figures are written.")
-SEARCH = absl_flags.DEFINE_bool("search", False, "Try mesh shapes and micro-batch sizes.")
+TOPOLOGY = absl_flags.DEFINE_string(
+    "topology", "v5e:8x8", "TPU generation and topology, such as v5p:2x2x4."
+)
+SLICES = absl_flags.DEFINE_integer("slices", 1, "Slices that the data-centre network joins.")
+PHASES = absl_flags.DEFINE_list("phase", list(lowering.PHASES), "Programs to compile.")
+JSON = absl_flags.DEFINE_string("json", None, "File for the figures; none is written without.")
+SEARCH = absl_flags.DEFINE_bool(
+    "search", False, "Try mesh shapes and micro-batch sizes, and print what fits."
+)
 TURNS = absl_flags.DEFINE_integer("turns", 11, "Turns of a trajectory (paper: 10.9 calls a task).")
-PROMPT = absl_flags.DEFINE_integer("prompt_tokens", 0, "Mean prompt; 0: three quarters of P.")
-RESPONSE = absl_flags.DEFINE_integer("response_tokens", 0, "Mean response; 0: a quarter of R.")
-LONGEST = absl_flags.DEFINE_integer("longest_response", 0, "Decode steps a turn; 0: half of R.")
+PROMPT = absl_flags.DEFINE_integer(
+    "prompt_tokens", 0, "Tokens of a mean prompt; 0 for 3/4 of the longest."
+)
+RESPONSE = absl_flags.DEFINE_integer(
+    "response_tokens", 0, "Tokens of a mean response; 0 for 1/4 of the longest."
+)
+LONGEST = absl_flags.DEFINE_integer(
+    "longest_response", 0, "Tokens decoded a turn; 0 for half of the longest."
+)
 QUICK = absl_flags.DEFINE_bool("quick", False, "Compile with least effort, as for a fit check.")
 
 

@@ -38,28 +38,30 @@ from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
-SOURCE = absl_flags.DEFINE_string("source", None, "Directory, .gguf file, run, or checkpoint.")
-TARGET = absl_flags.DEFINE_string("target", None, "Directory that is written.")
+SOURCE = absl_flags.DEFINE_string(
+    "source", None, "What to read: a directory, a .gguf file, a run or a checkpoint."
+)
+TARGET = absl_flags.DEFINE_string("target", None, "Directory to write.")
 TO = absl_flags.DEFINE_enum(
     "to", "huggingface", ["huggingface", "checkpoint", "adapters"], "What to write."
 )
 BASE = absl_flags.DEFINE_string(
     "base",
     "",
-    "What adapters were trained on, where it is not at the run's init_from any more; with "
-    "--to=adapters the name that is written for it.",
+    "The model that the adapters of a run were trained on, where its init_from is no longer right; "
+    "with --to=adapters the name that is written for that model.",
 )
 DTYPE = absl_flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the tensors in a Hugging Face directory."
+    "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors in a Hugging Face directory."
 )
 TOKENIZER = absl_flags.DEFINE_string(
-    "tokenizer", None, "Directory of tokenizer.json; the source by default."
+    "tokenizer", None, "Directory that has tokenizer.json; the source by default."
 )
 VOCAB_SIZE = absl_flags.DEFINE_integer(
     "vocab_size",
     0,
-    "Widens the model of a checkpoint to so many ids, where it has no room for the names that the "
-    "protocol reserves; 0 for the model's own.",
+    "Widens the vocabulary of a model that becomes a checkpoint, where it has no room for names "
+    "that the protocol reserves; 0 for the model's own.",
     lower_bound=0,
 )
 PAD_TOKEN = absl_flags.DEFINE_string(

@@ -2,11 +2,11 @@
 
     python experiments/demo.py --workdir=runs/demo
 
-SFT, then RL, at 1x only. The baselines (`tasks/workflows.py`) have as much RL, from the same
-SFT checkpoint where a program manages their memory, else after an SFT of their own. Then
-everything is evaluated at 1x, 2x and 4x as many facts (those of `config.task.scales` up to 4),
-greedily and at temperature 1. Writes <workdir>/results.json and <workdir>/report/index.html.
-Interrupted, it goes on where it was.
+Trains by SFT, then by RL, on documents of one length only (1x). The baselines
+(`tasks/workflows.py`) have as much RL, from the same SFT checkpoint where a program manages their
+memory, else after an SFT of their own. Then everything is evaluated at 1x, 2x and 4x as many facts
+(those of `config.task.scales` up to 4), greedily and at temperature 1. Writes
+<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Evaluates a checkpoint: rollouts over a split, EM and F1 with 95% bootstrap intervals.
+"""Plays the episodes of a split with a checkpoint: exact match and F1, with 95% intervals.
 
     python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
     python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
 
-`--checkpoint` is a workdir, its checkpoints folder, or one numbered step in it. Writes
+`--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
 per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints a
 table for each temperature.
 """
@@ -31,28 +31,33 @@ SPLITS = absl_flags.DEFINE_multi_string(
     "split", None, "Split to evaluate; repeat the flag for several. Default: all test splits."
 )
 TEMPERATURES = absl_flags.DEFINE_multi_float(
-    "temperature", [0.0], "0 is greedy; repeat the flag for several.", lower_bound=0.0
+    "temperature",
+    [0.0],
+    "Temperature of sampling; 0 is greedy; repeat the flag for several.",
+    lower_bound=0.0,
 )
-EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many; 0 for the whole split.")
-SEED = absl_flags.DEFINE_integer("seed", 0, "Of sampling; greedy decoding does not use it.")
+EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes to play; 0 for the whole split.")
+SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding does not use it.")
 CPU_DEVICES = absl_flags.DEFINE_integer(
-    "cpu_devices", 2, "Into how many a host without an accelerator is split.", lower_bound=1
+    "cpu_devices", 2, "Devices into which a host without an accelerator is split.", lower_bound=1
 )
 OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
 BASE = absl_flags.DEFINE_string(
-    "base", "", "What the adapters of a run were trained on, where it is not at its init_from."
+    "base",
+    "",
+    "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
 SET = absl_flags.DEFINE_multi_string(
     "set",
     [],
-    "Another size than the checkpoint's, FIELD=VALUE: of a field of memory, rollout or eval, such "
-    "as eval.batch_size=4; repeat the flag for several. Part of the names of the files.",
+    "FIELD=VALUE sets a field of memory, rollout or eval to another value than the checkpoint's, "
+    "such as eval.batch_size=4; repeat the flag for several. It becomes part of the files' names.",
 )
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",
     False,
-    "Print what is there already for the same split, temperature, step, seed, settings and number "
-    "of episodes, and play only the rest.",
+    "Do not play again what was played with the same split, temperature, step, seed, settings and "
+    "number of episodes: print its results.",
 )
 
 

@@ -98,18 +98,22 @@ def define_processes() -> Callable[[], dict[str, Any]]:
             None,
             "host:port of process 0, where several processes meet; not needed on a TPU slice.",
         ),
-        "num_processes": define("num_processes", None, "How many there are; not on a TPU slice."),
-        "process_id": define("process_id", None, "Number of this one, from 0; not on a TPU slice."),
+        "num_processes": define(
+            "num_processes", None, "How many processes there are; not needed on a TPU slice."
+        ),
+        "process_id": define(
+            "process_id", None, "Number of this process, from 0; not needed on a TPU slice."
+        ),
         "heartbeat_timeout_seconds": define(
             "heartbeat_timeout_seconds",
             100,
-            "After which silence a process counts as lost, and the others end.",
+            "Seconds of silence after which a process counts as lost, and the others end.",
             lower_bound=1,
         ),
         "initialization_timeout_seconds": define(
             "initialization_timeout_seconds",
             300,
-            "How long processes wait for all to arrive.",
+            "Seconds that processes wait for all to arrive.",
             lower_bound=1,
         ),
     }

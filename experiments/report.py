@@ -21,14 +21,14 @@ COMPARE = absl_flags.DEFINE_multi_string(
     "compare", [], "Another workdir to show beside it; repeat the flag for several."
 )
 SPLIT = absl_flags.DEFINE_string(
-    "split", None, "Of the traced episodes. Default: the first test split."
+    "split", None, "Split whose episodes are traced. Default: the first test split."
 )
 EPISODES = absl_flags.DEFINE_integer(
-    "episodes", 12, "How many to trace; 0 for none.", lower_bound=0
+    "episodes", 12, "Episodes to trace; 0 for none.", lower_bound=0
 )
 STEP = absl_flags.DEFINE_string("step", "last", "Checkpoint to trace: 'last', 'best' or a number.")
 TEMPERATURE = absl_flags.DEFINE_float(
-    "temperature", 0.0, "Of the traced episodes; 0 is greedy.", lower_bound=0.0
+    "temperature", 0.0, "Temperature of the traced episodes; 0 is greedy.", lower_bound=0.0
 )
 OUT = absl_flags.DEFINE_string("out", None, "Folder of the report. Default: <workdir>/report.")
 

@@ -24,18 +24,21 @@ from atommem_jax.sweeps import launcher
 from experiments import flags
 
 MAX_RESTARTS = absl_flags.DEFINE_integer(
-    "max_restarts", 5, "How often to restart without a new checkpoint in between.", lower_bound=0
+    "max_restarts",
+    5,
+    "Restarts in a row that bring no new checkpoint, after which to give up.",
+    lower_bound=0,
 )
 BACKOFF_SECONDS = absl_flags.DEFINE_float(
     "backoff_seconds",
     5.0,
-    "Wait before a restart; twice as long before each further one, at most five minutes.",
+    "Seconds before the first restart, doubled before each further one up to five minutes.",
     lower_bound=0.0,
 )
 CHECKPOINTS = absl_flags.DEFINE_string(
     "checkpoints",
     None,
-    "Folder of numbered checkpoints that shows progress. Default: that of the command's --workdir.",
+    "Folder whose numbered checkpoints show progress. Default: that of the command's --workdir.",
 )
 
 _LONGEST_WAIT = 300.0

@@ -31,8 +31,8 @@ WORKDIR = flags.define_workdir("Where the runs and the table go.")
 JOBS = absl_flags.DEFINE_integer(
     "jobs",
     0,
-    "Runs at a time; more than one share the cores evenly. 0: one for two cores, one in all on a "
-    "host with an accelerator.",
+    "Runs at a time, which share the cores evenly; 0 for one on every two cores, and one in all on "
+    "a host with an accelerator.",
     lower_bound=0,
 )
 ONLY = absl_flags.DEFINE_string(
@@ -40,7 +40,9 @@ ONLY = absl_flags.DEFINE_string(
 )
 RETRY_FAILED = absl_flags.DEFINE_bool("retry_failed", False, "Start failed runs again.")
 DRY_RUN = absl_flags.DEFINE_bool("dry_run", False, "Print what would be run, and run nothing.")
-TABLE_ONLY = absl_flags.DEFINE_bool("table_only", False, "Make the table of what there is.")
+TABLE_ONLY = absl_flags.DEFINE_bool(
+    "table_only", False, "Run nothing, and make the table of what there is."
+)
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _TAIL_LINES = 15

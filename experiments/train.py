@@ -1,4 +1,4 @@
-"""Trains an agent: SFT on a teacher's trajectories, then RL on its own.
+"""Trains an agent: on a teacher's trajectories (SFT), then on its own by reinforcement (RL).
 
     python experiments/train.py --config=experiments/configs/synthetic.py --workdir=runs/mine
 

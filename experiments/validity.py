@@ -20,7 +20,7 @@ from atommem_jax.tasks import teacher
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
-EPISODES = absl_flags.DEFINE_integer("episodes", 0, "How many of each split; 0 for all.")
+EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes of each split; 0 for all.")
 JSON = absl_flags.DEFINE_string("json", None, "File for the summaries; none is written without.")
 
 

@@ -103,7 +103,7 @@ def validate_shape(
     """Token budgets against the data. Raises ConfigError naming field and least value."""
     validate_turns(config, parts)
     limit = config.rollout.response_length
-    # Of a collected teacher each turn is judged by itself, see `collected.find_learnable`.
+    # Of a collected teacher each turn is judged by itself, see `store.find_learnable`.
     if not config.sft.data or parts.workflow.program is not None:
         longest, actions = _longest_turn(parts, shape, examples)
         check(

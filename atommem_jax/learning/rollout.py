@@ -8,7 +8,7 @@ A policy is any function `(view, episodes, keys) -> Response` on a batch: `model
 from the transformer; scripted teachers (`tasks.teacher`) and static workflows are others. So
 teacher trajectories, training rollouts and evaluation see the same prompts, token for token.
 
-Phases (paper, section 3; exact rules in "Memory semantics" of the README):
+Phases (paper, section 3; exact rules in docs/memory.md):
 
     READING --last chunk--> ANSWERING --read budget spent--> FINAL
                                ^  |---------- answer ----------|

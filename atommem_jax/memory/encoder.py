@@ -2,7 +2,7 @@
 
 A text is followed by one closing token, and the hidden state of that token, normalised, is its
 vector. Queries are told what to look for by an instruction in front; documents have none. The
-parameters are those of `pretrained.load`; a head, if there is one, is not used.
+parameters are those of `huggingface.load`; a head, if there is one, is not used.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Softmax attention: plain einsums anywhere, a blocked Pallas kernel for long prompts on TPU.
 
-Rows are left-padded (see `model`): `start[b]` is the first column of row b that holds a token.
-The two implementations of `causal` agree on columns that hold a token; what they give for padding
-is finite and read by nothing.
+Rows are left-padded (see `transformer`): `start[b]` is the first column of row b that holds a
+token. The two implementations of `causal` agree on columns that hold a token; what they give for
+padding is finite and read by nothing.
 """
 
 import functools

@@ -169,7 +169,7 @@ class Sft(Stage):
         self.seed = self.key(_TEACHER)
 
     def batches(self) -> Any:
-        """This stage's resumable stream: of `EpisodeBatch`, or of `collected.Lessons`."""
+        """This stage's resumable stream: of `EpisodeBatch`, or of `store.Lessons`."""
         if self.lessons is None:
             return super().batches()
         return self.lessons.batches(

@@ -23,9 +23,10 @@ REMEDIES: Mapping[str, str] = {
     "optimiser": "raise mesh.fsdp; set optimizer.moment_dtype='bfloat16' or "
     "optimizer.name='adafactor'",
     "gradients": "raise mesh.fsdp or mesh.tensor",
-    "KV cache": "lower rollout.group; raise mesh.tensor (up to model.num_kv_heads) or the number "
-    "of devices",
-    "memory tables": "lower rollout.group, memory.slots, memory.entry_length or memory.key_dim",
+    "KV cache": "lower rollout.microbatch; raise mesh.tensor (up to model.num_kv_heads) or the "
+    "number of devices",
+    "memory tables": "lower rollout.microbatch, memory.slots, memory.entry_length or "
+    "memory.key_dim",
     "activations": "lower rl.ppo.microbatch_rows or sft.microbatch_rows; set model.remat=True and "
     "model.remat_policy='full'; model.attention='splash' for long prompts; raise mesh.tensor",
     "logits": "set rollout.score_chunk to fewer response tokens; raise mesh.tensor",

@@ -1,9 +1,9 @@
 """What Hugging Face directories say beside weights: config.json and the tokenizer's files.
 
 `parse_config` turns the fields of a config.json into our `ModelConfig` and refuses, by name, every
-field that would make the published model compute something that `model.py` does not. Fields come
-as `transformers` 4 writes them (`rope_theta`, `rope_scaling`, `torch_dtype`) or as version 5 does
-(`rope_parameters`, `dtype`).
+field that would make the published model compute something that `model.transformer` does not.
+Fields come as `transformers` 4 writes them (`rope_theta`, `rope_scaling`, `torch_dtype`) or as
+version 5 does (`rope_parameters`, `dtype`).
 """
 
 import json
@@ -70,7 +70,7 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
       where: named in errors.
 
     Raises PublishedError for an unknown architecture, for a field that is missing or of the wrong
-    type, and for one that describes a model which `model.py` does not compute.
+    type, and for one that describes a model which `model.transformer` does not compute.
     """
     architecture = _find_architecture(fields, where)
     for field, allowed in _FIXED.items():

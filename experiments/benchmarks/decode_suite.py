@@ -7,7 +7,7 @@
 
 Needs `--pretrained`, a .gguf file or a Hugging Face directory. All decode greedily in float32, and
 go on behind the end of a text, so that every contestant takes the same number of steps. Ours is
-`sampling.generate`, the function that rollouts call, with the layers apart (`rollout.unstack`).
+`sampling.generate`, the function that rollouts call, with the layers apart (`rollout.cpu_decode`).
 Measured are prefill, decoding at several batch sizes (a generation without the prefill of the same
 prompts, of the same round), whole generations, and what the grammar of the actions adds to a step.
 

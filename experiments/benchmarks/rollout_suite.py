@@ -51,7 +51,7 @@ class Scene:
 
     @property
     def group(self) -> int:
-        """Rows of a batch over all devices: `rollout.group` on each, at most what there is."""
+        """Rows of a batch over all devices: `rollout.microbatch` on each, at most what there is."""
         group = self.parts.config.rollout.microbatch * self.mesh.shape[rules.DATA]
         return min(group, len(self.aliases)) or len(self.aliases)
 

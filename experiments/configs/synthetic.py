@@ -1,7 +1,7 @@
 """Streaming multi-hop questions over generated names: the embedded default task.
 
 `get_config()` trains at 1x (12 facts) with 5 slots, so that storing everything does not work.
-Every size here suits two CPU cores; the reasons are in the README under "What learns".
+Every size here suits two CPU cores; what it reaches is in docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     """The experiment of `make demo`."""
     config = ConfigDict()
     config.seed = 0
-    config.workflow = "learned"  # or one of atommem_jax.workflows: what it is compared with
+    config.workflow = "learned"  # or one of atommem_jax.tasks.workflows, to compare with
     config.init_from = ""  # a checkpoint whose parameters training starts from
 
     config.profile = False  # trace the second step of each stage to <workdir>/profile
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.tokenizer.character_coverage = 1.0  # share of the characters that are pieces
 
     config.protocol = ConfigDict()
-    config.protocol.name = "compact"  # a key of atommem_jax.protocol.PROTOCOLS
+    config.protocol.name = "compact"  # a key of atommem_jax.language.protocol.PROTOCOLS
     config.protocol.free_text = False  # between actions, as for thoughts
     config.prompt = "compact"  # or "chat", the format of a pretrained model
 

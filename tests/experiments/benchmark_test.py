@@ -37,7 +37,7 @@ PEERS_NEED = "a peer of the benchmark, in the extra 'bench'"
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch):
-    """What calls `wiring.prepare_devices` keeps the cache of the tests."""
+    """What calls `mesh.prepare_devices` keeps the cache of the tests."""
     monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
 
 

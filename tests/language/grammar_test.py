@@ -1,4 +1,4 @@
-"""Tests of atommem_jax.grammar, and through it of automaton and token_tables."""
+"""Tests of atommem_jax.language.grammar, and through it of automaton and token_tables."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Tests of atommem_jax.protocol."""
+"""Tests of atommem_jax.language.protocol."""
 
 import types
 

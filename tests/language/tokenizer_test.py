@@ -1,4 +1,4 @@
-"""Tests of atommem_jax.tokenizer."""
+"""Tests of atommem_jax.language.tokenizer."""
 
 import itertools
 
