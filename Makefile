@@ -11,10 +11,11 @@ RUN := $(VENV)/bin/python
 SHELL_SCRIPTS := .ci/run $(wildcard tpu_setup/*.sh) tpu_setup/env.sh.example
 # The TPU compiler lies apart: JAX asks any libtpu that it can import for a TPU, at every start.
 LIBTPU := $(VENV)/libtpu
+PYTEST = $(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check \
   $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: help demo test test-peers lint format clean
+.PHONY: help demo test test-all lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -24,14 +25,12 @@ help:  ## Show this list
 demo: $(VENV)/.stamp-demo  ## Train, evaluate and show a small agent on the CPU
 	$(RUN) experiments/demo.py --workdir=runs/demo
 
-test: $(VENV)/.stamp-test  ## Run the tests
-	$(RUN) -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
+test: $(VENV)/.stamp-test  ## Test the public behaviour: minutes
+	$(PYTEST) -m "not (browser or libtpu or long or peer or processes)"
 
-test-peers: $(VENV)/.stamp-peers  ## Also test against peers (PyTorch, FAISS, transformers, SmolLM2, libtpu)
-	$(RUN) -m pytest tests/benchmark_test.py tests/parity_test.py tests/real_tokenizer_test.py \
-	  tests/decode_suite_test.py
-	PYTHONPATH=$(abspath $(LIBTPU)) $(RUN) -m pytest tests/compile_report_test.py \
-	  tests/tpu_model_test.py
+test-all: $(VENV)/.stamp-peers  ## Test everything: several processes, browsers, peers, the TPU compiler
+	$(PYTEST) -m "not libtpu"
+	PYTHONPATH=$(abspath $(LIBTPU)) $(RUN) -m pytest -m libtpu tests/tpu_model tests/experiments
 
 lint: $(VENV)/.stamp-test  ## Check format, style and types
 	$(RUN) -m ruff format --check .

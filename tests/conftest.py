@@ -1,6 +1,7 @@
 """Settings that every test shares; they are made before the first import of JAX."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import sys
@@ -45,18 +46,33 @@ hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# A minute or more each: they start first, so that no process is left alone with one at the end.
-LONGEST = (
-    *("scripts_test", "distributed_test", "train_test", "lora_test", "split_test"),
-    *("benchmark_test", "report_script_test", "answer_test", "parallel_test", "sharding_test"),
-    *("sweep_test", "learning_test", "convert_suite_test", "decode_suite_test", "trainer_test"),
-)
+# What test-all must not leave out: with ATOMMEM_NO_SKIPS, as in CI, a skip of one of these fails.
+REQUIRED = ("browser", "libtpu", "peer", "processes", "long")
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first; the rest as collected."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+def pytest_runtest_setup(item):
+    """Skips what needs the TPU compiler where there is none."""
+    if item.get_closest_marker("libtpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the TPU compiler: make test-all, or pip install -e '.[tpu]'")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """Where nothing may be skipped, a skip of a required test is a failure."""
+    report = (yield).get_result()
+    required = any(item.get_closest_marker(name) for name in REQUIRED)
+    if report.skipped and required and os.environ.get("ATOMMEM_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where nothing may be: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report():
+    """The same of a whole file that is skipped."""
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("ATOMMEM_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where nothing may be: {report.longrepr}"
 
 
 @pytest.fixture(autouse=True)

@@ -106,6 +106,7 @@ def read_rows(shown):
     return [[text for text in entries if text] for entries in texts]
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("name", memory_suite.PEERS)
 def test_a_memory_peer_shows_and_stores_the_same(operations, ours, name):
     if name == "faiss":
@@ -206,6 +207,7 @@ def test_host_peers_play_our_trajectories_token_for_token(sampled, name):
     assert {ActionKind.CREATE, ActionKind.UPDATE, ActionKind.READ} <= set(edits)
 
 
+@pytest.mark.peer
 def test_torch_plays_our_greedy_trajectories(greedy):
     """Rounding may flip an argmax, and all that follows it: nine in ten episodes must be equal."""
     pytest.importorskip("torch", reason=PEERS_NEED)
@@ -223,6 +225,7 @@ def test_torch_plays_our_greedy_trajectories(greedy):
             np.testing.assert_allclose(theirs[3], ours[3], atol=1e-4)
 
 
+@pytest.mark.peer
 def test_rows_that_torch_drops_do_not_change_the_others(greedy):
     pytest.importorskip("torch", reason=PEERS_NEED)
     pytest.importorskip("faiss", reason=PEERS_NEED)
@@ -255,6 +258,7 @@ def make_update(sampled, lesson, microbatch):
     return torch, update, torch_training.Rows.of(lesson.batch), torch_model.name_parameters
 
 
+@pytest.mark.peer
 def test_torch_finds_our_gradient(sampled, lesson):
     _, update, rows, name = make_update(sampled, lesson, microbatch=32)
     ours = train_suite.Ours(sampled[0], lesson, optax.sgd(1.0))
@@ -275,6 +279,7 @@ def test_torch_finds_our_gradient(sampled, lesson):
         np.testing.assert_allclose(theirs[metric], ours_mean, atol=1e-4, err_msg=metric)
 
 
+@pytest.mark.peer
 @pytest.mark.relaxed_promotion
 def test_torch_takes_our_step(sampled, lesson):
     """Adam's first step is the sign of the gradient: where that is nothing but rounding, it may
@@ -294,6 +299,7 @@ def test_torch_takes_our_step(sampled, lesson):
         )
 
 
+@pytest.mark.peer
 def test_an_update_that_torch_does_not_implement_is_refused(lesson):
     pytest.importorskip("torch", reason=PEERS_NEED)
     from experiments.benchmarks import torch_training
@@ -380,6 +386,7 @@ def results(tmp_path_factory):
     return json.loads((folder / "results" / "benchmark.json").read_text())
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize(
     ("suite", "peers"),
     [
@@ -396,6 +403,7 @@ def test_the_json_holds_every_comparison(results, suite, peers):
         assert found["unit"].endswith(" a second")
 
 
+@pytest.mark.peer
 def test_the_json_holds_what_surrounds_the_comparisons(results):
     assert results["machine"]["versions"]["jax"] == jax.__version__
     assert results["train"]["torch_compile"]["ratio"] is None

@@ -1,6 +1,5 @@
 """The compile report: what does not work is named; a small model compiles for a slice."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -35,10 +34,6 @@ SMALL = [
     "--config.sft.length_buckets=(4,8)",
     "--config.rl.ppo.length_buckets=(4,8)",
 ]
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: make test-peers, or pip install -e '.[tpu]'",
-)
 
 
 def run(*arguments):
@@ -68,7 +63,7 @@ def test_what_there_is_not_is_answered_with_what_there_is(arguments, words):
     assert "Traceback" not in done.stderr
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_mesh_that_does_not_suit_is_answered_with_the_valid_ones():
     done = run("--topology=v5e:2x2", "--config.mesh.fsdp=3", *SMALL)
     assert done.returncode == 2
@@ -76,7 +71,7 @@ def test_a_mesh_that_does_not_suit_is_answered_with_the_valid_ones():
     assert "1x2x2" in done.stderr
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_the_phases_of_a_small_model_compile_for_a_slice(tmp_path):
     path = tmp_path / "report.json"
     done = run(

@@ -29,6 +29,7 @@ def subject(tmp_path):
     return decode_suite.load(str(tmp_path), "<|endoftext|>")
 
 
+@pytest.mark.peer
 def test_contestants_write_the_same_tokens(subject):
     prompts = decode_suite.make_prompts(2, 12, subject.agent.model.config.vocab_size)
     ours = decode_suite.Ours(subject).generate(prompts).run(None)
@@ -46,6 +47,7 @@ def test_llama_cpp_writes_the_same_tokens():
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.peer
 def test_results_are_complete(subject):
     results = decode_suite.run(subject, runs=2)
     measured = {

@@ -17,6 +17,8 @@ from atommem_jax.weights import gguf
 from tests.helpers import grammar_reference as reference
 from tests.helpers import smollm2
 
+pytestmark = pytest.mark.peer
+
 A, X, R, K = 4, 24, 64, 6
 QWEN3_VOCABULARY = 151_936
 PIECES = [

@@ -19,6 +19,8 @@ from atommem_jax.weights import gguf, hf_config, hf_export, huggingface
 from tests.conftest import ROOT
 from tests.helpers import smollm2
 
+pytestmark = pytest.mark.peer
+
 NEEDED = "needs the extra 'hf': pip install -e '.[test,hf]'"
 torch = pytest.importorskip("torch", reason=NEEDED)
 transformers = pytest.importorskip("transformers", reason=NEEDED)
@@ -230,7 +232,6 @@ def test_embeddings_are_the_same(tmp_path):
 # GGUF
 
 
-@pytest.mark.slow
 def test_smollm2_computes_the_same():
     """By default as fast as it can be; where that is asked for, nearer to float64 than the peer."""
     file = smollm2.find()

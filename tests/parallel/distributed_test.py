@@ -15,6 +15,8 @@ import pytest
 from atommem_jax.metrics import MetricWriter
 from tests.helpers import processes, runs
 
+pytestmark = pytest.mark.processes
+
 DEVICES = 4
 SFT_STEPS, RL_STEPS = 6, 4
 END = SFT_STEPS + RL_STEPS

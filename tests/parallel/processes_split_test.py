@@ -15,6 +15,8 @@ import pytest
 
 from tests.helpers import processes, runs
 
+pytestmark = pytest.mark.processes
+
 STEPS = 60  # more than any run here takes
 LONGEST = 36  # steps that the others are compared with
 SETTINGS = {

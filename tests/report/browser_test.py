@@ -9,6 +9,8 @@ from atommem_jax.report import page as page_lib
 from tests.helpers.browser import Browser
 from tests.report import page_test
 
+pytestmark = pytest.mark.browser
+
 LEFT, UP, RIGHT, DOWN = Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_RIGHT, Keys.ARROW_DOWN
 
 

@@ -30,9 +30,6 @@ CONFIG = ModelConfig(
     num_features=2,
 )
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-needs_libtpu = pytest.mark.skipif(
-    not HAS_LIBTPU, reason="libtpu is not installed: make test-peers, or '.[tpu]'"
-)
 
 
 # ------------------------------------------------------------------ FLOPs
@@ -230,14 +227,14 @@ def test_without_the_compiler_the_extra_is_named():
         hardware.get_topology(hardware.parse_topology("v5e:2x2"))
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize(("name", "slices"), [("v5e:1x1", 1), ("v5e:2x2", 2), ("v4:2x2x1", 1)])
 def test_devices_of_a_topology(name, slices):
     topology = hardware.parse_topology(name, slices)
     assert len(hardware.get_topology(topology)) == topology.devices
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_program_compiled_for_tpu():
     """The limit in the table is the compiler's, and its program is read as for CPU."""
     topology = hardware.parse_topology("v5e:2x2")

@@ -312,6 +312,7 @@ hf_export.save(target, params, config, max_file_bytes=3000)
 """
 
 
+@pytest.mark.processes
 def test_processes_read_their_parts_and_one_writes(tmp_path):
     tensors = make_tensors(QWEN)
     source, target = write(tmp_path / "in", QWEN, tensors), tmp_path / "out"
