@@ -35,7 +35,7 @@ ORDER = {
     ),
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
     "agent": "build play validate load score",
-    "report": "trace figures page run",
+    "report": "replay trace figures page run",
     "documents": "split session memory_file transcript conversation",
     "collection": "endpoint store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",

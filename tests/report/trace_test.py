@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atommem_jax.learning import rollout
-from atommem_jax.report import trace
+from atommem_jax.report import replay, trace
 from atommem_jax.types import ActionKind, Phase, Response
 from tests.helpers import memory_reference, tiny
 
@@ -115,7 +115,7 @@ def describe(played):
 @pytest.mark.parametrize("name", PLAYED)
 def test_what_became_of_single_actions_adds_up_to_the_report(name):
     setting, trajectories, episodes, _ = PLAYED[name]()
-    played = trace.replay(setting, trajectories, episodes)
+    played = replay.replay(setting, trajectories, episodes)
     live = trajectories.turns.live
     for field in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
         single = getattr(played.fates, field)
@@ -211,13 +211,13 @@ def test_a_record_that_is_not_reproduced_is_refused(field, break_it):
     broken = dataclasses.replace(trajectories, turns=turns)
     matches = "does not reproduce" if field == "turns" else f"{field}.*does not reproduce"
     with pytest.raises(ValueError, match=matches):
-        trace.replay(setting, broken, episodes)
+        replay.replay(setting, broken, episodes)
 
 
 def test_another_setting_is_refused():
     _, trajectories, episodes, _ = play_random("lru")
     with pytest.raises(ValueError, match="setting and the episode that it was played with"):
-        trace.replay(make_setting("reject"), trajectories, episodes)
+        replay.replay(make_setting("reject"), trajectories, episodes)
 
 
 # ---------------------------------------------------------------------------------------------
