@@ -23,7 +23,6 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax.language import prompt as prompting
@@ -31,8 +30,8 @@ from atommem_jax.language.grammar import Grammar
 from atommem_jax.memory import slot_table
 from atommem_jax.model.sampling import Agent, generate
 from atommem_jax.types import (
+    EDITS,
     EMPTY,
-    NUM_KINDS,
     ActionKind,
     Actions,
     Embed,
@@ -46,14 +45,8 @@ from atommem_jax.types import (
     Trajectory,
     Turns,
     View,
+    permitted_kinds,
 )
-
-PERMITTED = np.zeros((len(Phase), NUM_KINDS), bool)
-PERMITTED[Phase.READING, ActionKind.CREATE : ActionKind.ANSWER] = True
-PERMITTED[Phase.ANSWERING, [ActionKind.READ, ActionKind.ANSWER]] = True
-PERMITTED[Phase.FINAL, ActionKind.ANSWER] = True
-
-EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +218,7 @@ def end_turn(
         table, report = slot_table.transition(
             env.memory,
             actions,
-            permitted=jnp.asarray(PERMITTED)[env.phase],
+            permitted=permitted_kinds(env.phase),
             eviction=c.eviction,
             embed=setting.embed,
             pad_id=setting.pad_id,
