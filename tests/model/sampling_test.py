@@ -77,7 +77,7 @@ def distributions(agent, response, temperature=1.0):
         params,
         tokens,
         PROMPT - lengths,
-        features=sampling._features(agent, prompts, tokens),
+        features=sampling.match_features(agent, prompts, tokens),
     )
     logits = agent.model.apply(params, hidden[:, PROMPT - 1 : -1], method="logits") / temperature
     mask = np.ones(logits.shape, bool)
