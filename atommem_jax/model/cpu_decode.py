@@ -26,6 +26,7 @@ from atommem_jax.model.transformer import (
     count_positions,
     dot_general,
     mask_slots,
+    multiply,
 )
 
 
@@ -127,8 +128,8 @@ def logits(
     """`Transformer.logits` of a few rows."""
     # The table of a tied model lies [V, width] already; a cast of it would be a copy.
     in_columns = model.config.tie_embeddings and hidden.dtype == jnp.float32
-    product = {"product": multiply_rows} if in_columns else {}
-    return model.apply({"params": params.whole}, hidden, **product, method="logits")
+    product = multiply_rows if in_columns else multiply
+    return model.apply({"params": params.whole}, hidden, product=product, method="logits")
 
 
 def multiply_rows(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
