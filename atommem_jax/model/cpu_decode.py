@@ -5,9 +5,9 @@ cannot multiply by a part of an array, as on a CPU: three times the memory traff
 a few rows are multiplied nearly twice as fast there if what they meet lies in columns: matrices
 [out, in] come first in the product, and keys are kept [head_width, slots].
 
-So before the loop `unstack_params` and `unstack_cache` put both so, and `forward` and `logits` take
+So before the loop `arrange_params` and `arrange_cache` put both so, and `forward` and `logits` take
 the place of `Transformer.__call__` and `Transformer.logits` for one token a row. The mathematics is
-that of `transformer`; nothing of it is written here again. `SamplerConfig.unstack` turns it on.
+that of `transformer`; nothing of it is written here again. `SamplerConfig.cpu_decode` turns it on.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from atommem_jax.model.transformer import (
 
 
 @flax.struct.dataclass
-class UnstackedParams:
+class CpuParams:
     """Parameters of a model, and once more those of its layers."""
 
     whole: Any  # as `Transformer` has them
@@ -39,7 +39,7 @@ class UnstackedParams:
 
 
 @flax.struct.dataclass
-class LayerCache:
+class CpuLayer:
     """What a `Cache` holds of one layer, keys in columns."""
 
     keys: Float[Array, "B kv_heads head_width slots"]
@@ -49,54 +49,54 @@ class LayerCache:
 
 
 @flax.struct.dataclass
-class UnstackedCache:
+class CpuCache:
     """What a `Cache` holds."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[CpuLayer, ...]
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
 
 
-def unstack_params(params: Any) -> UnstackedParams:
+def arrange_params(params: Any) -> CpuParams:
     """Call it outside of the loop, in which nothing of it should be done again."""
     stacked = params["layers"]
     count = jax.tree.leaves(stacked)[0].shape[0]
     layers = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
-    return UnstackedParams(params, tuple(map(_transpose_matrices, layers)))
+    return CpuParams(params, tuple(map(_transpose_matrices, layers)))
 
 
 def _transpose_matrices(params: Any) -> Any:
     return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, params)
 
 
-def unstack_cache(cache: Cache) -> UnstackedCache:
+def arrange_cache(cache: Cache) -> CpuCache:
     keys, later_keys = jnp.swapaxes(cache.keys, 3, 4), jnp.swapaxes(cache.later_keys, 3, 4)
     layers = zip(keys, cache.values, later_keys, cache.later_values, strict=True)
-    return UnstackedCache(tuple(LayerCache(*layer) for layer in layers), cache.recent)
+    return CpuCache(tuple(CpuLayer(*layer) for layer in layers), cache.recent)
 
 
 def forward(
     model: Transformer,
-    params: UnstackedParams,
+    params: CpuParams,
     tokens: Int[Array, "B 1"],
     start: Int[Array, " B"],
     *,
     features: Bool[Array, "B 1 F"] | None,
-    cache: UnstackedCache,
+    cache: CpuCache,
     index: Int[Array, ""],
-) -> tuple[Float[Array, "B 1 width"], UnstackedCache]:
+) -> tuple[Float[Array, "B 1 width"], CpuCache]:
     """`Transformer.__call__` with a cache, one layer after the other instead of in a scan."""
 
     prompt_slots, more = (
         x.shape[2] for x in (cache.layers[0].values, cache.layers[0].later_values)
     )
 
-    def run(model: Transformer) -> tuple[Array, UnstackedCache]:
+    def run(model: Transformer) -> tuple[Array, CpuCache]:
         window = jnp.concatenate([cache.recent, tokens], axis=1)
         x = model.embed(window, features)
         slots = index + jnp.arange(1, dtype=jnp.int32)
         positions = count_positions(start, slots)
         mask = mask_slots(start, slots, prompt_slots + more)
-        block = _UnstackedBlock(model.config, True, multiply_rows, parent=None)
+        block = _CpuBlock(model.config, True, multiply_rows, parent=None)
         layers = []
         for own, layer in zip(cache.layers, params.layers, strict=True):
             variables = {"params": _transpose_matrices(layer)}
@@ -104,12 +104,12 @@ def forward(
                 variables, x, own, start, positions, mask, index - prompt_slots
             )
             layers.append(own.replace(later_keys=keys, later_values=values))
-        return model.final_norm(x), UnstackedCache(tuple(layers), window[:, 1:])
+        return model.final_norm(x), CpuCache(tuple(layers), window[:, 1:])
 
     return model.apply({"params": params.whole}, method=run)
 
 
-class _UnstackedBlock(Block):
+class _CpuBlock(Block):
     """A layer whose cache has its keys in columns."""
 
     @nn.nowrap
@@ -123,7 +123,7 @@ class _UnstackedBlock(Block):
 
 
 def logits(
-    model: Transformer, params: UnstackedParams, hidden: Float[Array, "B width"]
+    model: Transformer, params: CpuParams, hidden: Float[Array, "B width"]
 ) -> Float[Array, "B V"]:
     """`Transformer.logits` of a few rows."""
     # The table of a tied model lies [V, width] already; a cast of it would be a copy.

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.model import cpu_decode
-from atommem_jax.model.cpu_decode import UnstackedCache, UnstackedParams
+from atommem_jax.model.cpu_decode import CpuCache, CpuParams
 from atommem_jax.model.transformer import Cache, Transformer
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
@@ -42,7 +42,7 @@ class SamplerConfig:
     constrained: bool = True  # only tokens that the grammar allows
     top_p: float = 1.0
     score_chunk: int = 0  # response tokens whose logits exist at a time while scoring; 0 for all
-    unstack: bool = False  # decode as a CPU wants it, see `cpu_decode`
+    cpu_decode: bool = False  # decode as a CPU wants it, see `cpu_decode`
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -83,7 +83,7 @@ class DecodeState:
     values: Float[Array, " B"]  # of the value head at the end of the prompt
     position: Int[Array, ""]  # tokens decided so far, the same number in every row
     hidden: Float[Array, "B width"]  # of the last token: the next one is drawn from it
-    cache: Cache | UnstackedCache  # the latter with `SamplerConfig.unstack`
+    cache: Cache | CpuCache  # the latter with `SamplerConfig.cpu_decode`
     automaton: Int[Array, " B"]  # state of the grammar
     done: Bool[Array, " B"]  # the row has ended: it gets padding from now on
     tokens: Int[Array, "B R"]  # pad where none is decided
@@ -189,7 +189,7 @@ def prefill(
         values=model.apply({"params": params}, last, method="value"),
         position=jnp.zeros((), jnp.int32),
         hidden=last,
-        cache=cpu_decode.unstack_cache(cache) if agent.sampler.unstack else cache,
+        cache=cpu_decode.arrange_cache(cache) if agent.sampler.cpu_decode else cache,
         automaton=jax.vmap(agent.grammar.start)(phase),
         done=skip,
         tokens=jnp.full((batch, limit), agent.grammar.pad_id, jnp.int32),
@@ -197,13 +197,13 @@ def prefill(
     )
 
 
-def decoding_params(agent: Agent, params: Any) -> Any | UnstackedParams:
+def decoding_params(agent: Agent, params: Any) -> Any | CpuParams:
     """The parameters as `decode_step` takes them. Call it once, outside of the loop."""
-    return cpu_decode.unstack_params(params) if agent.sampler.unstack else params
+    return cpu_decode.arrange_params(params) if agent.sampler.cpu_decode else params
 
 
 def decode_step(
-    agent: Agent, params: Any | UnstackedParams, state: DecodeState, temperature: Float[Array, ""]
+    agent: Agent, params: Any | CpuParams, state: DecodeState, temperature: Float[Array, ""]
 ) -> DecodeState:
     """Draws the next token of every row that is not done, and feeds it to the model.
 
@@ -238,7 +238,7 @@ def decode_step(
 
 
 def _read_out(agent: Agent, params, hidden: Float[Array, "B width"]) -> Float[Array, "B V"]:
-    if agent.sampler.unstack:
+    if agent.sampler.cpu_decode:
         return cpu_decode.logits(agent.model, params, hidden)
     return agent.model.apply({"params": params}, hidden, method="logits")
 
@@ -258,7 +258,7 @@ def _feed(agent: Agent, params, state: DecodeState, token: Int[Array, "B 1"]):
         "cache": state.cache,
         "index": state.prompt.shape[1] + state.position,
     }
-    if agent.sampler.unstack:
+    if agent.sampler.cpu_decode:
         return cpu_decode.forward(agent.model, params, token, state.start, **inputs)
     return agent.model.apply({"params": params}, token, state.start, **inputs)
 

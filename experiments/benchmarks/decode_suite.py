@@ -77,7 +77,7 @@ def load(path: str, pad_token: str | None = None) -> Subject:
         grammar=dataclasses.replace(grammar, eos_id=-1),
         template=chat.template(tokenizer, actions),
         model=Transformer(dataclasses.replace(config, pad_id=tokenizer.pad_id)),
-        sampler=SamplerConfig(STEPS, constrained=False, unstack=True),
+        sampler=SamplerConfig(STEPS, constrained=False, cpu_decode=True),
     )
     return Subject(pathlib.Path(path), agent, params)
 

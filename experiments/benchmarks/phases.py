@@ -235,7 +235,7 @@ def _pack(lesson: Lesson, agent: Agent, devices: int) -> list[tuple[Batch, int]]
     active = active[np.argsort(-lengths[active], kind="stable")]
     full = batch.prompt.shape[1] + batch.response.shape[1] - 1
     multiple = attention.row_multiple(agent.model.config.attention, full)
-    widths = microbatches.list_widths(full, multiple, tuple(ppo.eighths))
+    widths = microbatches.list_widths(full, multiple, tuple(ppo.length_buckets))
     parts = []
     for first in range(0, len(active), size):
         rows = active[first : first + size]

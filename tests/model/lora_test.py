@@ -18,7 +18,8 @@ from atommem_jax.config import flatten as flatten_config
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
 from atommem_jax.model import lora, sampling
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params, without_adapters
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params, without_adapters
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.weights import fingerprint

@@ -125,7 +125,7 @@ def test_learner_log_probs_equal_the_samplers(constrained, temperature):
 
 def test_decoding_with_the_layers_apart_changes_nothing():
     agent = make_agent()
-    apart = agent.replace(sampler=dataclasses.replace(agent.sampler, unstack=True))
+    apart = agent.replace(sampler=dataclasses.replace(agent.sampler, cpu_decode=True))
     expected, found = answer(agent), answer(apart)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Two programs, each with its own order of sums: a few units in the last place of what they add.

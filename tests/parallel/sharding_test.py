@@ -14,7 +14,8 @@ from atommem_jax.agent import play as play_lib
 from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules as rules_lib
