@@ -4,9 +4,10 @@
 row of it. `generate` is the two in one program: a `lax.while_loop` that ends as soon as every row
 has ended. A loop on the host calls the same two, and sees every token in between:
 
-    state, ready = prefill(agent, params, ...), decoding_params(agent, params)
+    state = prefill(agent, params, ...)
+    decoder = make_decoder(agent, params, temperature)
     for _ in range(agent.sampler.response_length):
-        state = decode_step(agent, ready, state, temperature)
+        state = decode_step(decoder, state)
     response = make_response(agent, state)
 
 `score` is what the learner calls: the same model, the same grammar mask, the same temperature and
@@ -15,6 +16,7 @@ own key folded with the position: it does not depend on the other rows.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -88,6 +90,16 @@ class DecodeState:
     done: Bool[Array, " B"]  # the row has ended: it gets padding from now on
     tokens: Int[Array, "B R"]  # pad where none is decided
     log_probs: Float[Array, "B R"]  # 0 where none is decided
+
+
+@flax.struct.dataclass
+class Decoder:
+    """What all tokens are decoded with: see `make_decoder`."""
+
+    agent: Agent
+    params: Any | CpuParams  # the latter with `SamplerConfig.cpu_decode`
+    temperature: Float[Array, ""]  # 0 takes the likeliest token
+    scale: Float[Array, ""]  # that logits are divided by: the temperature, or 1 where that is 0
 
 
 @flax.struct.dataclass
@@ -197,34 +209,29 @@ def prefill(
     )
 
 
-def decoding_params(agent: Agent, params: Any) -> Any | CpuParams:
-    """The parameters as `decode_step` takes them. Call it once, outside of the loop."""
-    return cpu_decode.arrange_params(params) if agent.sampler.cpu_decode else params
+def make_decoder(agent: Agent, params: Any, temperature: Float[Array, ""]) -> Decoder:
+    """Call it outside of the loop: it may put the parameters in another order."""
+    ready = cpu_decode.arrange_params(params) if agent.sampler.cpu_decode else params
+    return Decoder(agent, ready, temperature, _effective(temperature))
 
 
-def decode_step(
-    agent: Agent, params: Any | CpuParams, state: DecodeState, temperature: Float[Array, ""]
-) -> DecodeState:
+def decode_step(decoder: Decoder, state: DecodeState) -> DecodeState:
     """Draws the next token of every row that is not done, and feeds it to the model.
 
-    Args:
-      agent: as in `prefill`.
-      params: what `decoding_params` gives.
-      state: with `position` below the response length.
-      temperature: traced scalar; 0 takes the likeliest token (log-probs are then those at 1).
+    The `position` of the state must be below the response length.
     """
-    grammar, config, position = agent.grammar, agent.sampler, state.position
-    logits = _read_out(agent, params, state.hidden)
+    agent, position = decoder.agent, state.position
+    grammar, config = agent.grammar, agent.sampler
     mask = _allow(agent, state.automaton, config.response_length - position)
-    logp = masked_log_softmax(logits, mask, _effective(temperature))
+    logp = masked_log_softmax(_read_out(decoder, state.hidden), mask, decoder.scale)
     row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, position)
-    token = jax.vmap(lambda k, lp: draw(k, lp, temperature=temperature, top_p=config.top_p))(
-        row_keys, logp
-    )
+    token = jax.vmap(
+        lambda k, lp: draw(k, lp, temperature=decoder.temperature, top_p=config.top_p)
+    )(row_keys, logp)
     chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
     token = jnp.where(state.done, grammar.pad_id, token)
     chosen = jnp.where(state.done, 0.0, chosen)
-    hidden, cache = _feed(agent, params, state, token[:, None])
+    hidden, cache = _feed(decoder, state, token[:, None])
     write = jax.lax.dynamic_update_slice_in_dim
     return state.replace(
         position=position + 1,
@@ -237,10 +244,24 @@ def decode_step(
     )
 
 
-def _read_out(agent: Agent, params, hidden: Float[Array, "B width"]) -> Float[Array, "B V"]:
-    if agent.sampler.cpu_decode:
-        return cpu_decode.logits(agent.model, params, hidden)
-    return agent.model.apply({"params": params}, hidden, method="logits")
+def _read_out(decoder: Decoder, hidden: Float[Array, "B width"]) -> Float[Array, "B V"]:
+    model = decoder.agent.model
+    if decoder.agent.sampler.cpu_decode:
+        return cpu_decode.logits(model, decoder.params, hidden)
+    return model.apply({"params": decoder.params}, hidden, method="logits")
+
+
+def _feed(decoder: Decoder, state: DecodeState, token: Int[Array, "B 1"]):
+    """Hidden states of the token [B 1 width], and the cache with it."""
+    model = decoder.agent.model
+    inputs = {
+        "features": match_features(decoder.agent, state.prompt, token),
+        "cache": state.cache,
+        "index": state.prompt.shape[1] + state.position,
+    }
+    if decoder.agent.sampler.cpu_decode:
+        return cpu_decode.forward(model, decoder.params, token, state.start, **inputs)
+    return model.apply({"params": decoder.params}, token, state.start, **inputs)
 
 
 def _allow(agent: Agent, automaton: Int[Array, " B"], remaining: Array) -> Bool[Array, "B V"]:
@@ -249,18 +270,6 @@ def _allow(agent: Agent, automaton: Int[Array, " B"], remaining: Array) -> Bool[
         return jax.vmap(agent.grammar.allowed, in_axes=(0, None))(automaton, remaining)
     any_token = jnp.arange(agent.model.config.vocab_size) != agent.grammar.pad_id
     return jnp.broadcast_to(any_token, (automaton.shape[0], any_token.shape[0]))
-
-
-def _feed(agent: Agent, params, state: DecodeState, token: Int[Array, "B 1"]):
-    """Hidden states of the token [B 1 width], and the cache with it."""
-    inputs = {
-        "features": match_features(agent, state.prompt, token),
-        "cache": state.cache,
-        "index": state.prompt.shape[1] + state.position,
-    }
-    if agent.sampler.cpu_decode:
-        return cpu_decode.forward(agent.model, params, token, state.start, **inputs)
-    return agent.model.apply({"params": params}, token, state.start, **inputs)
 
 
 def make_response(agent: Agent, state: DecodeState) -> Response:
@@ -286,18 +295,16 @@ def generate(
 ) -> Response:
     """Answers each prompt. Rows with `skip` come back empty and do not keep the loop alive.
 
-    temperature: as in `decode_step`.
+    temperature: traced scalar; 0 takes the likeliest token (log-probs are then those at 1).
     """
     state = prefill(agent, params, prompt, prompt_lengths, phase, keys, skip)
-    ready = decoding_params(agent, params)
+    decoder = make_decoder(agent, params, temperature)
 
     def keep_going(state: DecodeState) -> Bool[Array, ""]:
         return (state.position < agent.sampler.response_length) & ~jnp.all(state.done)
 
     with jax.named_scope("decode"):
-        state = jax.lax.while_loop(
-            keep_going, lambda state: decode_step(agent, ready, state, temperature), state
-        )
+        state = jax.lax.while_loop(keep_going, functools.partial(decode_step, decoder), state)
     return make_response(agent, state)
 
 

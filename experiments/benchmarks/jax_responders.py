@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from atommem_jax.learning import rollout
 from atommem_jax.model import sampling
-from atommem_jax.model.sampling import Agent, DecodeState
+from atommem_jax.model.sampling import Agent, Decoder, DecodeState
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import Phase, Response
 from experiments.benchmarks.host_agent import Reply, Text
@@ -32,9 +32,9 @@ def prefill(agent: Agent, params, prompt, lengths, phase, keys) -> DecodeState:
     return state.replace(position=None)
 
 
-def decode_step(agent: Agent, params, state: DecodeState, position, temperature):
+def decode_step(decoder: Decoder, state: DecodeState, position):
     """`sampling.decode_step` at `position`: (state, tokens [B], log-probs [B])."""
-    state = sampling.decode_step(agent, params, state.replace(position=position), temperature)
+    state = sampling.decode_step(decoder, state.replace(position=position))
     column = (state.tokens[:, position], state.log_probs[:, position])
     return state.replace(position=None), *column
 
@@ -99,7 +99,7 @@ class HostLoop(_Responder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._ready = jax.jit(sampling.decoding_params)(self._agent, self._params)
+        self._make_decoder = jax.jit(sampling.make_decoder)
         self._prefill = jax.jit(
             program.data_parallel(prefill, self._mesh, rows=PROMPTS, out=program.ROWS)
         )
@@ -110,12 +110,11 @@ class HostLoop(_Responder):
 
     def _generate(self, prompt, lengths, phase, keys):
         state = self._prefill(self._agent, self._params, prompt, lengths, phase, keys)
+        decoder = self._make_decoder(self._agent, self._params, self._temperature)
         tokens = np.full((self._rows, self._limit), self._pad, np.int32)
         log_probs = np.zeros((self._rows, self._limit), np.float32)
         for position in range(self._limit):
-            state, token, chosen = self._step(
-                self._agent, self._ready, state, np.int32(position), self._temperature
-            )
+            state, token, chosen = self._step(decoder, state, np.int32(position))
             tokens[:, position], log_probs[:, position], done = jax.device_get(
                 (token, chosen, state.done)
             )
