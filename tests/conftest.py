@@ -48,7 +48,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 # A minute or more each: they start first, so that no process is left alone with one at the end.
 LONGEST = (
     *("scripts_test", "distributed_test", "train_test", "lora_test", "split_test"),
-    *("benchmark_test", "report_script_test", "answer_test", "parallel_test", "sharding_test"),
+    *("benchmark_test", "report_script_test", "answer_test", "program_test"),
     *("sweep_test", "learning_test", "convert_suite_test", "decode_suite_test", "trainer_test"),
 )
 
