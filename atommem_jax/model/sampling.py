@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.model import cpu_decode
-from atommem_jax.model.cpu_decode import CpuCache, CpuParams
+from atommem_jax.model.cpu_decode import CpuCache
 from atommem_jax.model.transformer import Cache, Transformer
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
@@ -44,7 +44,7 @@ class SamplerConfig:
     constrained: bool = True  # only tokens that the grammar allows
     top_p: float = 1.0
     score_chunk: int = 0  # response tokens whose logits exist at a time while scoring; 0 for all
-    cpu_decode: bool = False  # decode as a CPU wants it, see `cpu_decode`
+    cpu_decode: bool = False  # decode as a CPU wants it, see the module of that name
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -97,7 +97,7 @@ class Decoder:
     """What all tokens are decoded with: see `make_decoder`."""
 
     agent: Agent
-    params: Any | CpuParams  # the latter with `SamplerConfig.cpu_decode`
+    params: Any  # `CpuParams` with `SamplerConfig.cpu_decode`, else as the model has them
     temperature: Float[Array, ""]  # 0 takes the likeliest token
     scale: Float[Array, ""]  # that logits are divided by: the temperature, or 1 where that is 0
 

@@ -112,7 +112,7 @@ class Ours:
 
 
 @jax.jit
-def _prefill(agent: Agent, params, tokens) -> tuple[jax.Array, DecodeState]:
+def _prefill(agent: Agent, params, tokens) -> tuple[Any, DecodeState]:
     """Logits of the last token [B, V], and where decoding goes on."""
     state = sampling.prefill(agent, params, *_ask(tokens))
     return agent.model.apply({"params": params}, state.hidden, method="logits"), state
@@ -120,12 +120,11 @@ def _prefill(agent: Agent, params, tokens) -> tuple[jax.Array, DecodeState]:
 
 @jax.jit
 def _generate(agent: Agent, params, tokens) -> jax.Array:
-    *prompts, skip = _ask(tokens)
-    temperature = jnp.zeros((), jnp.float32)
-    return sampling.generate(agent, params, *prompts, temperature, skip).tokens
+    asked, temperature = _ask(tokens), jnp.zeros((), jnp.float32)
+    return sampling.generate(agent, params, *asked[:4], temperature, asked[4]).tokens
 
 
-def _ask(tokens: jax.Array) -> tuple[jax.Array, ...]:
+def _ask(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Prompts without padding as `sampling.prefill` takes them: with lengths, phases and so on."""
     rows, length = tokens.shape
     return (

@@ -200,7 +200,7 @@ def test_a_fingerprint_is_of_every_bit_and_not_of_where_it_lies():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rank": -1}, ["lora.rank=-1", "0 (off)"]),
+        ({"rank": -1}, ["lora.rank=-1", "0 or more"]),
         ({"rank": 2, "alpha": 0.0}, ["lora.alpha=0.0", "above 0"]),
         ({"rank": 2, "targets": ()}, ["lora.targets is empty", "layers/query", "lora.rank=0"]),
         (
@@ -209,7 +209,8 @@ def test_a_fingerprint_is_of_every_bit_and_not_of_where_it_lies():
         ),
         ({"rank": 2, "targets": ("head",)}, ["'head' matches no matrix"]),  # tied: there is none
         ({"rank": 2, "targets": ("(",)}, ["lora.targets: '(' is no regular expression"]),
-        ({"rank": 2, "base_dtype": "float16"}, ["lora.base_dtype='float16'", "model.dtype="]),
+        ({"rank": 2, "base_dtype": "float16"}, ["lora.base_dtype='float16'", "'bfloat16'"]),
+        ({"rank": 2, "base_dtype": "bfloat16"}, ["lora.base_dtype='bfloat16'", "model.dtype="]),
     ],
 )
 def test_what_cannot_be_adapted_is_named(fields, words):
