@@ -10,9 +10,12 @@ pad id and come with a length, except `Turns.prompt`, which is left-padded.
 """
 
 import enum
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 import flax.struct
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 EMPTY = -1
@@ -33,6 +36,9 @@ class ActionKind(enum.IntEnum):
 
 NUM_KINDS = len(ActionKind)
 
+EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
+"""The kinds that change what the entries of the memory hold."""
+
 
 class Phase(enum.IntEnum):
     """What a turn may do."""
@@ -41,6 +47,24 @@ class Phase(enum.IntEnum):
     ANSWERING = 1  # a question is put: a read or an answer
     FINAL = 2  # the last permitted turn of a question: an answer only
     DONE = 3  # all questions are over; nothing happens
+
+
+PERMITTED: Mapping[Phase, frozenset[ActionKind]] = types.MappingProxyType(
+    {
+        Phase.READING: frozenset({*EDITS, ActionKind.READ, ActionKind.SCRATCHPAD}),
+        Phase.ANSWERING: frozenset({ActionKind.READ, ActionKind.ANSWER}),
+        Phase.FINAL: frozenset({ActionKind.ANSWER}),
+        Phase.DONE: frozenset(),
+    }
+)
+"""The kinds of action that a phase permits; whoever asks what a turn may do reads it here."""
+
+_PERMITTED_TABLE = np.array([[kind in PERMITTED[phase] for kind in ActionKind] for phase in Phase])
+
+
+def permitted_kinds(phase: Int[Array, "*batch"] | Phase) -> Bool[Array, "*batch kinds"]:
+    """`PERMITTED` as an array, for a phase that may be traced: one flag for each `ActionKind`."""
+    return jnp.asarray(_PERMITTED_TABLE)[phase]
 
 
 @flax.struct.dataclass

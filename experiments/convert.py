@@ -31,7 +31,7 @@ from atommem_jax.agent import build, load, validate
 from atommem_jax.config import ConfigError, Experiment, check, parse
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from atommem_jax.model import transformer as model_lib
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.weights import gguf, hf_config, hf_export, huggingface
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError

@@ -23,7 +23,7 @@ ORDER = {
     "metrics": "",
     "language": "tokenizer protocol automaton token_tables grammar prompt chat sentences",
     "parallel": "rules mesh program processes host_batches",
-    "model": "attention lora transformer cpu_decode sampling",
+    "model": "attention model_config lora transformer cpu_decode sampling",
     "memory": "slot_table embedding encoder",
     "tasks": (
         "schema builders synthetic babi multihop_files multihop_qa datasets encoding "
@@ -234,3 +234,21 @@ def test_importing_the_package_starts_no_backend():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert result.returncode == 0, result.stderr
+
+
+def import_alone(module: str) -> set[str]:
+    """The top-level names of all that is loaded by importing a module in a fresh process."""
+    script = f"import {module}, sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    return set(result.stdout.split())
+
+
+def test_the_transformer_needs_neither_checkpoints_nor_an_optimizer():
+    assert not {"orbax", "optax"} & import_alone(f"{PACKAGE}.model.transformer")
+    assert "orbax" in import_alone(f"{PACKAGE}.weights.checkpoint"), "nothing would be found"

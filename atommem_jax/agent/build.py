@@ -22,8 +22,9 @@ from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer
 from atommem_jax.learning import rollout
 from atommem_jax.memory.embedding import HashedBagOfTokens
 from atommem_jax.model import attention
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.sampling import Agent, SamplerConfig
-from atommem_jax.model.transformer import ModelConfig, Transformer
+from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import mesh
 from atommem_jax.parallel.mesh import prepare_devices
 from atommem_jax.tasks import datasets, encoding, teacher, workflows
@@ -168,7 +169,7 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         constrained=r.constrained,
         top_p=r.top_p,
         score_chunk=r.score_chunk,
-        unstack=r.cpu_decode,
+        cpu_decode=r.cpu_decode,
     )
     return Parts(
         config=config,

@@ -81,8 +81,8 @@ def make_program(parts: Parts, mesh: Mesh):
     play_shares = program.data_parallel(
         play_local,
         mesh,
-        sharded=(False, False, False, True, True, False, False),
-        sharded_out=True,
+        rows=("episodes", "ids"),
+        out=program.ROWS,
     )
 
     @jax.jit
@@ -134,8 +134,6 @@ def make_scripted_player(
         return rollout.run(setting, policy, episodes, ids, seed)
 
     play = jax.jit(
-        program.data_parallel(
-            play_local, mesh, sharded=(False, False, True, True, False), sharded_out=True
-        )
+        program.data_parallel(play_local, mesh, rows=("episodes", "ids"), out=program.ROWS)
     )
     return functools.partial(play, *host_batches.replicate((parts.setting(shape), rates), mesh))

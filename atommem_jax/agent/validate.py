@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 
 from atommem_jax.agent import build
 from atommem_jax.config import ConfigError, Experiment, check, differences
-from atommem_jax.model.transformer import ModelConfig, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import init_params
 from atommem_jax.tasks import encoding, schema, workflows
 from atommem_jax.types import ActionKind, Phase
 

@@ -204,7 +204,7 @@ class RolloutConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(Section):
-    """Sizes and switches of the decoder, as in `model.transformer.ModelConfig`.
+    """Sizes and switches of the decoder, as in `model.model_config.ModelConfig`.
 
     What follows from the tokenizer, the prompt and the adapters is not among them.
     """

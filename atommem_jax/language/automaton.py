@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from atommem_jax.language.protocol import Protocol, Tag
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.types import ActionKind, Phase
+from atommem_jax.types import PERMITTED, ActionKind, Phase
 
 Symbols = tuple[int, ...]
 State = tuple[Any, ...]
@@ -32,11 +32,6 @@ DEAD, DONE = 0, 1
 _DIGITS = frozenset(b"0123456789")
 _STRADDLED, _EMPTY, _FILLED = range(3)  # text so far: see Strict
 _MAY_BE_EMPTY = (ActionKind.SCRATCHPAD, ActionKind.DELETE)
-_PERMITTED = {
-    Phase.READING: tuple(kind for kind in ActionKind if kind not in (0, ActionKind.ANSWER)),
-    Phase.ANSWERING: (ActionKind.READ, ActionKind.ANSWER),
-    Phase.FINAL: (ActionKind.ANSWER,),
-}
 
 
 class Output(NamedTuple):
@@ -200,7 +195,7 @@ class Strict:
     def __init__(self, spec: Spec):
         self.spec = spec
         self.between: State = ("between", Phase.READING, ())
-        phases = [("between", phase, ()) for phase in _PERMITTED]
+        phases = [("between", phase, ()) for phase in Phase if phase != Phase.DONE]
         self.starts: list[State] = [("dead",), ("done",), *phases]
         self.first = (*range(2, len(self.starts)), DONE)  # per Phase, its place in `starts`
 
@@ -225,7 +220,7 @@ class Strict:
             kind = spec.opens[after]
             fill = _FILLED if kind in _MAY_BE_EMPTY else _STRADDLED
             entered = ("inside", kind, spec.begin_target(kind), fill, ())
-            return (entered, Output(opened=kind)) if kind in _PERMITTED[phase] else dead
+            return (entered, Output(opened=kind)) if kind in PERMITTED[phase] else dead
         if after == (*node, symbol) or (spec.free_text and 0 <= symbol < 256):
             return ("between", phase, after), Output()
         return dead

@@ -23,7 +23,6 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax.language import prompt as prompting
@@ -31,8 +30,8 @@ from atommem_jax.language.grammar import Grammar
 from atommem_jax.memory import slot_table
 from atommem_jax.model.sampling import Agent, generate
 from atommem_jax.types import (
+    EDITS,
     EMPTY,
-    NUM_KINDS,
     ActionKind,
     Actions,
     Embed,
@@ -46,14 +45,8 @@ from atommem_jax.types import (
     Trajectory,
     Turns,
     View,
+    permitted_kinds,
 )
-
-PERMITTED = np.zeros((len(Phase), NUM_KINDS), bool)
-PERMITTED[Phase.READING, ActionKind.CREATE : ActionKind.ANSWER] = True
-PERMITTED[Phase.ANSWERING, [ActionKind.READ, ActionKind.ANSWER]] = True
-PERMITTED[Phase.FINAL, ActionKind.ANSWER] = True
-
-EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,14 +215,7 @@ def end_turn(
     with jax.named_scope("parse"):
         actions = setting.grammar.parse(response.tokens, response.lengths)
     with jax.named_scope("transition"):
-        table, report = slot_table.transition(
-            env.memory,
-            actions,
-            permitted=jnp.asarray(PERMITTED)[env.phase],
-            eviction=c.eviction,
-            embed=setting.embed,
-            pad_id=setting.pad_id,
-        )
+        table, report = apply_actions(setting, env.memory, actions, env.phase)
     env = env.replace(memory=table)
     has_read = report.applied[ActionKind.READ] > 0
 
@@ -252,6 +238,20 @@ def end_turn(
     )
     read_all = reading & (chunk >= episode.num_chunks)
     return _put_question(setting, env, episode, read_all | finished), actions, report
+
+
+def apply_actions(
+    setting: Setting, table: MemoryState, actions: Actions, phase: Int[Array, ""]
+) -> tuple[MemoryState, Report]:
+    """The memory after a turn's actions, and what became of each; `phase` says what may be done."""
+    return slot_table.transition(
+        table,
+        actions,
+        permitted=permitted_kinds(phase),
+        eviction=setting.config.eviction,
+        embed=setting.embed,
+        pad_id=setting.pad_id,
+    )
 
 
 def _record_answer(
@@ -328,6 +328,16 @@ def _one_turn(setting, policy, env, episodes, keys):
     return act(setting, env, seen, episodes, policy(seen.view, episodes, keys))
 
 
+def trajectory_keys(seed: PRNGKeyArray, ids: Int[Array, " B"]) -> PRNGKeyArray:
+    """One key a trajectory, [B], from which all of its randomness comes."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, ids)
+
+
+def turn_keys(keys: PRNGKeyArray, turn: Int[Array, ""]) -> PRNGKeyArray:
+    """The keys [B] of a turn, of those of its trajectories."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, turn)
+
+
 def run(
     setting: Setting,
     policy: Policy,
@@ -349,12 +359,11 @@ def run(
       An episode still running after `max_turns` keeps empty answers for its open questions.
     """
     max_turns = setting.config.max_turns
-    trajectory_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, ids)
+    keys = trajectory_keys(seed, ids)
     env = jax.vmap(start, in_axes=(None, 0))(setting, episodes)
 
     def step(env, turn):
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(trajectory_keys, turn)
-        return _one_turn(setting, policy, env, episodes, keys)
+        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn))
 
     record = jax.eval_shape(step, env, jnp.zeros((), jnp.int32))[1]
     records = jax.tree.map(lambda x: jnp.zeros((max_turns, *x.shape), x.dtype), record)

@@ -163,8 +163,8 @@ def sft_step(
     gradients = program.fsdp_parallel(
         step,
         mesh,
-        sharded=(False, False, False, True, True),
-        sharded_out=(False, False),
+        rows=("trajectories", "keep"),
+        out=program.WHOLE,
     )
     grads, metrics = gradients(agent, state.params, frozen, trajectories, keep)
     state, extra = apply_gradients(state, grads, optimizer)
@@ -223,7 +223,7 @@ def turn_advantages(
     return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
 
 
-def _ppo_loss(
+def ppo_objective(
     config: PPOConfig,
     agent: Agent,
     temperature,
@@ -233,6 +233,10 @@ def _ppo_loss(
     part: Batch,
     width: int,
 ):
+    """Loss of some rows: (loss, (metrics to add up, metrics to take the maximum of)).
+
+    denominators: tokens and turns of the whole mini-batch. width: as in `sampling.score`.
+    """
     tokens, turns = denominators
     scores = _score(agent, lora.join(params, frozen), part, temperature, width)
     value, metrics = loss.ppo_loss(
@@ -370,8 +374,8 @@ def update_step(
     run = program.fsdp_parallel(
         update,
         mesh,
-        sharded=(False, False, False, False, True, True, True, False, False),
-        sharded_out=(False, False, False),
+        rows=("trajectories", "rewards", "num_questions"),
+        out=program.WHOLE,
     )
     state, metrics, shape = run(
         agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
@@ -416,7 +420,7 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
     if not config.needs_every_row:
         active &= jnp.any(part.advantages != 0, axis=1)
     denominators = (tokens, jnp.maximum(turns, 1.0))
-    loss_fn = functools.partial(_ppo_loss, config, agent, temperature, frozen, denominators)
+    loss_fn = functools.partial(ppo_objective, config, agent, temperature, frozen, denominators)
     grads, sums, maxima = microbatches.accumulate_gradients(
         loss_fn,
         state.params,

@@ -35,19 +35,18 @@ def attend(
     values: Sequence[Float[Array, "B kv_heads _ depth"]],
     mask: Bool[Array, "B T S"],
     *,
-    turned: bool = False,
+    key_axes: str = "sd",
 ) -> Float[Array, "B heads T depth"]:
     """Softmax attention; each key/value head serves heads / kv_heads query heads.
 
     keys, values: in one or more pieces, which have S slots together.
-    turned: the keys are [B kv_heads depth _].
+    key_axes: "ds" where the keys are [B kv_heads depth _].
     """
     batch, heads, length, depth = queries.shape
     kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    score = "bkgtd,bkds->bkgts" if turned else "bkgtd,bksd->bkgts"
-    scored = [dot(score, grouped, piece) for piece in keys]
+    scored = [dot(f"bkgtd,bk{key_axes}->bkgts", grouped, piece) for piece in keys]
     scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)

@@ -1,13 +1,23 @@
 """From prompts to responses, and from responses to log-probs.
 
-`generate` prefills a batch of prompts and decodes them in one `lax.while_loop`, which ends as
-soon as every row has ended. `score` is what the learner calls: the same model, the same
-grammar mask, the same temperature and the same `masked_log_softmax`, so that the two agree to
-float32 rounding. A row's randomness is its own key folded with the position: it does not
-depend on the other rows.
+`prefill` reads a batch of prompts and gives a `DecodeState`; `decode_step` adds a token to every
+row of it. `generate` is the two in one program: a `lax.while_loop` that ends as soon as every row
+has ended. A loop on the host calls the same two, and sees every token in between:
+
+    state = prefill(agent, params, ...)
+    decoder = make_decoder(agent, params, temperature)
+    for _ in range(agent.sampler.response_length):
+        state = decode_step(decoder, state)
+    response = make_response(agent, state)
+
+`score` is what the learner calls: the same model, the same grammar mask, the same temperature and
+the same `masked_log_softmax`, so that the two agree to float32 rounding. A row's randomness is its
+own key folded with the position: it does not depend on the other rows.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import chex
 import flax.struct
@@ -17,7 +27,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
-from atommem_jax.model.transformer import Transformer, unstack_layers
+from atommem_jax.model import cpu_decode
+from atommem_jax.model.cpu_decode import CpuCache
+from atommem_jax.model.transformer import Cache, Transformer
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
 
@@ -32,7 +44,7 @@ class SamplerConfig:
     constrained: bool = True  # only tokens that the grammar allows
     top_p: float = 1.0
     score_chunk: int = 0  # response tokens whose logits exist at a time while scoring; 0 for all
-    unstack: bool = False  # decode with the layers apart, see `model.unstack_layers`
+    cpu_decode: bool = False  # decode as a CPU wants it, see the module of that name
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -57,6 +69,37 @@ class Agent:
     template: prompting.Template
     model: Transformer = flax.struct.field(pytree_node=False)
     sampler: SamplerConfig = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Where a batch of rows stands between two tokens.
+
+    What a row may still write follows from `automaton` and `position`; what it has written stands
+    in `tokens`. The first four fields stay as they are.
+    """
+
+    prompt: Int[Array, "B P"]  # left-padded
+    start: Int[Array, " B"]  # column of the prompt's first token
+    keys: PRNGKeyArray  # [B], one per row
+    values: Float[Array, " B"]  # of the value head at the end of the prompt
+    position: Int[Array, ""]  # tokens decided so far, the same number in every row
+    hidden: Float[Array, "B width"]  # of the last token: the next one is drawn from it
+    cache: Cache | CpuCache  # the latter with `SamplerConfig.cpu_decode`
+    automaton: Int[Array, " B"]  # state of the grammar
+    done: Bool[Array, " B"]  # the row has ended: it gets padding from now on
+    tokens: Int[Array, "B R"]  # pad where none is decided
+    log_probs: Float[Array, "B R"]  # 0 where none is decided
+
+
+@flax.struct.dataclass
+class Decoder:
+    """What all tokens are decoded with: see `make_decoder`."""
+
+    agent: Agent
+    params: Any  # `CpuParams` with `SamplerConfig.cpu_decode`, else as the model has them
+    temperature: Float[Array, ""]  # 0 takes the likeliest token
+    scale: Float[Array, ""]  # that logits are divided by: the temperature, or 1 where that is 0
 
 
 @flax.struct.dataclass
@@ -119,15 +162,130 @@ def _effective(temperature: Array) -> Array:
     return jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)
 
 
-def _features(agent: Agent, prompt: Int[Array, "B P"], tokens: Int[Array, "B T"]):
+def match_features(
+    agent: Agent, prompt: Int[Array, "B P"], tokens: Int[Array, "B T"]
+) -> Bool[Array, "B T F"] | None:
+    """The flags that the model reads beside each token; None where it reads none."""
     if not agent.model.config.num_features:
         return None
     return jax.vmap(prompting.match, in_axes=(None, 0, 0))(agent.template, prompt, tokens)
 
 
+def prefill(
+    agent: Agent,
+    params: Any,
+    prompt: Int[Array, "B P"],
+    prompt_lengths: Int[Array, " B"],
+    phase: Int[Array, " B"],
+    keys: PRNGKeyArray,  # [B], one per row
+    skip: Bool[Array, " B"],
+) -> DecodeState:
+    """Reads each prompt; nothing is decided yet. Rows with `skip` are done from the beginning."""
+    model, limit = agent.model, agent.sampler.response_length
+    batch, width = prompt.shape
+    start = width - prompt_lengths
+    with jax.named_scope("prefill"):
+        hidden, cache = model.apply(
+            {"params": params},
+            prompt,
+            start,
+            features=match_features(agent, prompt, prompt),
+            keep_cache=True,
+        )
+    cache = cache.extend(limit)
+    last = hidden[:, -1]
+    return DecodeState(
+        prompt=prompt,
+        start=start,
+        keys=keys,
+        values=model.apply({"params": params}, last, method="value"),
+        position=jnp.zeros((), jnp.int32),
+        hidden=last,
+        cache=cpu_decode.arrange_cache(cache) if agent.sampler.cpu_decode else cache,
+        automaton=jax.vmap(agent.grammar.start)(phase),
+        done=skip,
+        tokens=jnp.full((batch, limit), agent.grammar.pad_id, jnp.int32),
+        log_probs=jnp.zeros((batch, limit), jnp.float32),
+    )
+
+
+def make_decoder(agent: Agent, params: Any, temperature: Float[Array, ""]) -> Decoder:
+    """Call it outside of the loop: it may put the parameters in another order."""
+    ready = cpu_decode.arrange_params(params) if agent.sampler.cpu_decode else params
+    return Decoder(agent, ready, temperature, _effective(temperature))
+
+
+def decode_step(decoder: Decoder, state: DecodeState) -> DecodeState:
+    """Draws the next token of every row that is not done, and feeds it to the model.
+
+    The `position` of the state must be below the response length.
+    """
+    agent, position = decoder.agent, state.position
+    grammar, config = agent.grammar, agent.sampler
+    mask = _allow(agent, state.automaton, config.response_length - position)
+    logp = masked_log_softmax(_read_out(decoder, state.hidden), mask, decoder.scale)
+    row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, position)
+    token = jax.vmap(
+        lambda k, lp: draw(k, lp, temperature=decoder.temperature, top_p=config.top_p)
+    )(row_keys, logp)
+    chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+    token = jnp.where(state.done, grammar.pad_id, token)
+    chosen = jnp.where(state.done, 0.0, chosen)
+    hidden, cache = _feed(decoder, state, token[:, None])
+    write = jax.lax.dynamic_update_slice_in_dim
+    return state.replace(
+        position=position + 1,
+        hidden=hidden[:, 0],
+        cache=cache,
+        automaton=jax.vmap(grammar.advance)(state.automaton, token),
+        done=state.done | (token == grammar.eos_id),
+        tokens=write(state.tokens, token[:, None], position, 1),
+        log_probs=write(state.log_probs, chosen[:, None], position, 1),
+    )
+
+
+def _read_out(decoder: Decoder, hidden: Float[Array, "B width"]) -> Float[Array, "B V"]:
+    model = decoder.agent.model
+    if decoder.agent.sampler.cpu_decode:
+        return cpu_decode.logits(model, decoder.params, hidden)
+    return model.apply({"params": decoder.params}, hidden, method="logits")
+
+
+def _feed(decoder: Decoder, state: DecodeState, token: Int[Array, "B 1"]):
+    """Hidden states of the token [B 1 width], and the cache with it."""
+    model = decoder.agent.model
+    inputs = {
+        "features": match_features(decoder.agent, state.prompt, token),
+        "cache": state.cache,
+        "index": state.prompt.shape[1] + state.position,
+    }
+    if decoder.agent.sampler.cpu_decode:
+        return cpu_decode.forward(model, decoder.params, token, state.start, **inputs)
+    return model.apply({"params": decoder.params}, token, state.start, **inputs)
+
+
+def _allow(agent: Agent, automaton: Int[Array, " B"], remaining: Array) -> Bool[Array, "B V"]:
+    """Tokens that each row may write next, with room for `remaining` of them."""
+    if agent.sampler.constrained:
+        return jax.vmap(agent.grammar.allowed, in_axes=(0, None))(automaton, remaining)
+    any_token = jnp.arange(agent.model.config.vocab_size) != agent.grammar.pad_id
+    return jnp.broadcast_to(any_token, (automaton.shape[0], any_token.shape[0]))
+
+
+def make_response(agent: Agent, state: DecodeState) -> Response:
+    """What the rows have written."""
+    return Response(
+        tokens=state.tokens,
+        lengths=jnp.sum(state.tokens != agent.grammar.pad_id, axis=1).astype(jnp.int32),
+        log_probs=state.log_probs,
+        values=state.values,
+        scripted=jnp.zeros(state.done.shape, bool),
+    )
+
+
 def generate(
     agent: Agent,
-    params,
+    params: Any,
     prompt: Int[Array, "B P"],
     prompt_lengths: Int[Array, " B"],
     phase: Int[Array, " B"],
@@ -137,86 +295,17 @@ def generate(
 ) -> Response:
     """Answers each prompt. Rows with `skip` come back empty and do not keep the loop alive.
 
-    temperature: traced scalar; 0 decodes greedily (log-probs are then those at 1).
+    temperature: traced scalar; 0 takes the likeliest token (log-probs are then those at 1).
     """
-    model, grammar, config = agent.model, agent.grammar, agent.sampler
-    batch, prompt_width = prompt.shape
-    limit, pad, eos = config.response_length, grammar.pad_id, grammar.eos_id
-    start = prompt_width - prompt_lengths
-    scale = _effective(temperature)
-    any_token = jnp.arange(model.config.vocab_size) != pad
+    state = prefill(agent, params, prompt, prompt_lengths, phase, keys, skip)
+    decoder = make_decoder(agent, params, temperature)
 
-    def mask_of(state, position):
-        if not config.constrained:
-            return jnp.broadcast_to(any_token, (batch, any_token.shape[0]))
-        return jax.vmap(grammar.allowed, in_axes=(0, None))(state, limit - position)
+    def keep_going(state: DecodeState) -> Bool[Array, ""]:
+        return (state.position < agent.sampler.response_length) & ~jnp.all(state.done)
 
-    with jax.named_scope("prefill"):
-        hidden, cache = model.apply(
-            {"params": params},
-            prompt,
-            start,
-            features=_features(agent, prompt, prompt),
-            keep_cache=True,
-        )
-    cache = cache.extend(limit)
-    layers = None
-    if config.unstack:
-        layers, cache = unstack_layers(params), cache.unstack()
-    last = hidden[:, -1]
-    values = model.apply({"params": params}, last, method="value")
-    empty = jnp.full((batch, limit), pad, jnp.int32)
-
-    def keep_going(carry):
-        position, _, _, _, done, _, _ = carry
-        return (position < limit) & ~jnp.all(done)
-
-    def decode(carry):
-        position, last, cache, state, done, tokens, log_probs = carry
-        logits = model.apply({"params": params}, last, apart=config.unstack, method="logits")
-        logp = masked_log_softmax(logits, mask_of(state, position), scale)
-        row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
-        token = jax.vmap(lambda k, lp: draw(k, lp, temperature=temperature, top_p=config.top_p))(
-            row_keys, logp
-        )
-        chosen = jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
-        token = jnp.where(done, pad, token)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, 1)
-        log_probs = jax.lax.dynamic_update_slice_in_dim(
-            log_probs, jnp.where(done, 0.0, chosen)[:, None], position, 1
-        )
-        state = jax.vmap(grammar.advance)(state, token)
-        done = done | (token == eos)
-        hidden, cache = model.apply(
-            {"params": params},
-            token[:, None],
-            start,
-            features=_features(agent, prompt, token[:, None]),
-            cache=cache,
-            index=prompt_width + position,
-            layers=layers,
-        )
-        return position + 1, hidden[:, 0], cache, state, done, tokens, log_probs
-
-    carry = (
-        jnp.zeros((), jnp.int32),
-        last,
-        cache,
-        jax.vmap(grammar.start)(phase),
-        skip,
-        empty,
-        jnp.zeros((batch, limit), jnp.float32),
-    )
     with jax.named_scope("decode"):
-        _, _, _, _, _, tokens, log_probs = jax.lax.while_loop(keep_going, decode, carry)
-    lengths = jnp.sum(tokens != pad, axis=1).astype(jnp.int32)
-    return Response(
-        tokens=tokens,
-        lengths=lengths,
-        log_probs=log_probs,
-        values=values,
-        scripted=jnp.zeros((batch,), bool),
-    )
+        state = jax.lax.while_loop(keep_going, functools.partial(decode_step, decoder), state)
+    return make_response(agent, state)
 
 
 def row_lengths(
@@ -253,7 +342,7 @@ def score(
     tokens = jnp.take_along_axis(both, jnp.maximum(place, 0), axis=1)
     tokens = jnp.where(column >= 0, tokens, grammar.pad_id)
     hidden, _ = model.apply(
-        {"params": params}, tokens, width - fed, features=_features(agent, prompt, tokens)
+        {"params": params}, tokens, width - fed, features=match_features(agent, prompt, tokens)
     )
     first = width - fed + prompt_lengths - 1  # the column that predicts the first response token
     at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], width - 1)

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -28,159 +27,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from atommem_jax.config import LAYERS, LoraConfig
+from atommem_jax.config import LoraConfig
 from atommem_jax.model import attention
 from atommem_jax.model.lora import SUFFIX
-from atommem_jax.parallel import program, rules
+from atommem_jax.model.model_config import REMAT_POLICIES, ModelConfig
+from atommem_jax.parallel import program
 from atommem_jax.parallel.program import constrain
-
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": None,  # keep the input of each layer and recompute the rest
-    "attention": jax.checkpoint_policies.save_only_these_names(attention.SAVED),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What the backward pass of a rematerialised layer finds ready."""
 
 _CHAIN = 32  # terms that are added one after the other where exactness is asked for
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and switches of a `Transformer`; `validate` says what must agree."""
-
-    vocab_size: int
-    width: int = 64
-    num_layers: int = 3
-    num_heads: int = 2
-    num_kv_heads: int = 2
-    head_width: int = 32
-    mlp_width: int = 192
-    rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0  # share of a head that is rotated
-    rope_factor: float = 1.0  # Llama 3's stretch to longer texts, see `rotary_frequencies`; 1: none
-    rope_low_frequency_factor: float = 1.0
-    rope_high_frequency_factor: float = 4.0
-    rope_original_length: int = 8192  # positions that it was trained for before the stretch
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    norm_epsilon: float = 1e-6
-    token_shift: int = 0  # how many previous tokens' embeddings are mixed in
-    num_features: int = 0  # flags per token
-    pad_id: int = 0
-    remat: bool = False  # recompute layers in the backward pass
-    remat_policy: str = "full"  # a key of REMAT_POLICIES
-    attention: str = "auto"  # one of attention.IMPLEMENTATIONS, for whole rows
-    dtype: str = "float32"  # of activations; parameters, norms, softmax and logits are float32
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)  # adapters; none by default
-
-    def validate(self) -> None:
-        """Raises ValueError, naming the fields that disagree."""
-        for name in (
-            "vocab_size",
-            "width",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_width",
-            "mlp_width",
-            "rope_original_length",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_heads={self.num_heads} is not a multiple of "
-                f"model.num_kv_heads={self.num_kv_heads}; change one of the two"
-            )
-        if not 0.0 <= self.rope_fraction <= 1.0:
-            raise ValueError(f"model.rope_fraction={self.rope_fraction}: allowed is 0.0 to 1.0")
-        if self.rope_width % 2:
-            raise ValueError(
-                f"model.rope_fraction={self.rope_fraction} of model.head_width={self.head_width} "
-                f"gives {self.rope_width} rotated channels; choose them so that it is even"
-            )
-        if self.rope_factor < 1.0:
-            raise ValueError(
-                f"model.rope_factor={self.rope_factor}: must be at least 1.0, which stretches "
-                "nothing"
-            )
-        if not 0.0 < self.rope_low_frequency_factor < self.rope_high_frequency_factor:
-            raise ValueError(
-                f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must lie "
-                "between 0 and model.rope_high_frequency_factor="
-                f"{self.rope_high_frequency_factor}; change one of the two"
-            )
-        for name, allowed in (
-            ("remat_policy", tuple(REMAT_POLICIES)),
-            ("attention", attention.IMPLEMENTATIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name}={getattr(self, name)!r}: allowed are {', '.join(allowed)}"
-                )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype={self.dtype!r}: allowed are 'float32' and 'bfloat16'")
-        self.lora.check_matrices(tuple(self.matrices), self.dtype)
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Path -> (in, out) of the matrices that can be adapted; of one layer, where stacked."""
-        heads, kv_heads = self.num_heads * self.head_width, self.num_kv_heads * self.head_width
-        inputs = dict.fromkeys(LAYERS, self.width) | {"out": heads, "down": self.mlp_width}
-        outputs = {
-            **{"query": heads, "key": kv_heads, "value": kv_heads, "out": self.width},
-            **{"gate": self.mlp_width, "up": self.mlp_width, "down": self.width},
-        }
-        shapes = {f"layers/{name}": (inputs[name], outputs[name]) for name in LAYERS}
-        shapes["embedder"] = (self.vocab_size, self.width)
-        if not self.tie_embeddings:
-            shapes["head"] = (self.width, self.vocab_size)
-        return shapes
-
-    @property
-    def rope_width(self) -> int:
-        return int(self.head_width * self.rope_fraction)
-
-    @property
-    def layout(self) -> rules.Layout:
-        """Where the parameters lie on a mesh."""
-        return rules.Layout(self.num_heads, self.num_kv_heads)
-
-
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the slots written so far, for all layers.
+    """Keys and values of the slots written so far, for all layers; within a layer, its own.
 
     Those of the prompt are written once and then only read: decoding would spend most of its time
     copying them from step to step. What it writes lies apart, in the slots behind them.
-
-    After `unstack` the first four fields are tuples of one array a layer, and those of the keys
-    [B kv_heads head_width slots], in which one query is multiplied faster on a CPU.
     """
 
-    keys: Float[Array, "layers B kv_heads slots head_width"]
-    values: Float[Array, "layers B kv_heads slots head_width"]
-    later_keys: Float[Array, "layers B kv_heads more head_width"]
-    later_values: Float[Array, "layers B kv_heads more head_width"]
+    keys: Float[Array, "*layers B kv_heads slots head_width"]
+    values: Float[Array, "*layers B kv_heads slots head_width"]
+    later_keys: Float[Array, "*layers B kv_heads more head_width"]
+    later_values: Float[Array, "*layers B kv_heads more head_width"]
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
 
     @property
     def prompt_slots(self) -> int:
         """Slots that are only read."""
-        return self.values[0].shape[2]
+        return self.values.shape[-2]
 
     @property
     def slots(self) -> int:
         """All slots, written or not."""
-        return self.prompt_slots + self.later_values[0].shape[2]
-
-    def unstack(self) -> "Cache":
-        """The same with every layer's arrays apart, for `Transformer` with `layers`."""
-        turned = {
-            name: tuple(jnp.swapaxes(getattr(self, name), 3, 4)) for name in ("keys", "later_keys")
-        }
-        values = {name: tuple(getattr(self, name)) for name in ("values", "later_values")}
-        return self.replace(**turned, **values)
+        return self.prompt_slots + self.later_values.shape[-2]
 
     def extend(self, slots: int) -> "Cache":
         """Room for `slots` more slots, which hold zeros until they are written."""
@@ -190,7 +69,7 @@ class Cache:
         )
 
 
-def _multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
+def multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
     """`jax.lax.dot_general` over one axis; `jax.default_matmul_precision("highest")` is kept to.
 
     With it XLA multiplies float32 as float32 on a TPU. On a CPU it always does, but adds up a row
@@ -217,7 +96,7 @@ def _multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) ->
     return parts[0]
 
 
-def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
     """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result.
 
     Over a tensor axis the result has the operands' type, so that half the bytes are summed there.
@@ -225,25 +104,11 @@ def _dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_
     del preferred_element_type
     over_devices = program.partition_size("heads") > 1
     dtype = lhs.dtype if over_devices else jnp.float32
-    return _multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
+    return multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
 
 
-def _matrix_first(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """`_dot_general` of rows [B, 1, in] and a matrix, as the turned matrix times columns.
-
-    A CPU is nearly twice as fast so for a few rows, if the matrix lies [out, in]. The barriers keep
-    the compiler from turning it back.
-    """
-    assert dimension_numbers == (((2,), (0,)), ((), ()))
-    assert lhs.shape[1] == 1
-    columns = jax.lax.optimization_barrier(lhs[:, 0].T)
-    contracted = (((1,), (0,)), ((), ()))
-    out = _dot_general(rhs.T, columns, contracted, precision, preferred_element_type)
-    return jax.lax.optimization_barrier(out).T[:, None]
-
-
-def _dense(features: int, dtype: str, name: str, dot_general=_dot_general) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=dot_general, name=name)
+def _dense(features: int, dtype: str, name: str, product=dot_general) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=product, name=name)
 
 
 class Adapter(nn.Module):
@@ -282,7 +147,7 @@ class Adapter(nn.Module):
 
 
 def _product(x: Float[Array, "B T in"], matrix: Float[Array, "in out"]) -> Float[Array, "B T out"]:
-    return _dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _round(x: Array) -> Array:
@@ -347,15 +212,27 @@ def rotate(
     return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
 
 
-class Block(nn.Module):
-    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`.
+def count_positions(start: Int[Array, " B"], slots: Int[Array, " T"]) -> Int[Array, "B T"]:
+    """Rotary positions of the tokens at `slots`: a row's first token has 0."""
+    return jnp.maximum(slots[None, :] - start[:, None], 0)
 
-    apart: decodes one token a row with matrices [out, in] and the cache of `Cache.unstack`.
-    """
+
+def mask_slots(
+    start: Int[Array, " B"], slots: Int[Array, " T"], count: int
+) -> Bool[Array, "B T count"]:
+    """Which of a cache's `count` slots the tokens at `slots` attend to: none later than theirs."""
+    key_slots = jnp.arange(count, dtype=jnp.int32)
+    return (key_slots[None, None, :] <= slots[None, :, None]) & (
+        key_slots[None, None, :] >= start[:, None, None]
+    )
+
+
+class Block(nn.Module):
+    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`."""
 
     config: ModelConfig
     keep_cache: bool
-    apart: bool = False
+    product: Callable[..., Array] = dot_general  # of activations and a matrix
 
     @nn.compact
     def __call__(self, x, cache, start, positions, mask, index):
@@ -376,8 +253,7 @@ class Block(nn.Module):
 
         def dense(features, name):
             adapter = _adapter(c, f"layers/{name}")
-            dot_general = _matrix_first if self.apart else _dot_general
-            whole = _dense(features, c.dtype, name, dot_general)
+            whole = _dense(features, c.dtype, name, self.product)
             return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
@@ -392,12 +268,7 @@ class Block(nn.Module):
         if cache is None:
             attended = attention.causal(q, k, v, start, implementation=c.attention)
         else:
-            k = jnp.swapaxes(k, 2, 3) if self.apart else k
-            slots = 3 if self.apart else 2
-            k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=slots)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
-            keys, values = (cache.keys, k), (cache.values, v)
-            attended = attention.attend(q, keys, values, mask, turned=self.apart)
+            attended, (k, v) = self.attend_cached(q, k, v, cache, mask, index)
         attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
         x = x + dense(c.width, "out")(attended)
 
@@ -406,6 +277,13 @@ class Block(nn.Module):
         up = constrain(dense(c.mlp_width, "up")(h), "rows", None, "mlp")
         x = constrain(x + dense(c.width, "down")(gate * up), "rows", None, None)
         return x, ((k, v) if self.keep_cache else None)
+
+    @nn.nowrap
+    def attend_cached(self, q, k, v, cache, mask, index):
+        """Attention to all slots of the cache once k and v lie in theirs; and its later slots."""
+        k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=2)
+        v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
+        return attention.attend(q, (cache.keys, k), (cache.values, v), mask), (k, v)
 
 
 class Transformer(nn.Module):
@@ -456,22 +334,6 @@ class Transformer(nn.Module):
     def _layers(self, keep_cache, *args):
         return self.stack(keep_cache)(*args)
 
-    def _run_apart(self, layers, x, cache, *args):
-        """As `_layers` with a cache, one after the other instead of in a scan."""
-        block = Block(self.config, keep_cache=True, apart=True, parent=None)
-        written = []
-        for i, params in enumerate(layers):
-            own = Cache(
-                cache.keys[i],
-                cache.values[i],
-                cache.later_keys[i],
-                cache.later_values[i],
-                cache.recent,
-            )
-            x, pair = block.apply({"params": _turn_matrices(params)}, x, own, *args)
-            written.append(pair)
-        return x, tuple(zip(*written, strict=True))
-
     def __call__(
         self,
         tokens: Int[Array, "B T"],
@@ -481,25 +343,43 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         index: int | Int[Array, ""] = 0,
         keep_cache: bool = False,
-        layers: tuple[Any, ...] | None = None,
     ) -> tuple[Float[Array, "B T width"], Cache | None]:
         """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
 
         With `cache` the tokens attend to its slots too, and the cache comes back with them
         written among its later slots. Without, `keep_cache=True` returns a cache of just these T
         slots.
-
-        layers: `unstack_layers` of the parameters, which are then used in place of the stacked
-        ones; needs a cache that is unstacked too.
         """
         c = self.config
         batch, length = tokens.shape
-        recent = (
-            jnp.full((batch, c.token_shift), c.pad_id, tokens.dtype)
-            if cache is None
-            else cache.recent
-        )
-        window = jnp.concatenate([recent, tokens], axis=1)
+        recent = jnp.full((batch, c.token_shift), c.pad_id, tokens.dtype)
+        window = jnp.concatenate([recent if cache is None else cache.recent, tokens], axis=1)
+        x = self.embed(window, features)
+        slots = index + jnp.arange(length, dtype=jnp.int32)
+        if cache is None:
+            layered, mask, offset = None, None, index
+        else:
+            layered, mask = cache.replace(recent=None), mask_slots(start, slots, cache.slots)
+            offset = index - cache.prompt_slots
+        keep = keep_cache or cache is not None
+        positions = count_positions(start, slots)
+        x, written = self._layers(keep, x, layered, start, positions, mask, offset)
+        x = self.final_norm(x)
+        if not keep:
+            return x, None
+        k, v = written
+        recent = window[:, window.shape[1] - c.token_shift :]
+        if cache is not None:
+            return x, cache.replace(later_keys=k, later_values=v, recent=recent)
+        none = jnp.zeros((*k.shape[:3], 0, c.head_width), k.dtype)
+        return x, Cache(k, v, none, none, recent)
+
+    def embed(
+        self, window: Int[Array, "B shifted_T"], features: Bool[Array, "B T F"] | None
+    ) -> Float[Array, "B T width"]:
+        """What the first layer reads of the tokens, before which `token_shift` others stand."""
+        c = self.config
+        length = window.shape[1] - c.token_shift
         # Looked up in a table that is whole in its width: cheaper than to move what it gives.
         table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
         embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
@@ -518,33 +398,7 @@ class Transformer(nn.Module):
                     f"model.num_features={c.num_features}, but no features were passed"
                 )
             x = x + self.features(features.astype(c.dtype))
-
-        slots = index + jnp.arange(length, dtype=jnp.int32)
-        positions = jnp.maximum(slots[None, :] - start[:, None], 0)
-        mask = None
-        if cache is not None:
-            key_slots = jnp.arange(cache.slots, dtype=jnp.int32)
-            mask = (key_slots[None, None, :] <= slots[None, :, None]) & (
-                key_slots[None, None, :] >= start[:, None, None]
-            )
-        keep = keep_cache or cache is not None
-        stacked = None if cache is None else cache.replace(recent=None)
-        offset = index if cache is None else index - cache.prompt_slots
-        if layers is None:
-            x, written = self._layers(keep, x, stacked, start, positions, mask, offset)
-        else:
-            x, written = self._run_apart(layers, x, stacked, start, positions, mask, offset)
-        new_cache = None
-        if keep:
-            tail = window[:, window.shape[1] - c.token_shift :]
-            if cache is None:
-                none = jnp.zeros((*written[0].shape[:3], 0, c.head_width), written[0].dtype)
-                new_cache = Cache(written[0], written[1], none, none, tail)
-            else:
-                new_cache = cache.replace(
-                    later_keys=written[0], later_values=written[1], recent=tail
-                )
-        return self.final_norm(x), new_cache
+        return x
 
     def readout(self, dtype) -> Float[Array, "width V"]:
         """The matrix that `logits` reads hidden states of `dtype` out with."""
@@ -556,19 +410,12 @@ class Transformer(nn.Module):
         hidden: Float[Array, "*batch width"],
         readout: Float[Array, "width V"] | None = None,
         *,
-        apart: bool = False,
+        product: Callable[..., Array] = multiply,
     ) -> Float[Array, "*batch V"]:
-        """float32 logits. Who reads out in pieces passes the same `readout` with each.
-
-        apart: computes them for few rows [B, width] as the layers do that are taken apart.
-        """
+        """float32 logits. Who reads out in pieces passes the same `readout` with each."""
         readout = self.readout(hidden.dtype) if readout is None else readout
+        out = product(hidden, readout, (((hidden.ndim - 1,), (0,)), ((), ())))
         tied = self.config.tie_embeddings
-        if apart and tied and hidden.dtype == jnp.float32:  # the table lies [V, width] already
-            rows, contracted = hidden[:, None], (((2,), (0,)), ((), ()))
-            out = _matrix_first(rows, readout, contracted)[:, 0]
-        else:
-            out = _multiply(hidden, readout, (((hidden.ndim - 1,), (0,)), ((), ())))
         adapter = self.embedder_lora if tied else self.head_lora
         if adapter is not None:
             out = out + adapter.logits(hidden, transposed=tied)
@@ -584,23 +431,6 @@ class Transformer(nn.Module):
         features = jnp.zeros((*tokens.shape, c.num_features), bool) if c.num_features else None
         hidden, _ = self(tokens, jnp.zeros(tokens.shape[:1], jnp.int32), features=features)
         return self.logits(hidden), self.value(hidden)
-
-
-def unstack_layers(params) -> tuple[Any, ...]:
-    """The parameters of each layer apart, matrices [out, in].
-
-    A loop that runs the stacked layers copies the matrices of each before it uses them, where the
-    compiler cannot multiply by a part of an array, as on a CPU: three times the memory traffic of
-    decoding. A few rows are also multiplied faster there by matrices that lie the other way. Take
-    them apart outside of the loop.
-    """
-    stacked = params["layers"]
-    count = jax.tree.leaves(stacked)[0].shape[0]
-    return tuple(_turn_matrices(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(count))
-
-
-def _turn_matrices(params):
-    return jax.tree.map(lambda x: x.T if x.ndim == 2 else x, params)
 
 
 def without_adapters(model: Transformer) -> Transformer:

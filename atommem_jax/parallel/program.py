@@ -12,6 +12,7 @@ Two wrappers make a program of a function of a batch.
 """
 
 import contextvars
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,12 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from atommem_jax.parallel.mesh import splits_parameters
 from atommem_jax.parallel.rules import AXES, BATCH, DATA, FSDP, TRAINING, Layout
+
+ROWS = PartitionSpec(BATCH)
+"""Of a program's argument or result: each share has its own rows of the leading axis."""
+
+WHOLE = PartitionSpec()
+"""Of a program's argument or result: every share has all of it."""
 
 _in_replica = contextvars.ContextVar("in_replica", default=False)
 """Whether what is being traced is the part of one replica, see `vmap_over_data`."""
@@ -162,41 +169,59 @@ def _rows() -> str | None:
 
 
 def data_parallel(
-    function: Callable[..., Any], mesh: Mesh, *, sharded: Sequence[bool], sharded_out: Any
+    function: Callable[..., Any], mesh: Mesh, *, rows: Sequence[str], out: Any
 ) -> Callable[..., Any]:
-    """`function` on each share of the batch: what is `sharded`, cut over the axes `BATCH`.
+    """`function` on each share of the batch, which is cut over the axes `BATCH`.
 
-    sharded: one flag a positional argument; the others are whole for every share.
-    sharded_out: a flag, or a tuple of flags, for the results. A result that is not sharded must
-      be the same for every share, as it is after `psum` or `pmax`.
+    Args:
+      function: takes its arguments by position.
+      mesh: whose devices the shares are for.
+      rows: names of the parameters of `function` that are cut: the leading axis of each of their
+        leaves has a row for every trajectory. The others are whole for every share.
+      out: `ROWS` or `WHOLE`, or a tuple of them, for the results. One that is `WHOLE` must be the
+        same for every share, as it is after `psum` or `pmax`.
+
+    Raises ValueError for a name in `rows` that is no parameter.
     """
-
-    def spec(flag: Any) -> Any:
-        if isinstance(flag, tuple):
-            return tuple(spec(f) for f in flag)
-        return PartitionSpec(BATCH) if flag else PartitionSpec()
-
+    specs = _argument_specs(function, rows)
     # There is nothing for the compiler to do on an axis of one device.
     alone = [name for name in AXES if mesh.shape[name] == 1]
     return jax.shard_map(
         function,
         mesh=mesh,
         axis_names={*BATCH, *alone},
-        in_specs=tuple(spec(flag) for flag in sharded),
-        out_specs=spec(sharded_out),
+        in_specs=specs,
+        out_specs=out,
         check_vma=False,
     )
 
 
+def _argument_specs(function: Callable[..., Any], rows: Sequence[str]) -> tuple[PartitionSpec, ...]:
+    names = list(inspect.signature(function).parameters)
+    unknown = [name for name in rows if name not in names]
+    if unknown:
+        raise ValueError(
+            f"rows={tuple(rows)}: {unknown[0]!r} is no parameter of {_name(function)}; it has "
+            f"{', '.join(names)}"
+        )
+    return tuple(ROWS if name in rows else WHOLE for name in names)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
 def fsdp_parallel(
-    function: Callable[..., Any], mesh: Mesh, *, sharded: Sequence[bool], sharded_out: Any
+    function: Callable[..., Any], mesh: Mesh, *, rows: Sequence[str], out: Any
 ) -> Callable[..., Any]:
     """`data_parallel` where parameters are whole on every device; else `function` of all rows.
 
-    `psum`, `pmax` and `first_row` make the two compute the same.
+    `psum`, `pmax` and `first_row` make the two compute the same. Raises ValueError as
+    `data_parallel`.
     """
     if not splits_parameters(mesh):
-        return data_parallel(function, mesh, sharded=sharded, sharded_out=sharded_out)
+        return data_parallel(function, mesh, rows=rows, out=out)
+    _argument_specs(function, rows)  # a wrong name should not wait for another mesh
 
     def on_all(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -26,6 +26,7 @@ from atommem_jax.types import (
     Response,
     Trajectory,
     Turns,
+    permitted_kinds,
 )
 
 
@@ -121,7 +122,7 @@ def recover(
 ) -> Replay:
     """What the record of one turn lacks; no leading axes."""
     wide = dataclasses.replace(setting.grammar, max_text=turn.response.shape[-1])
-    permitted = jnp.asarray(rollout.PERMITTED)[turn.phase]
+    permitted = permitted_kinds(turn.phase)
     fates, slots, *ousted = _apply_one_by_one(setting, before, turn.actions, permitted)
     return Replay(
         before=_drop_keys(before),

@@ -31,10 +31,9 @@ from jaxtyping import PRNGKeyArray
 from atommem_jax.config import TeacherConfig
 from atommem_jax.tasks import teacher
 from atommem_jax.tasks.teacher import Script
-from atommem_jax.types import ActionKind, Episode, Phase, Policy, Response, View
+from atommem_jax.types import EDITS, ActionKind, Episode, Phase, Policy, Response, View
 
 _ALL = tuple(kind for kind in ActionKind if kind != ActionKind.NONE)
-_EDITS = (ActionKind.CREATE, ActionKind.UPDATE, ActionKind.DELETE)
 _STORE_ALL = teacher.SCRIPTED["store_all"]
 
 
@@ -112,7 +111,7 @@ WORKFLOWS: dict[str, Workflow] = {
         answer_reads=3,
     ),
     "store_all_update": Workflow(
-        kinds=(*_EDITS, ActionKind.READ, ActionKind.ANSWER),
+        kinds=(*EDITS, ActionKind.READ, ActionKind.ANSWER),
         program=teacher.SCRIPTED["store_all_update"],
         answer_reads=3,
     ),
@@ -126,7 +125,7 @@ WORKFLOWS: dict[str, Workflow] = {
     "no_update": _without(ActionKind.UPDATE),
     "no_delete": _without(ActionKind.DELETE),
     "no_scratchpad": _without(ActionKind.SCRATCHPAD),
-    "no_store": _without(*_EDITS),
+    "no_store": _without(*EDITS),
 }
 
 

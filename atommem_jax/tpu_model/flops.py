@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from atommem_jax.config import LAYERS
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 
 BLOCK = 512
 """Queries and keys a step of the blocked attention kernel, which skips blocks that are masked."""

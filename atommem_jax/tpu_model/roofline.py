@@ -20,7 +20,7 @@ Bytes of HBM are analytic as well; `memory_*` give them, for one device.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.tpu_model import flops as flops_lib
 from atommem_jax.tpu_model.device_groups import UNKNOWN_AXIS
 from atommem_jax.tpu_model.hardware import Topology

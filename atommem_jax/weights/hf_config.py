@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import host_batches
 from atommem_jax.weights import hf_config, hf_names, hf_shards
 from atommem_jax.weights.hf_config import PublishedError

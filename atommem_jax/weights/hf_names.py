@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -21,7 +21,7 @@ import safetensors
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules as rules_lib
 from atommem_jax.weights import gguf, hf_config, hf_names, hf_shards

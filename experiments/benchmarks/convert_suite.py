@@ -18,7 +18,8 @@ import jax
 import matplotlib
 import tqdm
 
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.weights import hf_export
 
 matplotlib.use("Agg")

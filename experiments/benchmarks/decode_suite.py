@@ -7,7 +7,7 @@
 
 Needs `--pretrained`, a .gguf file or a Hugging Face directory. All decode greedily in float32, and
 go on behind the end of a text, so that every contestant takes the same number of steps. Ours is
-`sampling.generate`, the function that rollouts call, with the layers apart (`rollout.cpu_decode`).
+`sampling.generate`, the function that rollouts call, as a CPU wants it (`rollout.cpu_decode`).
 Measured are prefill, decoding at several batch sizes (a generation without the prefill of the same
 prompts, of the same round), whole generations, and what the grammar of the actions adds to a step.
 
@@ -30,7 +30,7 @@ import numpy as np
 from atommem_jax.language import chat, protocol
 from atommem_jax.language.grammar import compile_grammar
 from atommem_jax.model import sampling
-from atommem_jax.model.sampling import Agent, SamplerConfig
+from atommem_jax.model.sampling import Agent, DecodeState, SamplerConfig
 from atommem_jax.model.transformer import Transformer, count_params
 from atommem_jax.types import Phase
 from atommem_jax.weights import gguf, hf_config, huggingface
@@ -77,7 +77,7 @@ def load(path: str, pad_token: str | None = None) -> Subject:
         grammar=dataclasses.replace(grammar, eos_id=-1),
         template=chat.template(tokenizer, actions),
         model=Transformer(dataclasses.replace(config, pad_id=tokenizer.pad_id)),
-        sampler=SamplerConfig(STEPS, constrained=False, unstack=True),
+        sampler=SamplerConfig(STEPS, constrained=False, cpu_decode=True),
     )
     return Subject(pathlib.Path(path), agent, params)
 
@@ -112,27 +112,28 @@ class Ours:
 
 
 @jax.jit
-def _prefill(agent: Agent, params, tokens) -> jax.Array:
-    """Logits of the last token [B, V], and the cache."""
-    start = jnp.zeros(tokens.shape[:1], jnp.int32)
-    variables = {"params": params}
-    hidden, cache = agent.model.apply(variables, tokens, start, keep_cache=True)
-    return agent.model.apply(variables, hidden[:, -1], method="logits"), cache
+def _prefill(agent: Agent, params, tokens) -> tuple[Any, DecodeState]:
+    """Logits of the last token [B, V], and where decoding goes on."""
+    state = sampling.prefill(agent, params, *_ask(tokens))
+    return agent.model.apply({"params": params}, state.hidden, method="logits"), state
 
 
 @jax.jit
 def _generate(agent: Agent, params, tokens) -> jax.Array:
+    asked, temperature = _ask(tokens), jnp.zeros((), jnp.float32)
+    return sampling.generate(agent, params, *asked[:4], temperature, asked[4]).tokens
+
+
+def _ask(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Prompts without padding as `sampling.prefill` takes them: with lengths, phases and so on."""
     rows, length = tokens.shape
-    return sampling.generate(
-        agent,
-        params,
+    return (
         tokens,
         jnp.full((rows,), length, jnp.int32),
         jnp.full((rows,), int(Phase.READING), jnp.int32),
         jax.random.split(jax.random.key(0), rows),
-        jnp.zeros((), jnp.float32),
         jnp.zeros((rows,), bool),
-    ).tokens
+    )
 
 
 class Transformers:

@@ -14,9 +14,9 @@ import numpy as np
 
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning.rollout import EDITS, RolloutConfig, Setting
+from atommem_jax.learning.rollout import RolloutConfig, Setting
 from atommem_jax.model.sampling import Agent
-from atommem_jax.types import ActionKind, Episode, Phase
+from atommem_jax.types import EDITS, PERMITTED, ActionKind, Episode, Phase
 from experiments.benchmarks.host_memory import (
     HostAction,
     HostEmbedding,
@@ -26,12 +26,6 @@ from experiments.benchmarks.host_memory import (
     apply_all,
     retrieve_all,
 )
-
-_PERMITTED = {
-    Phase.READING: frozenset(ActionKind) - {ActionKind.NONE, ActionKind.ANSWER},
-    Phase.ANSWERING: frozenset({ActionKind.READ, ActionKind.ANSWER}),
-    Phase.FINAL: frozenset({ActionKind.ANSWER}),
-}
 
 
 @dataclasses.dataclass
@@ -218,7 +212,7 @@ class HostPlayer:
             ]
             replies = respond(prompts, phases, live, turn)
             actions = [self._parse(reply.tokens) for reply in replies]
-            permitted = [_PERMITTED[phase] for phase in phases]
+            permitted = [PERMITTED[phase] for phase in phases]
             applied = apply_all(memories, actions, permitted, self._embed)
             for episode, written, done in zip(playing, actions, applied, strict=True):
                 episode.advance(written, done, self._config)

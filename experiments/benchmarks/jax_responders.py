@@ -1,93 +1,48 @@
 """Responders for `host_agent` that run our own model: what the host loop costs, and nothing else.
 
-`HostLoop` is prefill and a decode step as two jitted programs with the host in between, which
-looks at every token. `WholeGenerate` calls `sampling.generate`, one program a turn. Both draw
-with the keys of `rollout.run`, so their trajectories are those of the jitted episode.
+`HostLoop` is `sampling.prefill` and `sampling.decode_step` as two jitted programs with the host in
+between, which looks at every token. `WholeGenerate` calls `sampling.generate`, one program a turn.
+Both draw with the keys of `rollout.run`, so their trajectories are those of the jitted episode.
 """
 
 from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
 
-from atommem_jax.language import prompt as prompting
+from atommem_jax.learning import rollout
 from atommem_jax.model import sampling
-from atommem_jax.model import transformer as model_lib
-from atommem_jax.model.sampling import Agent
+from atommem_jax.model.sampling import Agent, Decoder, DecodeState
 from atommem_jax.parallel import host_batches, program
-from atommem_jax.types import Phase
+from atommem_jax.types import Phase, Response
 from experiments.benchmarks.host_agent import Reply, Text
 
-
-@flax.struct.dataclass
-class Decoding:
-    """Where a batch of rows stands between two tokens."""
-
-    last: Float[Array, "B width"]
-    cache: model_lib.Cache
-    state: Int[Array, " B"]
-    done: Bool[Array, " B"]
+PROMPTS = ("prompt", "lengths", "phase", "keys")
+"""What of the arguments of these functions has a row for every prompt."""
 
 
-def _features(agent: Agent, prompt, tokens):
-    if not agent.model.config.num_features:
-        return None
-    return jax.vmap(prompting.match, in_axes=(None, 0, 0))(agent.template, prompt, tokens)
+def prefill(agent: Agent, params, prompt, lengths, phase, keys) -> DecodeState:
+    """`sampling.prefill`; rows in Phase.DONE are padding.
+
+    What shares of a batch return has rows: the position, which has none, is left out.
+    """
+    skip = phase == Phase.DONE
+    state = sampling.prefill(agent, params, prompt, lengths, phase, keys, skip)
+    return state.replace(position=None)
 
 
-def prefill(agent: Agent, params, prompt, lengths, phase) -> Decoding:
-    """Reads prompts [B, P]; rows in Phase.DONE are padding."""
-    hidden, cache = agent.model.apply(
-        {"params": params},
-        prompt,
-        prompt.shape[1] - lengths,
-        features=_features(agent, prompt, prompt),
-        keep_cache=True,
-    )
-    return Decoding(
-        last=hidden[:, -1],
-        cache=cache.extend(agent.sampler.response_length),
-        state=jax.vmap(agent.grammar.start)(phase),
-        done=phase == Phase.DONE,
-    )
+def decode_step(decoder: Decoder, state: DecodeState, position):
+    """`sampling.decode_step` at `position`: (state, tokens [B], log-probs [B])."""
+    state = sampling.decode_step(decoder, state.replace(position=position))
+    column = (state.tokens[:, position], state.log_probs[:, position])
+    return state.replace(position=None), *column
 
 
-def decode_step(agent: Agent, params, now: Decoding, prompt, lengths, keys, position, temperature):
-    """One token of every row: (Decoding, tokens [B], log-probs [B])."""
-    model, grammar, config = agent.model, agent.grammar, agent.sampler
-    width, limit = prompt.shape[1], config.response_length
-    logits = model.apply({"params": params}, now.last, method="logits")
-    if config.constrained:
-        mask = jax.vmap(grammar.allowed, in_axes=(0, None))(now.state, limit - position)
-    else:
-        mask = jnp.broadcast_to(jnp.arange(logits.shape[1]) != grammar.pad_id, logits.shape)
-    scale = jnp.where(temperature > 0, temperature, 1.0)
-    log_probs = sampling.masked_log_softmax(logits, mask, scale)
-    row_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, position)
-    token = jax.vmap(
-        lambda key, row: sampling.draw(key, row, temperature=temperature, top_p=config.top_p)
-    )(row_keys, log_probs)
-    chosen = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-    token = jnp.where(now.done, grammar.pad_id, token)
-    hidden, cache = model.apply(
-        {"params": params},
-        token[:, None],
-        width - lengths,
-        features=_features(agent, prompt, token[:, None]),
-        cache=now.cache,
-        index=width + position,
-    )
-    after = Decoding(
-        last=hidden[:, 0],
-        cache=cache,
-        state=jax.vmap(grammar.advance)(now.state, token),
-        done=now.done | (token == grammar.eos_id),
-    )
-    return after, token, chosen
+def generate(agent: Agent, params, prompt, lengths, phase, keys, temperature) -> Response:
+    """`sampling.generate`; rows in Phase.DONE are padding."""
+    skip = phase == Phase.DONE
+    return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
 
 
 class _Responder:
@@ -99,9 +54,7 @@ class _Responder:
         self._agent, self._params = host_batches.replicate((agent, params), mesh)
         self._pad, self._limit = agent.grammar.pad_id, agent.sampler.response_length
         self._fold = jax.jit(
-            lambda seed, ids, turn: jax.vmap(
-                lambda i: jax.random.fold_in(jax.random.fold_in(seed, i), turn)
-            )(ids)
+            lambda seed, ids, turn: rollout.turn_keys(rollout.trajectory_keys(seed, ids), turn)
         )
 
     def play_with(self, ids: np.ndarray, seed: Any, temperature: float) -> "_Responder":
@@ -146,38 +99,24 @@ class HostLoop(_Responder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._make_decoder = jax.jit(sampling.make_decoder)
         self._prefill = jax.jit(
-            program.data_parallel(
-                prefill, self._mesh, sharded=(False, False, True, True, True), sharded_out=True
-            )
+            program.data_parallel(prefill, self._mesh, rows=PROMPTS, out=program.ROWS)
         )
         self._step = jax.jit(
-            program.data_parallel(
-                decode_step,
-                self._mesh,
-                sharded=(False, False, True, True, True, True, False, False),
-                sharded_out=(True, True, True),
-            ),
-            donate_argnums=2,
+            program.data_parallel(decode_step, self._mesh, rows=("state",), out=program.ROWS),
+            donate_argnames="state",
         )
 
     def _generate(self, prompt, lengths, phase, keys):
-        now = self._prefill(self._agent, self._params, prompt, lengths, phase)
+        state = self._prefill(self._agent, self._params, prompt, lengths, phase, keys)
+        decoder = self._make_decoder(self._agent, self._params, self._temperature)
         tokens = np.full((self._rows, self._limit), self._pad, np.int32)
         log_probs = np.zeros((self._rows, self._limit), np.float32)
         for position in range(self._limit):
-            now, token, chosen = self._step(
-                self._agent,
-                self._params,
-                now,
-                prompt,
-                lengths,
-                keys,
-                np.int32(position),
-                self._temperature,
-            )
+            state, token, chosen = self._step(decoder, state, np.int32(position))
             tokens[:, position], log_probs[:, position], done = jax.device_get(
-                (token, chosen, now.done)
+                (token, chosen, state.done)
             )
             if done.all():
                 break
@@ -189,18 +128,8 @@ class WholeGenerate(_Responder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-
-        def generate(agent, params, prompt, lengths, phase, keys, temperature):
-            skip = phase == Phase.DONE
-            return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
-
         self._run = jax.jit(
-            program.data_parallel(
-                generate,
-                self._mesh,
-                sharded=(False, False, True, True, True, True, False),
-                sharded_out=True,
-            )
+            program.data_parallel(generate, self._mesh, rows=PROMPTS, out=program.ROWS)
         )
 
     def _generate(self, prompt, lengths, phase, keys):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from atommem_jax.memory import slot_table
 from atommem_jax.memory.embedding import HashedBagOfTokens
 from atommem_jax.parallel import host_batches, program
-from atommem_jax.types import NUM_KINDS, ActionKind, Actions
+from atommem_jax.types import PERMITTED, ActionKind, Actions, Phase, permitted_kinds
 from experiments.benchmarks import timing
 from experiments.benchmarks.host_memory import (
     FaissIndex,
@@ -40,7 +40,6 @@ _MIX = {
     ActionKind.READ: 0.15,
     ActionKind.SCRATCHPAD: 0.1,
 }
-_PERMITTED = frozenset(_MIX)
 PEERS = ("faiss", "numpy", "numpy_per_trajectory")
 
 
@@ -111,13 +110,12 @@ class Ours:
         self._embed = HashedBagOfTokens(vocab_size=VOCAB, dim=load.key_dim)
         self._blocks = [self._place(operations, block) for block in range(len(operations.kind))]
 
-        def compile(function, arguments):
-            mapped = program.data_parallel(
-                jax.vmap(function), mesh, sharded=(True,) * arguments, sharded_out=(True, True)
-            )
+        def compile(function, *rows):
+            mapped = program.data_parallel(jax.vmap(function), mesh, rows=rows, out=program.ROWS)
             return jax.jit(mapped, donate_argnums=0)
 
-        self._look, self._act = compile(self._show, 1), compile(self._transition, 2)
+        self._look = compile(self._show, "state")
+        self._act = compile(self._transition, "state", "actions")
         self.state = self._start(operations)
 
     def _place(self, operations: Operations, block: int) -> list[Actions]:
@@ -157,16 +155,15 @@ class Ours:
             return slot_table.set_query(state, query, jnp.int32(length), _PAD)
 
         fill = program.data_parallel(
-            jax.vmap(start), self._mesh, sharded=(True, True), sharded_out=True
+            jax.vmap(start), self._mesh, rows=("texts", "query"), out=program.ROWS
         )
         return jax.jit(fill)(*host_batches.shard((operations.fill, operations.query), self._mesh))
 
     def _transition(self, state, actions):
-        permitted = np.isin(np.arange(NUM_KINDS), list(_PERMITTED))
         return slot_table.transition(
             state,
             actions,
-            permitted=jnp.asarray(permitted),
+            permitted=permitted_kinds(Phase.READING),
             eviction=self._load.sizes.eviction,
             embed=self._embed,
             pad_id=_PAD,
@@ -200,7 +197,7 @@ class PerTrajectory:
         self._embed = HostEmbedding(HashedBagOfTokens(vocab_size=VOCAB, dim=load.key_dim))
         self._cursor, self._slots = 0, load.slots
         self._blocks = _list_actions(operations)
-        self._permitted = [_PERMITTED] * load.trajectories
+        self._permitted = [PERMITTED[Phase.READING]] * load.trajectories
         self.memories = []
         for texts, query in zip(operations.fill, operations.query, strict=True):
             table = HostMemory(load.sizes, index)
@@ -232,7 +229,7 @@ class Vectorised:
         self._tables = NumpyTables(load.trajectories, load.sizes, embed, VOCAB)
         self._operations, self._cursor = operations, 0
         self._text = np.where(operations.text == _PAD, VOCAB, operations.text)
-        self._permitted = np.isin(np.arange(NUM_KINDS), list(_PERMITTED))
+        self._permitted = np.asarray(permitted_kinds(Phase.READING))
         keys = embed.embed_padded(operations.fill.reshape(-1, load.entry_length))
         self._tables.fill(operations.fill, keys.reshape(*operations.fill.shape[:2], -1))
         self._tables.set_query(np.arange(load.trajectories), operations.query)

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax.language import prompt as prompting
-from atommem_jax.learning import loss, rollout
+from atommem_jax.learning import microbatches, rollout, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.memory import slot_table
-from atommem_jax.model import sampling
+from atommem_jax.model import attention, sampling
+from atommem_jax.model.sampling import Agent
 from atommem_jax.parallel import host_batches, program
-from atommem_jax.types import ActionKind, Batch, Phase
+from atommem_jax.types import Batch, Phase
 from experiments.benchmarks import jax_responders, timing
 from experiments.benchmarks.rollout_suite import Scene
 from experiments.benchmarks.train_suite import Lesson
@@ -90,22 +91,19 @@ class _TurnPrograms:
                 scene.mesh,
             )
         )
-        whole, rows = False, True
-        self._start = self._jit(_start, whole, rows)
-        self._keys = self._jit(_fold_keys, whole, rows, whole)
-        self._begin = self._jit(_begin, whole, rows, rows)
-        self._end = self._jit(_end, whole, rows, rows, rows, rows)
-        self._retrieve = self._jit(_retrieve, whole, rows)
-        self._assemble = self._jit(_assemble, whole, rows)
-        self._prefill = self._jit(jax_responders.prefill, whole, whole, rows, rows, rows)
-        self._generate = self._jit(_generate, whole, whole, rows, rows, whole)
-        self._parse = self._jit(_parse, whole, rows)
-        self._transition = self._jit(_transition, whole, rows, rows, rows)
+        self._start = self._jit(_start, "episodes")
+        self._keys = self._jit(_turn_keys, "ids")
+        self._look = self._jit(rollout.look, "env", "episodes")
+        self._act = self._jit(rollout.act, "env", "seen", "episodes", "response")
+        self._retrieve = self._jit(_retrieve, "tables")
+        self._assemble = self._jit(_assemble, "observation")
+        self._prefill = self._jit(jax_responders.prefill, *jax_responders.PROMPTS)
+        self._generate = self._jit(jax_responders.generate, *jax_responders.PROMPTS)
+        self._parse = self._jit(_parse, "response")
+        self._transition = self._jit(_transition, "tables", "actions", "phase")
 
-    def _jit(self, function, *sharded: bool):
-        return jax.jit(
-            program.data_parallel(function, self._mesh, sharded=sharded, sharded_out=True)
-        )
+    def _jit(self, function, *rows: str):
+        return jax.jit(program.data_parallel(function, self._mesh, rows=rows, out=program.ROWS))
 
     def play(self, episodes, ids, clock: _Clock) -> None:
         """Plays to the end as `rollout.run` does, timing the phases of every turn."""
@@ -116,46 +114,23 @@ class _TurnPrograms:
                 break
             keys = self._keys(self._seed, ids, np.int32(turn))
             clock("retrieve", self._retrieve, setting, env.memory)
-            seen, view = jax.block_until_ready(self._begin(setting, env, episodes))
+            seen = jax.block_until_ready(self._look(setting, env, episodes))
+            view = seen.view
             clock("assemble", self._assemble, setting, view.observation)
-            clock(
-                "prefill",
-                self._prefill,
-                agent,
-                params,
-                view.prompt,
-                view.prompt_length,
-                view.phase,
-            )
-            response = clock(
-                "generate", self._generate, agent, params, view, keys, self._temperature
-            )
+            inputs = (agent, params, view.prompt, view.prompt_length, view.phase, keys)
+            clock("prefill", self._prefill, *inputs)
+            response = clock("generate", self._generate, *inputs, self._temperature)
             actions = clock("parse", self._parse, setting, response)
-            clock("transition", self._transition, setting, seen.memory, actions, env.phase)
-            env = jax.block_until_ready(self._end(setting, env, seen, episodes, response))
+            clock("transition", self._transition, setting, seen.env.memory, actions, env.phase)
+            env, _ = jax.block_until_ready(self._act(setting, env, seen, episodes, response))
 
 
 def _start(setting, episodes):
     return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
 
 
-def _fold_keys(seed, ids, turn):
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(seed, i), turn))(ids)
-
-
-def _begin(setting, env, episodes):
-    return jax.vmap(rollout.begin_turn, in_axes=(None, 0, 0))(setting, env, episodes)[:2]
-
-
-def _end(setting, env, seen, episodes, response):
-    """The environments after the turn; those that are over stay as they are."""
-    new = jax.vmap(rollout.end_turn, in_axes=(None, 0, 0, 0))(setting, seen, episodes, response)[0]
-    live = env.phase != Phase.DONE
-
-    def choose(after, before):
-        return jnp.where(live.reshape(live.shape + (1,) * (after.ndim - 1)), after, before)
-
-    return jax.tree.map(choose, new, env)
+def _turn_keys(seed, ids, turn):
+    return rollout.turn_keys(rollout.trajectory_keys(seed, ids), turn)
 
 
 def _retrieve(setting, tables):
@@ -169,31 +144,12 @@ def _assemble(setting, observation):
     return jax.vmap(one, in_axes=(None, 0))(setting.template, observation)
 
 
-def _generate(agent, params, view, keys, temperature):
-    skip = view.phase == Phase.DONE
-    return sampling.generate(
-        agent, params, view.prompt, view.prompt_length, view.phase, keys, temperature, skip
-    )
-
-
 def _parse(setting, response):
     return jax.vmap(setting.grammar.parse)(response.tokens, response.lengths)
 
 
 def _transition(setting, tables, actions, phase):
-    def one(table, actions, phase):
-        kind = jnp.arange(len(ActionKind))
-        permitted = (kind == ActionKind.ANSWER) == (phase != Phase.READING)
-        return slot_table.transition(
-            table,
-            actions,
-            permitted=permitted,
-            eviction=setting.config.eviction,
-            embed=setting.embed,
-            pad_id=setting.pad_id,
-        )
-
-    return jax.vmap(one)(tables, actions, phase)
+    return jax.vmap(rollout.apply_actions, in_axes=(None, 0, 0, 0))(setting, tables, actions, phase)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,42 +169,35 @@ def measure_update(scene: Scene, lesson: Lesson, whole: list[float]) -> timing.R
     agent, params, temperature = host_batches.replicate(
         (scene.parts.agent, scene.params, np.float32(scene.temperature or 1.0)), mesh
     )
-    parts = [host_batches.shard(part, mesh) for part in _split(lesson.batch, ppo, mesh.size)]
-    flags = (False, False, False, True)
+    packed = _pack(lesson, scene.parts.agent, mesh.size)
+    parts = [(host_batches.shard(part, mesh), width) for part, width in packed]
+    tokens = np.float32(lesson.batch.weights.sum())
+    denominators = host_batches.replicate((tokens, np.float32(len(lesson.batch.phase))), mesh)
 
-    def objective(params, agent, temperature, part: Batch):
-        scores = sampling.score(
-            agent,
-            params,
-            part.prompt,
-            part.prompt_lengths,
-            part.response,
-            part.response_lengths,
-            part.phase,
-            temperature,
+    def objective(params, agent, temperature, denominators, part: Batch, width: int):
+        return trainer.ppo_objective(
+            ppo, agent, temperature, None, denominators, params, part, width
         )
-        value, metrics = loss.ppo_loss(
-            scores.log_probs,
-            part.old_log_probs,
-            part.advantages,
-            part.weights,
-            jnp.float32(lesson.batch.weights.sum()),
-            clip_low=ppo.clip_low,
-            clip_high=ppo.clip_high,
-            dual_clip=ppo.dual_clip or None,
-        )
-        metrics["entropy"] = loss.masked_sum(scores.entropy, part.weights)
-        return value, metrics
 
-    def forward(*arguments):
-        return program.psum(objective(*arguments))
+    def forward(width):
+        def run(params, agent, temperature, denominators, part):
+            return program.psum(objective(params, agent, temperature, denominators, part, width))
 
-    def gradient(*arguments):
-        # Not summed over the devices: the trainer does that once a mini-batch, not here.
-        return jax.tree.map(lambda g: g[None], jax.grad(objective, has_aux=True)(*arguments)[0])
+        return jax.jit(program.data_parallel(run, mesh, rows=("part",), out=program.WHOLE))
 
-    score = jax.jit(program.data_parallel(forward, mesh, sharded=flags, sharded_out=False))
-    grad = jax.jit(program.data_parallel(gradient, mesh, sharded=flags, sharded_out=True))
+    def gradient(width):
+        def run(params, agent, temperature, denominators, part):
+            grads, _ = jax.grad(objective, has_aux=True)(
+                params, agent, temperature, denominators, part, width
+            )
+            # Not summed over the devices: the trainer does that once a mini-batch, not here.
+            return jax.tree.map(lambda g: g[None], grads)
+
+        return jax.jit(program.data_parallel(run, mesh, rows=("part",), out=program.ROWS))
+
+    widths = {width for _, width in parts}
+    score = {width: forward(width) for width in widths}
+    grad = {width: gradient(width) for width in widths}
     step = jax.jit(
         lambda state, grads: optimizer_lib.apply_gradients(state, grads, optimizer),
         donate_argnums=0,
@@ -259,9 +208,10 @@ def measure_update(scene: Scene, lesson: Lesson, whole: list[float]) -> timing.R
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # the first compiles
         clock = _Clock()
-        for part in parts:
-            clock("score", score, params, agent, temperature, part)
-            clock("gradient", grad, params, agent, temperature, part)
+        for part, width in parts:
+            arguments = (params, agent, temperature, denominators, part)
+            clock("score", score[width], *arguments)
+            clock("gradient", grad[width], *arguments)
         for _ in range(ppo.minibatches):
             state, _ = clock("optimiser", step, state, zeros)
     seconds = {name: value * ppo.epochs for name, value in clock.seconds.items()}
@@ -273,19 +223,25 @@ def _take(batch: Batch, rows: np.ndarray) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
-def _split(batch: Batch, ppo, devices: int) -> list[Batch]:
-    """Micro-batches of the rows that count, the longest first, prompts cropped to eighths of P."""
+def _pack(lesson: Lesson, agent: Agent, devices: int) -> list[tuple[Batch, int]]:
+    """Micro-batches of the rows that count, the longest first, and the width each is scored at.
+
+    As `microbatches` packs them, but on the host: a program times one at a time.
+    """
+    ppo, batch = lesson.ppo, lesson.batch
     size = ppo.microbatch_rows * devices
+    lengths = np.asarray(sampling.row_lengths(batch.prompt_lengths, batch.response_lengths))
     active = np.flatnonzero(np.any(batch.weights * batch.advantages != 0, axis=1))
-    active = active[np.argsort(-batch.prompt_lengths[active], kind="stable")]
-    parts, full = [], batch.prompt.shape[1]
+    active = active[np.argsort(-lengths[active], kind="stable")]
+    full = batch.prompt.shape[1] + batch.response.shape[1] - 1
+    multiple = attention.row_multiple(agent.model.config.attention, full)
+    widths = microbatches.list_widths(full, multiple, tuple(ppo.length_buckets))
+    parts = []
     for first in range(0, len(active), size):
         rows = active[first : first + size]
         count = len(rows)
         part = _take(batch, np.resize(rows, size))
         part.weights[count:] = 0.0
         part.response_lengths[count:] = 0
-        eighths = -(-int(part.prompt_lengths.max()) * 8 // full)
-        width = -(-full * eighths // 8)
-        parts.append(part.replace(prompt=part.prompt[:, full - width :]))
+        parts.append((part, next(width for width in widths if width >= lengths[rows[0]])))
     return parts

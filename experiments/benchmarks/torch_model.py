@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atommem_jax.language import prompt as prompting
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 
 
 class Attention(nn.Module):

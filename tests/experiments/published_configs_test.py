@@ -7,7 +7,8 @@ import pytest
 
 from atommem_jax.agent import validate
 from atommem_jax.config import ConfigError, load_config, parse
-from atommem_jax.model.transformer import ModelConfig, Transformer, count_params, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, count_params, init_params
 from atommem_jax.tpu_model import flops
 from experiments.configs import published
 

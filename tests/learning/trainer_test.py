@@ -81,7 +81,7 @@ def test_packed_gradients_equal_those_of_all_rows(rows):
 
 
 @pytest.mark.parametrize(
-    ("full", "multiple", "eighths", "expected"),
+    ("full", "multiple", "buckets", "expected"),
     [
         (85, 1, (5, 8), [54, 85]),
         (85, 1, (8,), [85]),
@@ -89,8 +89,8 @@ def test_packed_gradients_equal_those_of_all_rows(rows):
         (3, 1, (1, 2, 8), [1, 3]),
     ],
 )
-def test_widths_are_eighths_rounded_up(full, multiple, eighths, expected):
-    assert microbatches.list_widths(full, multiple, eighths) == expected
+def test_widths_are_eighths_rounded_up(full, multiple, buckets, expected):
+    assert microbatches.list_widths(full, multiple, buckets) == expected
 
 
 def test_idle_rows_are_not_looked_at():

@@ -6,7 +6,8 @@ import pytest
 
 from atommem_jax.memory import encoder
 from atommem_jax.model import transformer as model_lib
-from atommem_jax.model.transformer import ModelConfig, Transformer
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer
 from tests.helpers import tiny
 
 MODEL = Transformer(ModelConfig(260, width=16, num_layers=1, mlp_width=24, qk_norm=True, pad_id=7))

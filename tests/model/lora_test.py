@@ -18,7 +18,8 @@ from atommem_jax.config import flatten as flatten_config
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
 from atommem_jax.model import lora, sampling
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params, without_adapters
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params, without_adapters
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.weights import fingerprint
@@ -199,7 +200,7 @@ def test_a_fingerprint_is_of_every_bit_and_not_of_where_it_lies():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rank": -1}, ["lora.rank=-1", "0 (off)"]),
+        ({"rank": -1}, ["lora.rank=-1", "0 or more"]),
         ({"rank": 2, "alpha": 0.0}, ["lora.alpha=0.0", "above 0"]),
         ({"rank": 2, "targets": ()}, ["lora.targets is empty", "layers/query", "lora.rank=0"]),
         (
@@ -208,7 +209,8 @@ def test_a_fingerprint_is_of_every_bit_and_not_of_where_it_lies():
         ),
         ({"rank": 2, "targets": ("head",)}, ["'head' matches no matrix"]),  # tied: there is none
         ({"rank": 2, "targets": ("(",)}, ["lora.targets: '(' is no regular expression"]),
-        ({"rank": 2, "base_dtype": "float16"}, ["lora.base_dtype='float16'", "model.dtype="]),
+        ({"rank": 2, "base_dtype": "float16"}, ["lora.base_dtype='float16'", "'bfloat16'"]),
+        ({"rank": 2, "base_dtype": "bfloat16"}, ["lora.base_dtype='bfloat16'", "model.dtype="]),
     ],
 )
 def test_what_cannot_be_adapted_is_named(fields, words):

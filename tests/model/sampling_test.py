@@ -77,7 +77,7 @@ def distributions(agent, response, temperature=1.0):
         params,
         tokens,
         PROMPT - lengths,
-        features=sampling._features(agent, prompts, tokens),
+        features=sampling.match_features(agent, prompts, tokens),
     )
     logits = agent.model.apply(params, hidden[:, PROMPT - 1 : -1], method="logits") / temperature
     mask = np.ones(logits.shape, bool)
@@ -123,10 +123,10 @@ def test_learner_log_probs_equal_the_samplers(constrained, temperature):
     )
 
 
-def test_decoding_with_the_layers_apart_changes_nothing():
+def test_decoding_as_a_cpu_wants_it_changes_nothing():
     agent = make_agent()
-    apart = agent.replace(sampler=dataclasses.replace(agent.sampler, unstack=True))
-    expected, found = answer(agent), answer(apart)
+    arranged = agent.replace(sampler=dataclasses.replace(agent.sampler, cpu_decode=True))
+    expected, found = answer(agent), answer(arranged)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Two programs, each with its own order of sums: a few units in the last place of what they add.
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
@@ -216,6 +216,81 @@ def test_skipped_rows_come_back_empty_and_change_nothing():
     np.testing.assert_array_equal(response.log_probs[skip], 0.0)
     np.testing.assert_array_equal(response.tokens[~skip], full.tokens[~skip])
     np.testing.assert_array_equal(response.log_probs[~skip], full.log_probs[~skip])
+
+
+# ---------------------------------------------------------------------------------------------
+# Token by token
+
+
+prefill = jax.jit(sampling.prefill)
+make_decoder = jax.jit(sampling.make_decoder)
+decode_step = jax.jit(sampling.decode_step)
+
+
+def step_through(agent, steps=RESPONSE, temperature=1.0, skip=None):
+    """The states of a loop on the host: after the prompt, and after each token."""
+    skip = np.zeros(ROWS, bool) if skip is None else skip
+    states = [prefill(agent, make_params(), *make_prompts(), make_keys(), skip)]
+    decoder = make_decoder(agent, make_params(), jnp.float32(temperature))
+    for _ in range(steps):
+        states.append(decode_step(decoder, states[-1]))
+    return states
+
+
+@pytest.mark.parametrize("cpu_decode", [False, True])
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_loop_on_the_host_writes_what_generate_writes(constrained, cpu_decode):
+    agent = make_agent(constrained)
+    agent = agent.replace(sampler=dataclasses.replace(agent.sampler, cpu_decode=cpu_decode))
+    skip = np.array([False, True, False, False, False, False])
+    found = sampling.make_response(agent, step_through(agent, temperature=0.7, skip=skip)[-1])
+    expected = answer(agent, temperature=0.7, skip=skip)
+    for name in ("tokens", "lengths", "scripted"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    # Two programs, each with its own order of sums.
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-6, atol=1e-6)
+
+
+def test_a_state_says_where_every_row_stands():
+    agent = make_agent()
+    _, lengths, phases = make_prompts()
+    response = answer(agent)
+    states = step_through(agent)
+    for position, state in enumerate(states):
+        assert int(state.position) == position
+        so_far = np.where(np.arange(RESPONSE) < position, response.tokens, agent.grammar.pad_id)
+        np.testing.assert_array_equal(state.tokens, so_far)
+        np.testing.assert_array_equal(state.done, np.asarray(response.lengths) <= position)
+        assert not np.asarray(state.log_probs)[:, position:].any()
+        np.testing.assert_array_equal(state.start, PROMPT - lengths)
+    automaton = jax.vmap(agent.grammar.states)(phases, response.tokens)
+    for position in range(RESPONSE):
+        live = ~np.asarray(states[position].done)
+        np.testing.assert_array_equal(
+            np.asarray(states[position].automaton)[live], np.asarray(automaton)[live, position]
+        )
+
+
+def test_decoding_goes_on_from_a_state_that_was_put_aside():
+    """A host may stop and go on: a state is all that decoding needs."""
+    agent = make_agent()
+    states = step_through(agent)
+    kept = jax.device_get(dataclasses.replace(states[4], keys=jax.random.key_data(states[4].keys)))
+    state = jax.device_put(dataclasses.replace(kept, keys=jax.random.wrap_key_data(kept.keys)))
+    decoder = make_decoder(agent, make_params(), jnp.float32(1.0))
+    for expected in states[5:]:
+        state = decode_step(decoder, state)
+        np.testing.assert_array_equal(state.tokens, expected.tokens)
+        np.testing.assert_array_equal(state.log_probs, expected.log_probs)
+
+
+def test_rows_that_have_ended_only_get_padding():
+    agent = make_agent()
+    final = step_through(agent, skip=np.ones(ROWS, bool))[-1]
+    np.testing.assert_array_equal(final.tokens, agent.grammar.pad_id)
+    np.testing.assert_array_equal(final.log_probs, 0.0)
+    assert np.asarray(final.done).all()
 
 
 CALLS: list[int] = []

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from atommem_jax.model import transformer as model_lib
-from atommem_jax.model.transformer import ModelConfig, Transformer
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer
 from tests.helpers import tiny
 
 ROWS, LENGTH, FEATURES = 3, 7, 3

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atommem_jax.config import ConfigError, LoraConfig
 from atommem_jax.model import lora, sampling
-from atommem_jax.model.transformer import ModelConfig, Transformer, init_params
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from atommem_jax.tpu_model.flops import Flops, Rows
 from atommem_jax.tpu_model.roofline import Assumptions, Part, Placement

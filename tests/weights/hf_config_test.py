@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
-from atommem_jax.model.transformer import ModelConfig
+from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.weights import hf_config, hf_export, hf_names, huggingface
 from atommem_jax.weights.hf_config import PublishedError
 from experiments.configs import published

@@ -18,7 +18,8 @@ import safetensors.numpy
 from jax.sharding import PartitionSpec
 
 from atommem_jax.model import transformer as model_lib
-from atommem_jax.model.transformer import ModelConfig, Transformer
+from atommem_jax.model.model_config import ModelConfig
+from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules
 from atommem_jax.weights import hf_export, huggingface
