@@ -16,13 +16,23 @@ memory. --load_memory goes on with what was kept by --save_memory.
 A checkpoint trained here reads as it was trained: whole sentences, as many a part as it knows.
 """
 
+import contextlib
+import pathlib
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from absl import flags as absl_flags
 
-from atommem_jax.config import check
-from atommem_jax.documents import conversation
+from atommem_jax.agent import load
+from atommem_jax.config import ConfigError, check
+from atommem_jax.documents import reader as reader_lib
+from atommem_jax.documents import split, transcript
+from atommem_jax.documents.memory_file import Memory
+from atommem_jax.documents.reader import Heading, Named, Reader
+from atommem_jax.report import page as page_lib
+from atommem_jax.report import trace
 from experiments import flags
 
 _multi = absl_flags.DEFINE_multi_string
@@ -57,41 +67,229 @@ SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding d
 CHUNK = absl_flags.DEFINE_integer(
     "chunk_tokens",
     None,
-    f"Most tokens of a part of a document. Default: as trained, or {conversation.CHUNK_TOKENS}.",
+    f"Most tokens of a part of a document. Default: as trained, or {reader_lib.CHUNK_TOKENS}.",
     lower_bound=1,
 )
 QUESTION_LIMIT = absl_flags.DEFINE_integer(
     "question_tokens",
     None,
-    f"Most tokens of a question. Default: as trained, or {conversation.QUESTION_TOKENS}.",
+    f"Most tokens of a question. Default: as trained, or {reader_lib.QUESTION_TOKENS}.",
     lower_bound=1,
 )
 
 
 def main(argv) -> None:
     """See the module docstring."""
-    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
+    started = time.perf_counter()
+    check_flags(argv)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    options = conversation.Options(
-        checkpoint=CHECKPOINT.value,
-        step=STEP.value,
-        base=BASE.value,
-        documents=DOCUMENT.value,
-        questions=QUESTION.value,
-        interactive=INTERACTIVE.value,
-        settings=SET.value,
-        load_memory=LOAD_MEMORY.value,
-        save_memory=SAVE_MEMORY.value,
-        out=OUT.value,
-        temperature=TEMPERATURE.value,
-        seed=SEED.value,
-        chunk_tokens=CHUNK.value,
-        question_tokens=QUESTION_LIMIT.value,
+
+    # ------------------------------------------------------------------ agent, documents
+    texts = [(pathlib.Path(path).name, split.read(path)) for path in DOCUMENT.value]
+    loaded = load.load(CHECKPOINT.value or "", STEP.value, 1, base=BASE.value, settings=SET.value)
+    with in_flags():
+        reader = Reader(loaded, chunk_tokens=CHUNK.value, question_tokens=QUESTION_LIMIT.value)
+        parts = [(name, part) for name, text in texts for part in tell_split(reader, name, text)]
+        for question in QUESTION.value:
+            reader.check_question(question)
+    tell_agent(loaded, reader)
+    memory = read_memory(reader)
+    tell_notes(loaded, reader, parts)
+
+    # ------------------------------------------------------------------ reading, answering
+    conversation = Conversation(reader, memory, started)
+    try:
+        if parts or QUESTION.value:
+            conversation.play(parts, QUESTION.value)
+        for line in read_lines() if INTERACTIVE.value else ():
+            try:
+                with in_flags():
+                    reader.check_question(line)
+            except ConfigError as error:
+                print(error)
+                continue
+            conversation.play([], [line])
+    except KeyboardInterrupt:
+        print("\nstopped; what is written below is up to here")
+
+    # ------------------------------------------------------------------ page, memory
+    if conversation.memory is None or not conversation.episodes:
+        print("nothing was played: no page and no memory are written")
+        return
+    name = f"step {loaded.step} of {loaded.workdir}"
+    page = write_page(conversation.memory, conversation.episodes, name)
+    print(f"\ntrace: {page}")
+    if SAVE_MEMORY.value:
+        conversation.memory.save(SAVE_MEMORY.value)
+        print(f"memory: {SAVE_MEMORY.value}")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked for
+
+
+def check_flags(argv: Sequence[str]) -> None:
+    """Raises ConfigError for flags that cannot be, before anything is read or played."""
+    check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
+    check(bool(CHECKPOINT.value), "--checkpoint is missing: pass the workdir of a training run")
+    check(
+        bool(DOCUMENT.value or LOAD_MEMORY.value),
+        "--document is missing: pass a text file to read, or --load_memory with what was read "
+        "before",
     )
-    conversation.run(options, read_lines())
+    check(
+        bool(QUESTION.value or INTERACTIVE.value),
+        "--question is missing: pass what to answer, or --interactive to ask when all is read",
+    )
+    out = pathlib.Path(OUT.value)
+    check(not out.exists() or out.is_dir(), f"--out={out}: is a file; pass a folder")
+    if SAVE_MEMORY.value:
+        path = pathlib.Path(SAVE_MEMORY.value)
+        check(not path.is_dir(), f"--save_memory={path}: is a folder; pass a file in it")
+        check(
+            path.parent.is_dir(),
+            f"--save_memory={path}: there is no folder {path.parent}; make it first",
+        )
+
+
+@contextlib.contextmanager
+def in_flags(prefix: str = "") -> Iterator[None]:
+    """The library's errors name its arguments; here they are flags.
+
+    prefix: the flag that an error is about, where the library does not know.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        message = re.sub(r"^(?=(?:question|chunk_tokens|document)\b)", "--", f"{prefix}{error}")
+        raise ConfigError(
+            re.sub(r"load the agent with ((?: ?[\w.]+=\w+)+)", _spell_arguments, message)
+        ) from error
+
+
+def _spell_arguments(match: re.Match[str]) -> str:
+    """`pass` with the flags that set these arguments of a Reader, or settings of an agent."""
+    arguments = match[1].split()
+    return "pass " + " ".join(
+        f"--{argument}" if argument.partition("=")[0] in absl_flags.FLAGS else f"--set={argument}"
+        for argument in arguments
+    )
+
+
+def read_memory(reader: Reader) -> Memory | None:
+    """The memory of --load_memory; says what it holds."""
+    if not LOAD_MEMORY.value:
+        return None
+    with in_flags("--load_memory="):
+        memory = reader.load_memory(LOAD_MEMORY.value)
+    print(f"{LOAD_MEMORY.value}: {len(memory.entries)} entries, of {', '.join(memory.documents)}")
+    return memory
+
+
+# ---------------------------------------------------------------------------------------------
+# What is told
+
+
+def tell_split(reader: Reader, name: str, text: str) -> list[split.Part]:
+    """The parts of a document; prints how many there are."""
+    parts, limits = reader.split(name, text), reader.limits
+    whole = "any number of" if limits.sentences is None else f"up to {limits.sentences}"
+    print(
+        f"{name}: {len(text.split())} words in {len(parts)} parts of {whole} sentences, up to "
+        f"{limits.chunk} tokens"
+    )
+    cut = sum(part.cut for part in parts)
+    if cut:
+        print(
+            f"note: {cut} of its pieces are cut from sentences that are longer than a part; "
+            "--chunk_tokens makes parts longer"
+        )
+    return parts
+
+
+def tell_agent(loaded: load.Loaded, reader: Reader) -> None:
+    """Prints which agent it is, and the sizes of its memory."""
+    sizes = reader.sizes
+    print(
+        f"step {loaded.step} of {loaded.workdir}, {describe_decoding()}; {sizes.slots} entries of "
+        f"up to {sizes.entry_length} tokens, {sizes.shown} shown"
+    )
+
+
+def tell_notes(loaded: load.Loaded, reader: Reader, parts: Sequence[Named]) -> None:
+    """Prints in what this reading differs from what the agent was trained on."""
+    limits, asked = reader.limits, len(QUESTION.value)
+    if limits.guessed:
+        print(
+            "note: this checkpoint does not say what it was trained on; parts and questions have "
+            f"up to {reader_lib.OLD_TOKENS} tokens, or what --chunk_tokens and --question_tokens "
+            "say"
+        )
+    if loaded.trained_shape and asked > limits.questions:
+        print(
+            f"note: trained with up to {limits.questions} questions at a time, not {asked}: ask "
+            "the others with --interactive"
+        )
+    if parts and not asked:
+        print("note: no question is known while reading; what matters, the agent must guess")
+
+
+def describe_decoding() -> str:
+    """How the agent chooses its tokens."""
+    heat = TEMPERATURE.value
+    return f"temperature {heat:g}, seed {SEED.value}" if heat else "greedy"
+
+
+class Conversation:
+    """A memory, what is read into it and the questions asked of it; prints all as it happens.
+
+    Attributes:
+      memory: as the last episode left it.
+      episodes: traces of those that were played, for the page.
+    """
+
+    def __init__(self, reader: Reader, memory: Memory | None, started: float):
+        self.reader, self.memory, self._started = reader, memory, started
+        self.episodes: list[trace.Data] = []
+
+    def play(self, parts: Sequence[Named], questions: Sequence[str]) -> None:
+        """Reads the parts, then answers the questions; keeps what was done where it is stopped."""
+        with in_flags():
+            reading = self.reader.begin(
+                parts,
+                questions,
+                self.memory,
+                temperature=TEMPERATURE.value,
+                seed=SEED.value,
+                announce=self._tell_heading,
+            )
+        try:
+            for turn in reading.turns():
+                print(transcript.tell_turn(turn.data), flush=True)
+        finally:
+            told = reading.describe()
+            if told is not None:
+                self.episodes.append(told)
+                self.memory = reading.memory
+        for answer in reading.answers():
+            print()
+            print(transcript.tell_answer(answer.question, answer.text, answer.shown), flush=True)
+
+    def _tell_heading(self, heading: Heading) -> None:
+        seconds = f"{time.perf_counter() - self._started:7.1f} s"
+        print(f"\n[{seconds}] {heading}", flush=True)
+
+
+def write_page(memory: Memory, episodes: list[trace.Data], checkpoint: str) -> pathlib.Path:
+    """Writes the page of the memory trace to --out; returns where it is."""
+    told = ", ".join(memory.documents) or "memory"
+    return page_lib.write(
+        OUT.value,
+        [page_lib.Run(name=told, facts={"checkpoint": checkpoint})],
+        page_lib.Traces(episodes, {"documents": told, "decoding": describe_decoding()}),
+    )
 
 
 def read_lines() -> Iterator[str]:

@@ -94,7 +94,7 @@ def _render(split: str, summary: dict[str, Any]) -> str:
     return (
         f"{split:12} {summary['em']:6.3f}   {summary['ci_low']:.3f} .. {summary['ci_high']:.3f}"
         f" {summary['f1']:6.3f} {summary['episodes']:9d} {summary['questions']:10d}"
-    )
+    ) + (f"   reward {summary['reward']:.3f}" if "reward" in summary else "")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ ORDER = {
     "model": "attention model_config lora transformer cpu_decode sampling",
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema builders synthetic babi multihop_files multihop_qa datasets encoding "
-        "batches teacher workflows"
+        "schema user_functions builders synthetic babi multihop_files multihop_qa custom datasets "
+        "encoding batches teacher workflows"
     ),
     "weights": (
         "fingerprint records checkpoint hf_config hf_shards gguf_file gguf hf_names huggingface "
@@ -36,7 +36,7 @@ ORDER = {
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
     "agent": "build play validate load score",
     "report": "replay trace figures page run",
-    "documents": "split session memory_file transcript conversation",
+    "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",
     "tpu_model": (
@@ -44,6 +44,7 @@ ORDER = {
         "workload compilation"
     ),
     "runs": "agreement stages resume recorder validity",
+    "api": "",
 }
 """Folder -> its files, each in order. A folder of no files is a file of the package itself."""
 

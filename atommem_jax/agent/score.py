@@ -10,7 +10,7 @@ import tqdm
 
 from atommem_jax.agent import build
 from atommem_jax.agent.load import Loaded, find_split
-from atommem_jax.learning import evaluation
+from atommem_jax.learning import evaluation, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import datasets
@@ -63,6 +63,7 @@ def evaluate_split(
         tqdm.tqdm(batches, desc=f"{label}{split}", total=total, leave=False, mininterval=1.0),
         tokenizer.decode,
         mesh=mesh,
+        metric=reward.find(loaded.parts.config.task),
     )
     summary: dict[str, Any] = evaluation.summarise(records)
     categories = build.category_names(loaded.parts.config)

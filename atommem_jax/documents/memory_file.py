@@ -12,7 +12,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,112 +28,144 @@ _SIZES = ("slots", "entry_length", "scratchpad_length", "query_length", "shown",
 _ABOUT = "about"
 
 
-class Saved(NamedTuple):
-    """What a file holds."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Memory:
+    """What an agent remembers. Nothing changes it: reading on gives another one."""
 
     state: MemoryState  # NumPy leaves, no leading axis
     episodes: int  # how many were played to get there: the next one has this number
     documents: tuple[str, ...]  # names of those that were read
+    identity: Mapping[str, Any]  # what its meaning depends on, see `identify`
+    tokenizer: Tokenizer
+
+    @property
+    def entries(self) -> list[str]:
+        """The texts of its entries, in the order of their slots."""
+        rows = zip(self.state.entries, self.state.lengths, self.state.valid, strict=True)
+        return [self.tokenizer.decode(row[:n].tolist()) for row, n, valid in rows if valid]
+
+    @property
+    def scratchpad(self) -> str:
+        """The notes that every turn sees whole."""
+        return self.tokenizer.decode(
+            self.state.scratchpad[: int(self.state.scratchpad_length)].tolist()
+        )
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes it to a file; one that is there is replaced when the new one is whole."""
+        save(pathlib.Path(path), self)
+
+    def __repr__(self) -> str:
+        read = ", ".join(self.documents) or "nothing"
+        return f"Memory({len(self.entries)} of {len(self.state.valid)} entries, read: {read})"
 
 
-def save(path: pathlib.Path, saved: Saved, setting: rollout.Setting, tokenizer: Tokenizer) -> None:
-    """Writes a memory; a file that is there is replaced when the new one is whole."""
-    about = identify(setting, tokenizer) | {
+def save(path: pathlib.Path, memory: Memory) -> None:
+    """See `Memory.save`. Raises ConfigError where there is no folder for it."""
+    check(not path.is_dir(), f"{path}: is a folder; pass a file in it")
+    check(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it first")
+    about = dict(memory.identity) | {
         "version": VERSION,
-        "episodes": saved.episodes,
-        "documents": list(saved.documents),
+        "episodes": memory.episodes,
+        "documents": list(memory.documents),
     }
-    fields = {field.name: np.asarray(getattr(saved.state, field.name)) for field in _fields()}
+    fields: dict[str, Any] = {
+        field.name: np.asarray(getattr(memory.state, field.name)) for field in _fields()
+    }
+    fields[_ABOUT] = np.array(json.dumps(about))
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
-            np.savez_compressed(file, **fields, **{_ABOUT: np.array(json.dumps(about))})
+            np.savez_compressed(file, **fields)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
-def load(path: pathlib.Path, setting: rollout.Setting, tokenizer: Tokenizer) -> Saved:
+def load(path: pathlib.Path, setting: rollout.Setting, tokenizer: Tokenizer) -> Memory:
     """Reads what `save` wrote.
 
     Raises ConfigError where there is nothing to read, and for a memory of other sizes, another
     tokenizer or another embedding.
     """
-    flag = f"--load_memory={path}"
     try:
         with np.load(path, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in archive.files}
         about = json.loads(str(fields.pop(_ABOUT)))
     except OSError as error:
         told = error.strerror or "it cannot be read"
-        raise ConfigError(f"{flag}: {told}; pass a file of --save_memory") from error
+        raise ConfigError(f"{path}: {told}; pass a memory that was saved") from error
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
-            f"{flag}: is no memory, or damaged ({type(error).__name__}); pass a file of "
-            "--save_memory"
+            f"{path}: is no memory, or damaged ({type(error).__name__}); pass a memory that was "
+            "saved"
         ) from error
     check(
         isinstance(about, dict) and about.get("version") == VERSION,
-        f"{flag}: was written in another format than version {VERSION}; read the documents again",
+        f"{path}: was written in another format than version {VERSION}; read the documents again",
     )
-    _check_same(flag, about, identify(setting, tokenizer))
-    _check_fields(flag, fields, setting, tokenizer)
+    identity = identify(setting.config, setting.embed, tokenizer)
+    check_same(str(path), about, identity)
+    _check_fields(str(path), fields, setting, tokenizer)
     state = MemoryState(**{field.name: fields[field.name] for field in _fields()})
-    return Saved(state, int(about["episodes"]), tuple(about["documents"]))
+    return Memory(state, int(about["episodes"]), tuple(about["documents"]), identity, tokenizer)
 
 
 def _fields() -> tuple[Any, ...]:
     return dataclasses.fields(MemoryState)
 
 
-def identify(setting: rollout.Setting, tokenizer: Tokenizer) -> dict[str, Any]:
+def identify(sizes: rollout.RolloutConfig, embed: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the meaning of a memory depends on, in JSON's types."""
-    embed: Any = setting.embed
     fields = dataclasses.fields(embed) if dataclasses.is_dataclass(embed) else ()
     values = {field.name: getattr(embed, field.name) for field in fields}
     plain = {name: v for name, v in values.items() if isinstance(v, (str, int, float))}
     return {
         "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest()[:16],
         "embedding": {"kind": type(embed).__name__} | plain,
-        "sizes": {name: getattr(setting.config, name) for name in _SIZES},
+        "sizes": {name: getattr(sizes, name) for name in _SIZES},
     }
 
 
-def _check_same(flag: str, found: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def check_same(name: str, found: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a memory means to this agent what it meant to its own.
+
+    name: of the memory, for the error; found: its identity; ours: that of this agent's memories.
+    """
     saved, here = found["tokenizer"], ours["tokenizer"]
     check(
         saved == here,
-        f"{flag}: was written with the tokenizer {saved}, and the checkpoint has {here}; pass the "
-        "--checkpoint that it was written with, or one trained from it",
+        f"{name}: was written with the tokenizer {saved}, and this agent has {here}; take the "
+        "checkpoint that it was written with, or one trained from it",
     )
-    differing = [name for name in _SIZES if found["sizes"].get(name) != ours["sizes"][name]]
+    differing = [size for size in _SIZES if found["sizes"].get(size) != ours["sizes"][size]]
     told = ", ".join(
-        f"memory.{name}={found['sizes'].get(name)} (here: {ours['sizes'][name]})"
-        for name in differing
+        f"memory.{size}={found['sizes'].get(size)} (here: {ours['sizes'][size]})"
+        for size in differing
     )
-    flags = " ".join(f"--set=memory.{name}={found['sizes'].get(name)}" for name in differing)
-    check(not differing, f"{flag}: has {told}; pass {flags}")
+    settings = " ".join(f"memory.{size}={found['sizes'].get(size)}" for size in differing)
+    check(not differing, f"{name}: has {told}; load the agent with {settings}")
     saved, here = found["embedding"], ours["embedding"]
     check(
         saved == here,
-        f"{flag}: its keys are of {saved}, and this checkpoint's of {here}; pass the --checkpoint "
-        "that it was written with",
+        f"{name}: its keys are of {saved}, and this agent's of {here}; take the checkpoint that "
+        "it was written with",
     )
 
 
 def _check_fields(
-    flag: str, fields: Mapping[str, np.ndarray], setting: rollout.Setting, tokenizer: Tokenizer
+    name: str, fields: Mapping[str, np.ndarray], setting: rollout.Setting, tokenizer: Tokenizer
 ) -> None:
     """Every field must be there, of the right shape, with ids of tokens that there are."""
     sizes = {name: getattr(setting.config, name) for name in _SIZES}
     expected = jax.eval_shape(lambda: slot_table.init(**sizes, pad_id=setting.pad_id))
     for field in _fields():
-        name, leaf = field.name, getattr(expected, field.name)
-        found = fields.get(name)
-        sound = found is not None and (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
-        if sound and name in ("entries", "scratchpad", "query"):
-            sound = bool(((found >= 0) & (found < tokenizer.vocab_size)).all())
-        if sound and name in ("lengths", "scratchpad_length", "query_length"):
-            widths = {"lengths": "entry_length"}
-            sound = bool(((found >= 0) & (found <= sizes[widths.get(name, name)])).all())
-        check(sound, f"{flag}: its field {name} is damaged; read the documents again")
+        leaf, found = getattr(expected, field.name), fields.get(field.name)
+        damaged = f"{name}: its field {field.name} is damaged; read the documents again"
+        if found is None or (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            raise ConfigError(damaged)
+        if field.name in ("entries", "scratchpad", "query"):
+            check(bool(((found >= 0) & (found < tokenizer.vocab_size)).all()), damaged)
+        if field.name in ("lengths", "scratchpad_length", "query_length"):
+            most = sizes["entry_length" if field.name == "lengths" else field.name]
+            check(bool(((found >= 0) & (found <= most)).all()), damaged)

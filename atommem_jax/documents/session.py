@@ -5,9 +5,10 @@ The same functions as in training do everything but the responding (`rollout.loo
 so prompts, parsing and memory are those of training, token for token.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,13 @@ class Session:
         """As it is now; no leading axis."""
         return _first(self._env.memory)
 
-    def turns(self) -> Iterator[Turn]:
-        """Plays the turns that are left, up to `max_turns`, each when it is asked for."""
+    def turns(self, until: Phase = Phase.DONE) -> Iterator[Turn]:
+        """Plays the turns that are left, up to `max_turns`, each when it is asked for.
+
+        until: the phase to stop at, before any of its turns.
+        """
         while len(self._records) < self.setting.config.max_turns:
-            if int(self._env.phase[0]) == Phase.DONE:
+            if int(self._env.phase[0]) >= until:
                 return
             seen = _look(self.setting, self._env, self.episode)
             key = jax.random.fold_in(self._key, len(self._records))
@@ -99,7 +103,7 @@ def model_responder(agent: Agent, params, temperature: float) -> Respond:
 
     def respond(view: View, keys: jax.Array) -> Response:
         width = choose_width(agent, view.prompt.shape[1], int(view.prompt_length[0]))
-        cut = view.replace(prompt=view.prompt[:, view.prompt.shape[1] - width :])
+        cut = dataclasses.replace(view, prompt=view.prompt[:, view.prompt.shape[1] - width :])
         return _generate(agent, params, cut, keys, heat)
 
     return respond
@@ -119,7 +123,8 @@ def choose_width(agent: Agent, prompt_width: int, length: int) -> int:
 @jax.jit
 def _generate(agent: Agent, params, view: View, keys, temperature) -> Response:
     policy = rollout.model_policy(agent, params, temperature)
-    return policy(view, None, keys)  # a model looks at nothing but the view
+    no_episode: Any = None  # a model looks at nothing but the view
+    return policy(view, no_episode, keys)
 
 
 @jax.jit

@@ -127,6 +127,7 @@ def evaluate(
     *,
     first_id: int = 0,
     mesh: Mesh | None = None,
+    metric: reward.Metric = reward.exact_match,
 ) -> tuple[list[Record], dict[str, float]]:
     """Plays every sample once; with several processes each decodes and scores its own rows.
 
@@ -137,6 +138,7 @@ def evaluate(
       decode: token ids -> text.
       first_id: trajectory id of the split's first sample; the others follow in order.
       mesh: what the batches are sharded over; None is the first device alone.
+      metric: the reward of the task; one of its own is recorded beside EM and F1.
 
     Returns:
       One record a question, and statistics weighted by episodes; those of all processes, on each.
@@ -156,6 +158,9 @@ def evaluate(
         texts = decode_answers(answers, lengths, decode)
         em = score_answers(texts, batch.aliases)
         f1 = score_answers(texts, batch.aliases, reward.f1)
+        own = {}
+        if metric is not reward.exact_match:
+            own["reward"] = score_answers(texts, batch.aliases, metric)
         handled = list(_handling(trajectories, batch.episodes))
         for b in np.flatnonzero(rows < real):
             for q, accepted in enumerate(batch.aliases[b]):
@@ -171,6 +176,7 @@ def evaluate(
                         "aliases": accepted,
                         "em": float(em[b, q]),
                         "f1": float(f1[b, q]),
+                        **{name: float(scores[b, q]) for name, scores in own.items()},
                         "log_prob": float(log_probs[b, q]),
                         "turns": int(turn_counts[b]),
                         "handled": handled[b] if q == 0 else [],
@@ -195,7 +201,9 @@ def _merge(parts: Sequence[list[Record]]) -> list[Record]:
 def summarise(
     records: Sequence[Record], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, float]:
-    """Mean EM and F1 over questions, with 95% percentile bootstrap intervals over episodes.
+    """Mean EM, F1 and reward over questions, with 95% bootstrap intervals over episodes.
+
+    The intervals are percentiles; there is a reward where the task has one of its own.
 
     Raises ValueError where there are no records.
     """
@@ -203,13 +211,13 @@ def summarise(
         raise ValueError("records is empty: nothing was evaluated; check the split")
     episodes, rows = np.unique([record["episode"] for record in records], return_inverse=True)
     counts = np.bincount(rows).astype(np.float64)
-    sums = np.stack(
-        [np.bincount(rows, weights=[r[name] for r in records]) for name in ("em", "f1")]
-    )
+    scores = [name for name in ("em", "f1", "reward") if name in records[0]]
+    sums = np.stack([np.bincount(rows, weights=[r[name] for r in records]) for name in scores])
     means = _mean(sums, counts)
     low, high = _find_interval(sums, counts, resamples, seed)
     summary: dict[str, float] = {"episodes": len(episodes), "questions": len(records)}
-    for i, (name, prefix) in enumerate((("em", ""), ("f1", "f1_"))):
+    for i, name in enumerate(scores):
+        prefix = "" if name == "em" else f"{name}_"
         summary[name] = float(means[i])
         summary[f"{prefix}ci_low"], summary[f"{prefix}ci_high"] = float(low[i]), float(high[i])
     return summary
@@ -223,9 +231,9 @@ def _mean(
 
 
 def _find_interval(
-    sums: Float[np.ndarray, "2 E"], counts: Float[np.ndarray, " E"], resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """Bounds of the two means, for both of which the same episodes are drawn."""
+    sums: Float[np.ndarray, "M E"], counts: Float[np.ndarray, " E"], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """Bounds of the M means, for all of which the same episodes are drawn."""
     from scipy import stats  # most of a second that those who evaluate nothing can save
 
     if len(counts) == 1:  # there is one way to draw it, which SciPy refuses

@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from atommem_jax.config import TaskConfig
+from atommem_jax.tasks import user_functions
+
 Metric = Callable[[str, Sequence[str]], float]
 """(prediction, aliases) -> score in [0, 1]."""
 
@@ -42,6 +45,15 @@ def f1(prediction: str, aliases: Sequence[str]) -> float:
     _check_aliases(aliases)
     found = normalise(prediction).split()
     return max(_overlap(found, normalise(alias).split()) for alias in aliases)
+
+
+def find(task: TaskConfig) -> Metric:
+    """The reward of a task: the function that `task.reward` names, or `exact_match`.
+
+    Raises ConfigError where there is no such function.
+    """
+    spec = task.get("reward", "")
+    return user_functions.find(spec, "task.reward") if spec else exact_match
 
 
 def score_answers(

@@ -24,6 +24,7 @@ from atommem_jax.agent import build, play
 from atommem_jax.collection import store
 from atommem_jax.learning import evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.learning import reward as reward_lib
 from atommem_jax.model import lora
 from atommem_jax.model.transformer import count_params, init_params
 from atommem_jax.parallel import host_batches
@@ -65,6 +66,7 @@ class Stage:
         self.agent = host_batches.replicate(parts.agent, mesh)
         self.config = getattr(parts.config, section)
         self.steps = self.config.steps
+        self.metric = reward_lib.find(parts.config.task)
 
     def key(self, stream: int) -> jax.Array:
         """The key of one stream of randomness, on every device."""
@@ -141,10 +143,13 @@ class Stage:
         return {}
 
     def score(self, trajectories, aliases) -> np.ndarray:
-        """Exact match of each question in the rows of this process, on the host: Float[B Q]."""
+        """The task's reward of each question in the rows of this process, on the host: Float[B Q].
+
+        Exact match, where the task has none of its own.
+        """
         answers, lengths = host_batches.fetch((trajectories.answers, trajectories.answer_lengths))
         texts = evaluation.decode_answers(answers, lengths, self.parts.tokenizer.decode)
-        return evaluation.score_answers(texts, aliases)
+        return evaluation.score_answers(texts, aliases, self.metric)
 
     def ids(self, step: int, count: int) -> jax.Array:
         """Trajectory ids of a step with `count` trajectories in all, never used by another."""
@@ -344,5 +349,6 @@ class Validator:
             ),
             self.parts.tokenizer.decode,
             mesh=self.mesh,
+            metric=reward_lib.find(self.parts.config.task),
         )
         return {**statistics, **evaluation.summarise(records)}

@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 
 from atommem_jax.config import ConfigError
+from atommem_jax.tasks import user_functions
 from atommem_jax.tasks.schema import Example
 
 
@@ -61,8 +62,9 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
     """Writes the data set that `task` describes under `data_root`, unless it is there already.
 
     Args:
-      task: `name` is the family, 'synthetic', 'babi' or 'multihop_qa'; the rest are fields of its
-        config class, `SyntheticConfig`, `BabiConfig` or `MultihopQaConfig`.
+      task: `name` is the family, 'synthetic', 'babi', 'multihop_qa' or 'custom'; the rest are
+        fields of its config class, `SyntheticConfig`, `BabiConfig`, `MultihopQaConfig` or
+        `CustomConfig`. Any family may have a `reward`, see `learning.reward.find`.
       data_root: directory of all prepared data sets; made where it does not exist. Processes that
         share it on one machine wait for each other.
 
@@ -75,6 +77,8 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
 
     fields = dict(task)
     name = fields.pop("name", None)
+    if reward := fields.pop("reward", ""):
+        user_functions.find(reward, "config.task.reward")  # now, not in the middle of training
     make_config, make_builder = _family(name)
     known = [field.name for field in dataclasses.fields(make_config)]
     for field in fields:
@@ -108,7 +112,13 @@ def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
         from atommem_jax.tasks import multihop_files, multihop_qa
 
         return multihop_files.MultihopQaConfig, multihop_qa.make_builder
-    raise ValueError(f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa'.")
+    if name == "custom":
+        from atommem_jax.tasks import custom
+
+        return custom.CustomConfig, custom.make_builder
+    raise ValueError(
+        f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa', 'custom'."
+    )
 
 
 @contextlib.contextmanager

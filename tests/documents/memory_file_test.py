@@ -21,7 +21,7 @@ def make_setting(**sizes):
     return dataclasses.replace(setting, config=dataclasses.replace(setting.config, **sizes))
 
 
-def make_saved() -> memory_file.Saved:
+def make_memory() -> memory_file.Memory:
     """A memory with numbers in every field."""
     c, rng = make_setting().config, np.random.default_rng(0)
     empty = jax.device_get(
@@ -41,13 +41,16 @@ def make_saved() -> memory_file.Saved:
             return rng.normal(size=leaf.shape).astype(np.float32)
         return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
 
-    return memory_file.Saved(jax.tree.map(fill, empty), 3, ("notes.txt", "other.md"))
+    setting, tokenizer = make_setting(), tiny.make_tokenizer()
+    identity = memory_file.identify(setting.config, setting.embed, tokenizer)
+    state = jax.tree.map(fill, empty)
+    return memory_file.Memory(state, 3, ("notes.txt", "other.md"), identity, tokenizer)
 
 
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "kept.npz"
-    memory_file.save(file, make_saved(), make_setting(), tiny.make_tokenizer())
+    make_memory().save(file)
     return file
 
 
@@ -56,8 +59,9 @@ def load(path, setting=None, tokenizer=None):
 
 
 def test_a_memory_comes_back_as_it_was(path):
-    found, saved = load(path), make_saved()
-    assert found[1:] == saved[1:]
+    found, saved = load(path), make_memory()
+    assert (found.episodes, found.documents) == (3, ("notes.txt", "other.md"))
+    assert (found.identity, found.entries) == (saved.identity, saved.entries)
     for field in dataclasses.fields(MemoryState):
         one, other = getattr(found.state, field.name), getattr(saved.state, field.name)
         assert one.dtype == other.dtype
@@ -65,15 +69,15 @@ def test_a_memory_comes_back_as_it_was(path):
     assert [file.name for file in path.parent.iterdir()] == ["kept.npz"]
 
 
-def test_other_sizes_are_named_with_the_flags_that_set_them(path):
+def test_other_sizes_are_named_with_the_settings_that_make_them_fit(path):
     setting = make_setting(slots=9, entry_length=4)
     with pytest.raises(ConfigError, match=r"memory\.slots=6 \(here: 9\)") as error:
         load(path, setting)
-    assert "--set=memory.slots=6 --set=memory.entry_length=8" in str(error.value)
+    assert "load the agent with memory.slots=6 memory.entry_length=8" in str(error.value)
 
 
 def test_another_tokenizer_or_embedding_is_refused(path):
-    with pytest.raises(ConfigError, match=r"--load_memory=.*written with the tokenizer \w{16}"):
+    with pytest.raises(ConfigError, match=r"kept.npz: was written with the tokenizer \w{16}"):
         load(path, tokenizer=chat_test.make_tokenizer())
     setting = make_setting()
     other = dataclasses.replace(setting, embed=dataclasses.replace(setting.embed, seed=1))
@@ -106,12 +110,12 @@ def rewrite(path, **changes) -> None:
 )
 def test_a_damaged_file_is_refused(path, changes, message):
     rewrite(path, **changes)
-    with pytest.raises(ConfigError, match=f"--load_memory={re.escape(str(path))}: {message}"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {message}"):
         load(path)
 
 
 def test_what_is_no_file_of_a_memory_is_explained(path):
-    with pytest.raises(ConfigError, match=r"nowhere: No such file.*--save_memory"):
+    with pytest.raises(ConfigError, match=r"nowhere: No such file.*pass a memory that was saved"):
         load(path.with_name("nowhere"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ConfigError, match="is no memory, or damaged"):
@@ -119,3 +123,27 @@ def test_what_is_no_file_of_a_memory_is_explained(path):
     path.write_text("some text")
     with pytest.raises(ConfigError, match="is no memory, or damaged"):
         load(path)
+
+
+def test_entries_and_notes_are_texts():
+    memory, encode = make_memory(), tiny.make_tokenizer().encode
+    state = memory.state
+    ids = encode("Saltan likes tea.")[: state.entries.shape[1]]
+    state.entries[2, : len(ids)], state.lengths[2] = ids, len(ids)
+    state.valid[:] = np.arange(len(state.valid)) == 2
+    state.scratchpad[0], scratchpad = (
+        encode("tea")[0],
+        tiny.make_tokenizer().decode(encode("tea")[:1]),
+    )
+    memory = dataclasses.replace(
+        memory, state=dataclasses.replace(state, scratchpad_length=np.int32(1))
+    )
+    assert memory.entries == [tiny.make_tokenizer().decode(ids)]
+    assert memory.scratchpad == scratchpad
+    assert repr(memory) == "Memory(1 of 6 entries, read: notes.txt, other.md)"
+
+
+def test_a_place_that_is_none_is_refused(tmp_path):
+    for place, message in [(tmp_path, "is a folder"), (tmp_path / "a" / "b.npz", "no folder")]:
+        with pytest.raises(ConfigError, match=message):
+            make_memory().save(place)

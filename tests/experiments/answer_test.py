@@ -1,89 +1,43 @@
-"""An agent on a person's own documents, with the smallest checkpoints there can be."""
+"""`answer.py`, with the smallest checkpoints there can be."""
 
-import dataclasses
 import json
 import re
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
-from atommem_jax.agent import build, load
+from atommem_jax.agent import load
 from atommem_jax.config import ConfigError
-from atommem_jax.documents import conversation, transcript
-from atommem_jax.model import transformer as model_lib
-from atommem_jax.weights.checkpoint import Checkpointer
+from atommem_jax.documents import transcript
 from tests.conftest import COMPILATION_CACHE, ROOT
-from tests.helpers import runs, tiny
+from tests.helpers import checkpoints, runs, tiny
+from tests.helpers.checkpoints import make_facts, make_questions
 from tests.language import chat_test
 from tests.report import page_test
-
-EXAMPLE = 3  # of the tiny examples: the document
 
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch):
-    """Scripts called in this process keep its own compilation cache."""
+    """What is loaded in this process keeps its own compilation cache."""
     monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
-
-
-def save_checkpoint(folder, config, tokenizer, params, progress) -> str:
-    with Checkpointer(folder / "checkpoints", best_metric="em") as checkpointer:
-        checkpointer.save(
-            7,
-            {"train": {"params": params}},
-            config=config.to_dict(),
-            tokenizer=tokenizer.to_bytes(),
-            data_state=b"",
-            progress=progress,
-        )
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Of a model that read one sentence a part, as `train.py` leaves it."""
-    return save_checkpoint(
-        tmp_path_factory.mktemp("trained"),
-        tiny.make_config(),
-        tiny.make_tokenizer(),
-        tiny.make_params(scale=0.3),
-        {"stage": "rl", "stage_step": 1, "shape": dataclasses.asdict(tiny.make_shape())},
-    )
+    return checkpoints.save_trained(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
 def chat_checkpoint(tmp_path_factory):
-    """Of a chat model, as `convert.py` leaves it."""
-    config = tiny.make_config().replace(
-        {"prompt": "chat", "protocol.name": "atommem", "model.match_features": False}
-    )
-    tokenizer = chat_test.make_tokenizer()
-    model = build.build(config, tokenizer).agent.model
-    params = tiny.disturb(model_lib.init_params(model, jax.random.key(0)), 0.3)
-    return save_checkpoint(tmp_path_factory.mktemp("chat"), config, tokenizer, params, {})
-
-
-def make_facts() -> list[str]:
-    return [fact["text"] for chunk in tiny.make_examples()[EXAMPLE]["chunks"] for fact in chunk]
-
-
-def make_questions() -> list[str]:
-    """Three: two of the document, and one of another."""
-    examples = tiny.make_examples()
-    asked = [question["text"] for example in examples for question in example["questions"]]
-    return list(dict.fromkeys(asked))[:3]
+    return checkpoints.save_chat(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture
 def document(tmp_path):
-    """The facts as a person might have them: wrapped, with a page break."""
-    file, facts = tmp_path / "notes.txt", make_facts()
-    middle = len(facts) // 2
-    text = "\n".join(facts[:middle]) + "\n\f" + "  ".join(facts[middle:]) + "\n"
-    file.write_text(text, encoding="utf-8")
+    file = tmp_path / "notes.txt"
+    file.write_text(checkpoints.make_document(), encoding="utf-8")
     return str(file)
 
 
@@ -155,59 +109,102 @@ def test_the_script_reads_answers_and_is_asked_more(checkpoint, document, tmp_pa
         assert kept["valid"].sum() == len(fold(asked))
 
 
-def run(checkpoint, tmp_path, name, lines=(), **options):
-    options = {"out": str(tmp_path / name)} | options
-    answers = conversation.run(conversation.Options(checkpoint=checkpoint, **options), iter(lines))
-    return answers, read_episodes(tmp_path / name)
+# The script several times in one process, which compiles once: [{arguments, lines}] comes in, and
+# [{printed, error}] goes out.
+_SEVERAL = """
+import contextlib, io, json, sys
+from absl import flags
+from atommem_jax.config import ConfigError
+from atommem_jax.documents import transcript
+from experiments import answer
+
+results = []
+for call in json.load(sys.stdin):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["answer.py", *call["arguments"]])
+    sys.stdin, printed, error = io.StringIO(call["lines"]), io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try:
+            answer.main(["answer.py"])
+        except ConfigError as caught:
+            error = str(caught)
+    results.append({"printed": printed.getvalue(), "error": error})
+print(json.dumps(results))
+"""
 
 
-def test_a_memory_that_was_kept_goes_on_as_if_it_had_never_ended(
-    checkpoint, document, tmp_path, capsys
-):
-    first, second, third = make_questions()
-    heat = {"temperature": 1.0, "seed": 5}
-    whole, (read, asked, again) = run(
-        checkpoint, tmp_path, "whole", [second, third], documents=[document], questions=[first],
-        interactive=True, **heat,
-    )  # fmt: skip
-    kept = str(tmp_path / "kept.npz")
-    one, (only,) = run(
-        checkpoint, tmp_path, "one", documents=[document], questions=[first], save_memory=kept,
-        **heat,
-    )  # fmt: skip
-    two, (later,) = run(
-        checkpoint, tmp_path, "two", questions=[second], load_memory=kept, save_memory=kept, **heat
+def call(*calls: list[str], lines: str = "") -> list[dict]:
+    """What each call printed, and the mistake that it ended with; `lines` is typed in the first."""
+    told = [
+        {"arguments": arguments, "lines": "" if i else lines} for i, arguments in enumerate(calls)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _SEVERAL],
+        input=json.dumps(told),
+        env=runs.make_environment() | {"COLUMNS": "72", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    three, (last,) = run(checkpoint, tmp_path, "three", questions=[third], load_memory=kept, **heat)
-    assert whole == one + two + three
-    assert (read, asked, again) == (only, later, last)
-    assert [e["episode"] for e in (read, asked, again)] == [0, 1, 2]
-    assert f"{kept}: {len(fold(read))} entries, of notes.txt" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"--load_memory=.*memory\.slots=6 \(here: 9\)"):
-        run(
-            checkpoint, tmp_path, "four", questions=[third], load_memory=kept,
-            settings=["memory.slots=9"],
-        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_a_memory_that_was_kept_goes_on_as_if_it_had_never_ended(checkpoint, document, tmp_path):
+    first, second, third = make_questions()
+    always = [f"--checkpoint={checkpoint}", "--temperature=1", "--seed=5"]
+    reads = [*always, f"--document={document}", f"--question={first}"]
+    kept = str(tmp_path / "kept.npz")
+    goes_on = [*always, f"--load_memory={kept}"]
+    outs = {name: tmp_path / name for name in ("whole", "one", "two", "three", "four")}
+    results = call(
+        [*reads, "--interactive", f"--out={outs['whole']}"],
+        [*reads, f"--save_memory={kept}", f"--out={outs['one']}"],
+        [*goes_on, f"--question={second}", f"--save_memory={kept}", f"--out={outs['two']}"],
+        [*goes_on, f"--question={third}", f"--out={outs['three']}"],
+        [*goes_on, f"--question={third}", "--set=memory.slots=9", f"--out={outs['four']}"],
+        lines=f"{second}\n{third}\n",
+    )
+    assert [bool(result["error"]) for result in results] == [False] * 4 + [True]
+    whole = read_episodes(outs["whole"])
+    assert whole == [
+        episode for name in ("one", "two", "three") for episode in read_episodes(outs[name])
+    ]
+    assert [e["episode"] for e in whole] == [0, 1, 2]
+    assert f"{kept}: {len(fold(whole[0]))} entries, of notes.txt" in results[2]["printed"]
+    assert re.search(
+        r"--load_memory=.*memory\.slots=6 \(here: 9\); pass --set=memory\.slots=6",
+        results[4]["error"],
+    )
     # An answer comes with what its own turn was shown.
-    for told, episode in zip(whole, (read, asked, again), strict=True):
-        assert told.text == episode["questions"][0]["answer"]
-        assert told.shown == episode["turns"][-1]["shown"]
-        assert [e["cosine"] for e in told.shown] == sorted(
-            (e["cosine"] for e in told.shown), reverse=True
-        )
+    answers = [e["questions"][0]["answer"] for e in whole]
+    told = results[0]["printed"].split("\n  question  ")[1:]
+    assert len(told) == 3
+    for text, answer, episode in zip(told, answers, whole, strict=True):
+        shown = episode["turns"][-1]["shown"]
+        lines = text.split("\n\n")[0]
+        assert f"\n  answer    {transcript.clean(answer) or '(none)'}\n" in lines
+        cosines = [float(c) for c in re.findall(r" \d+ \((-?\d\.\d\d)\) ", lines)]
+        assert cosines == sorted(cosines, reverse=True)
+        assert cosines == [pytest.approx(e["cosine"], abs=0.006) for e in shown]
 
 
-def test_a_chat_model_reads_parts_of_many_sentences(chat_checkpoint, document, tmp_path, capsys):
+def test_a_chat_model_reads_parts_of_many_sentences(chat_checkpoint, document, tmp_path):
     settings = [
         "memory.entry_length=24", "memory.query_length=24", "memory.shown=2",
         "rollout.response_length=80", "rollout.max_actions=2",
     ]  # fmt: skip
-    (told,), (episode,) = run(
-        chat_checkpoint, tmp_path, "out", documents=[document, document],
-        questions=[make_questions()[0]], settings=settings, chunk_tokens=30,
+    (result,) = call(
+        [
+            f"--checkpoint={chat_checkpoint}", f"--document={document}", f"--document={document}",
+            f"--question={make_questions()[0]}", *(f"--set={text}" for text in settings),
+            "--chunk_tokens=30", f"--out={tmp_path / 'out'}",
+        ]
     )  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "entries of up to 24 tokens, 2 shown" in printed
+    assert not result["error"]
+    assert "entries of up to 24 tokens, 2 shown" in " ".join(result["printed"].split())
+    (episode,) = read_episodes(tmp_path / "out")
     # No part is of two documents, and each holds several sentences with the breaks between them.
     half = len(episode["chunks"]) // 2
     assert 1 < half < len(make_facts())
@@ -216,46 +213,70 @@ def test_a_chat_model_reads_parts_of_many_sentences(chat_checkpoint, document, t
         "".join(make_facts()).split()
     )
     assert any("\n" in chunk for chunk in episode["chunks"])
-    texts = [entry["text"] for entry in told.shown]
+    texts = [entry["text"] for entry in episode["turns"][-1]["shown"]]
     encode = chat_test.make_tokenizer().encode
     assert all(len(encode(text)) <= 24 for text in texts)
     assert len(texts) <= 2
 
 
-def test_longer_sentences_are_cut_with_a_note(checkpoint, tmp_path, capsys):
+def test_longer_sentences_are_cut_with_a_note_and_questions_can_be_left_out(
+    checkpoint, document, tmp_path
+):
     file = tmp_path / "prose.md"
     file.write_text("# Report\n\nThe committee, which met on Tuesday, approved it.\n")
-    _, (episode,) = run(
-        checkpoint, tmp_path, "out", documents=[str(file)], questions=[make_questions()[0]]
-    )
+    always = [f"--checkpoint={checkpoint}"]
+    cut, unasked = call(
+        [
+            *always, f"--document={file}", f"--question={make_questions()[0]}",
+            f"--out={tmp_path / 'cut'}",
+        ],
+        [*always, f"--document={document}", "--interactive", f"--out={tmp_path / 'unasked'}"],
+    )  # fmt: skip
+    (episode,) = read_episodes(tmp_path / "cut")
     limit, encode = tiny.make_shape().chunk_length, tiny.make_tokenizer().encode
     assert all(len(encode(chunk)) <= limit for chunk in episode["chunks"])
     assert "".join("".join(episode["chunks"]).split()) == "".join(file.read_text().split())
-    assert re.search(r"note: \d+ of its pieces are cut from sentences", capsys.readouterr().out)
+    assert re.search(r"note: \d+ of its pieces are cut from sentences", cut["printed"])
+    # A document without questions.
+    assert "note: no question is known while reading" in unasked["printed"]
+    (episode,) = read_episodes(tmp_path / "unasked")
+    assert (episode["questions"], episode["em"]) == ([], None)
+    assert {turn["phase"] for turn in episode["turns"]} == {"reading"}
 
 
 def test_what_cannot_be_is_refused_before_anything_is_played(checkpoint, document, tmp_path):
-    question = make_questions()[0]
-
-    def refuse(message, **options):
-        options = {"documents": [document], "questions": [question]} | options
-        with pytest.raises(ConfigError, match=message):
-            run(checkpoint, tmp_path, "out", **options)
-
-    refuse(r"--document is missing: .* --load_memory", documents=[])
-    refuse(r"--question is missing: .* --interactive", questions=[])
-    refuse(r"--out=.*notes.txt: is a file; pass a folder", out=document)
-    refuse(r"--document=.*: is a folder", documents=[str(tmp_path)])
-    refuse(r"--save_memory=.*: is a folder", save_memory=str(tmp_path))
-    refuse(r"--save_memory=.*: there is no folder", save_memory=str(tmp_path / "a" / "b.npz"))
-    refuse(r"--question: is empty", questions=[" "])
-    refuse(
-        rf"--question=.*: has \d+ tokens, and up to {tiny.make_shape().question_length} are read; "
-        r".*--question_tokens=\d+",
-        questions=["why " * 40],
+    given = {
+        "checkpoint": [checkpoint], "document": [document], "question": [make_questions()[0]],
+        "out": [str(tmp_path / "out")],
+    }  # fmt: skip
+    cases: list[tuple[str, dict]] = [
+        (r"--document is missing: .* --load_memory", {"document": []}),
+        (r"--question is missing: .* --interactive", {"question": []}),
+        (r"--out=.*notes.txt: is a file; pass a folder", {"out": [document]}),
+        (r"--document=.*: is a folder", {"document": [str(tmp_path)]}),
+        (r"--save_memory=.*: is a folder", {"save_memory": [str(tmp_path)]}),
+        (
+            r"--save_memory=.*: there is no folder",
+            {"save_memory": [str(tmp_path / "a" / "b.npz")]},
+        ),
+        (r"--load_memory=.*nowhere: No such file", {"load_memory": [str(tmp_path / "nowhere")]}),
+        (r"--question: is empty", {"question": [" "]}),
+        (
+            rf"--question=.*: has \d+ tokens, and up to {tiny.make_shape().question_length} are "
+            r"read; .*pass --question_tokens=\d+",
+            {"question": ["why " * 40]},
+        ),
+        (r"--chunk_tokens=1: too few for notes.txt .*raise it", {"chunk_tokens": ["1"]}),
+        (r"--set=model.width=8: allowed is FIELD=VALUE", {"set": ["model.width=8"]}),
+    ]
+    results = call(
+        *(
+            [f"--{name}={value}" for name, values in (given | changes).items() for value in values]
+            for _, changes in cases
+        )
     )
-    refuse(r"--chunk_tokens=1: too few for notes.txt .*raise it", chunk_tokens=1)
-    refuse(r"--set=model.width=8: allowed is FIELD=VALUE", settings=["model.width=8"])
+    for (message, _), result in zip(cases, results, strict=True):
+        assert re.search(message, result["error"]), (message, result)
     assert not (tmp_path / "out").exists()
 
 
@@ -287,57 +308,3 @@ def test_sizes_of_a_checkpoint_can_be_set():
 def test_a_checkpoint_knows_the_shape_that_it_was_trained_on(checkpoint, chat_checkpoint):
     assert load.load(checkpoint).trained_shape == tiny.make_shape()
     assert load.load(chat_checkpoint).trained_shape is None
-
-
-# ---------------------------------------------------------------------------------------------
-# Words
-
-
-def test_text_cannot_steer_the_terminal():
-    told = transcript.clean("a\x1b[31mred\r\n\x07b\u202ec\u2028d")
-    assert told.isprintable()
-    assert told == "a\ufffd[31mred \ufffdb\ufffdc d"
-    assert transcript.clean("x" * 500, 101) == f"{'x' * 48} ... {'x' * 48}"
-
-
-def test_what_became_of_an_action_is_told(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    action = {
-        "kind": "create", "target": None, "text": "one two three", "fates": ["applied"],
-        "slot": 0, "was": "", "tokens": 3,
-    }  # fmt: skip
-    cut = {"fates": ["applied", "truncated", "evicted"], "kept": "one", "kept_tokens": 1}
-    turn = {
-        "query": "who",
-        "shown": [{"number": 1, "slot": 4, "text": "an entry " * 8, "cosine": 0.625}],
-        "actions": [
-            action,
-            action | cut | {"was": "old"},
-            action | {"kind": "update", "target": 2, "was": "old"},
-            action | {"kind": "delete", "target": 7, "text": "", "fates": ["invalid"], "why": "no"},
-        ],
-    }
-    assert transcript.tell_turn(turn).splitlines() == [
-        "  query     who",
-        "  shown     1 (0.62) an entry an entry an entry an entry an",
-        "            entry an entry an entry an entry",
-        "  create    one two three [applied]",
-        "  create    one [applied; truncated to 1 of 3 tokens;",
-        "            evicted: old]",
-        "  update 2  one two three [applied; was: old]",
-        "  delete 7  [invalid; no]",
-    ]
-    assert transcript.tell_turn(turn | {"actions": [], "shown": [], "query": ""}) == (
-        "  did       nothing"
-    )
-    assert transcript.tell_answer("Who?", "", []).splitlines() == [
-        "  question  Who?",
-        "  answer    (none)",
-        "  from      no entry: none was shown",
-    ]
-
-
-def test_a_page_of_a_document_without_questions(checkpoint, document, tmp_path):
-    answers, (episode,) = run(checkpoint, tmp_path, "out", documents=[document], interactive=True)
-    assert (answers, episode["questions"], episode["em"]) == ([], [], None)
-    assert {turn["phase"] for turn in episode["turns"]} == {"reading"}

@@ -1,0 +1,382 @@
+"""An agent reads documents part by part, and answers questions from what it remembers.
+
+Quiet: whoever iterates over the turns of a `Reading` sees each one as it happens, and decides what
+is shown of it. Errors name the arguments of `Reader`.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from atommem_jax.agent import load
+from atommem_jax.agent import play as play_lib
+from atommem_jax.config import ConfigError, check
+from atommem_jax.documents import memory_file, session, transcript
+from atommem_jax.documents import split as split_lib
+from atommem_jax.documents.memory_file import Memory
+from atommem_jax.learning import rollout
+from atommem_jax.report import trace
+from atommem_jax.tasks import encoding, schema
+from atommem_jax.types import EMPTY, Phase, Response, View
+
+CHUNK_TOKENS, QUESTION_TOKENS = 512, 64  # where a checkpoint does not say what it was trained on
+OLD_TOKENS = 16  # of parts and of questions, for a small checkpoint that does not say it
+
+Named = tuple[str, split_lib.Part]
+"""(name of a document, a part of it)."""
+
+
+class Limits(NamedTuple):
+    """How large what is read and asked may be."""
+
+    chunk: int  # tokens a part
+    sentences: int | None  # a part; None for any number
+    question: int  # tokens
+    questions: int  # known at a time, as it was trained
+    guessed: bool = False  # a small checkpoint that does not say what it was trained on
+
+
+def choose_limits(
+    loaded: load.Loaded, chunk_tokens: int | None = None, question_tokens: int | None = None
+) -> Limits:
+    """As in training, as far as that is known and the arguments do not say otherwise."""
+    trained, config = loaded.trained_shape, loaded.parts.config
+    if trained:
+        limits = Limits(
+            trained.chunk_length, trained.facts, trained.question_length, trained.questions
+        )
+    elif config.prompt == "chat":
+        limits = Limits(CHUNK_TOKENS, None, QUESTION_TOKENS, 1)
+    else:
+        sentences = config.task.get("facts_per_chunk", 1)
+        limits = Limits(OLD_TOKENS, sentences, OLD_TOKENS, 1, guessed=True)
+    return limits._replace(
+        chunk=chunk_tokens or limits.chunk, question=question_tokens or limits.question
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of a question."""
+
+    question: str
+    text: str  # '' where none was given
+    log_prob: float  # of all tokens of the turn that answered
+    shown: tuple[trace.Data, ...]  # what that turn saw: `number`, `text` and `cosine`, best first
+
+    @property
+    def entries(self) -> list[str]:
+        """The texts of the entries that the answer was given from, best first."""
+        return [entry["text"] for entry in self.shown]
+
+
+class Heading(NamedTuple):
+    """What a turn is about."""
+
+    label: str  # such as "part 1/4 of notes.txt"
+    text: str  # of the part, or of the question
+
+    def __str__(self) -> str:
+        text = transcript.clean(self.text, transcript.EXCERPT)
+        return f"{transcript.clean(self.label)}\n{transcript.wrap('text', text)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One turn: what it was about, what it saw and what it did. `print` shows it in a few lines."""
+
+    heading: Heading
+    setting: rollout.Setting = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    played: session.Turn = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def data(self) -> trace.Data:
+        """The turn in plain values, as the memory trace has it."""
+        return trace.describe_turn(
+            self.setting,
+            self.tokenizer,
+            self.played.before,
+            self.played.after,
+            self.played.record,
+        )
+
+    @property
+    def query(self) -> str:
+        """The standing query that chose what is shown; '' for none."""
+        return self.data["query"]
+
+    @property
+    def shown(self) -> list[str]:
+        """The texts of the entries that it saw, best first."""
+        return [entry["text"] for entry in self.data["shown"]]
+
+    @property
+    def actions(self) -> list[trace.Data]:
+        """What it wrote: `kind`, `target` and `text` of each, and what became of it (`fates`)."""
+        return self.data["actions"]
+
+    def __str__(self) -> str:
+        return f"{self.heading}\n{transcript.tell_turn(self.data)}"
+
+
+class Reader:
+    """An agent that is given text.
+
+    Args:
+      loaded: the agent.
+      chunk_tokens: of a part, at the most; by default as it was trained.
+      question_tokens: of a question, at the most; by default as it was trained.
+
+    Raises ConfigError for an agent of a workflow that cannot read text.
+    """
+
+    def __init__(
+        self,
+        loaded: load.Loaded,
+        *,
+        chunk_tokens: int | None = None,
+        question_tokens: int | None = None,
+    ):
+        check(
+            loaded.parts.workflow.program is None,
+            f"{loaded.workdir}: of workflow={loaded.parts.config.workflow}, whose reading turns a "
+            "program writes that knows only data sets; take a run of another workflow",
+        )
+        self._loaded, self.tokenizer = loaded, loaded.parts.tokenizer
+        self.limits = choose_limits(loaded, chunk_tokens, question_tokens)
+        self._chunks, self._questions = 1, self.limits.questions
+        self.sizes = loaded.parts.setting(self._shape()).config
+        self._encode = encoding.TextEncoder(self.tokenizer)
+        self.identity = memory_file.identify(self.sizes, loaded.parts.embed, self.tokenizer)
+
+    def split(self, name: str, text: str) -> list[split_lib.Part]:
+        """The parts of a document. Raises ConfigError where nothing of it can be read."""
+
+        def measure(text: str) -> int:
+            return max(len(self._encode(text, first)) for first in (True, False)) if text else 0
+
+        check(bool(text.strip()), f"document={name}: holds no text; pass one with some")
+        limits, text = self.limits, re.sub(r"\r\n?|\f", "\n", text)
+        try:
+            parts = split_lib.split(text, measure, limit=limits.chunk, most=limits.sentences)
+        except ValueError as error:
+            raise ConfigError(
+                f"chunk_tokens={limits.chunk}: too few for {name} ({error}); raise it"
+            ) from error
+        check(bool(parts), f"document={name}: no character of it is known to the tokenizer")
+        return parts
+
+    def check_question(self, question: str) -> None:
+        """Raises ConfigError for a question that is empty, or longer than there is room for."""
+        try:
+            tokens = len(self.tokenizer.encode(question)) if question.strip() else 0
+        except ValueError as error:
+            raise ConfigError(f"question={question!a}: is not UTF-8 text") from error
+        check(tokens > 0, "question: is empty; pass one with some text")
+        check(
+            tokens <= self.limits.question,
+            f"question={question}: has {tokens} tokens, and up to {self.limits.question} are read; "
+            f"shorten it, or load the agent with question_tokens={tokens}",
+        )
+
+    def load_memory(self, path: str | pathlib.Path) -> Memory:
+        """What `Memory.save` wrote. Raises ConfigError for a memory of another kind of agent."""
+        setting = self._loaded.parts.setting(self._shape())
+        return memory_file.load(pathlib.Path(path), setting, self.tokenizer)
+
+    def begin(
+        self,
+        parts: Sequence[Named],
+        questions: Sequence[str],
+        memory: Memory | None = None,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        announce: Callable[[Heading], None] | None = None,
+    ) -> "Reading":
+        """An episode over the parts and then the questions, of which no turn is played yet.
+
+        Args:
+          parts: with the names of their documents; there may be none.
+          questions: known while the parts are read; there may be none.
+          memory: to go on from; it stays as it is. None for an empty one.
+          temperature: 0 is greedy.
+          seed: of sampling.
+          announce: is told what a turn is about before the model is asked.
+
+        Raises ConfigError for a question that is too long, and for a memory of another kind of
+        agent.
+        """
+        for question in questions:
+            self.check_question(question)
+        if memory is not None:
+            memory_file.check_same("memory", memory.identity, self.identity)
+        # Sizes only grow, chunks to powers of two: what was compiled for a document serves the
+        # questions after it, and documents of about the same length.
+        self._chunks = max(self._chunks, 1 << max(len(parts) - 1, 0).bit_length())
+        self._questions = max(self._questions, len(questions))
+        shape = self._shape()
+        return Reading(
+            self._loaded.parts.setting(shape),
+            session.model_responder(self._loaded.parts.agent, self._params, temperature),
+            shape,
+            self.tokenizer,
+            self.identity,
+            parts=parts,
+            questions=questions,
+            start=memory,
+            seed=seed,
+            announce=announce or (lambda heading: None),
+        )
+
+    def _shape(self) -> encoding.EpisodeShape:
+        return encoding.EpisodeShape(
+            chunks=self._chunks,
+            chunk_length=self.limits.chunk,
+            facts=self.limits.sentences or 1,
+            questions=self._questions,
+            question_length=self.limits.question,
+            needs=0,
+            answer_length=0,
+            query_length=0,
+        )
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        """The parameters as a rollout has them, on one device: one trajectory is played."""
+        params, dtype = self._loaded.params, self._loaded.parts.config.rollout.param_dtype
+        if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            params = jax.device_put(params, self._loaded.mesh.local_devices[0])
+        if dtype != "float32":
+            params = jax.jit(play_lib.cast_matrices, static_argnums=1)(params, dtype)
+        return params
+
+
+class Reading:
+    """One episode of a `Reader`: iterate over `turns`; memory and answers are those up to there."""
+
+    def __init__(
+        self,
+        setting: rollout.Setting,
+        respond: session.Respond,
+        shape: encoding.EpisodeShape,
+        tokenizer: Any,
+        identity: dict[str, Any],
+        *,
+        parts: Sequence[Named],
+        questions: Sequence[str],
+        start: Memory | None,
+        seed: int,
+        announce: Callable[[Heading], None],
+    ):
+        self._setting, self._tokenizer, self._identity = setting, tokenizer, identity
+        self._parts, self._questions, self._start = parts, questions, start
+        self._number = start.episodes if start else 0
+        example = make_example(self._number, [part for _, part in parts], questions)
+        self._episode = encoding.encode(example, tokenizer, shape, partial=True)
+        self._heading, self._last_chunk = Heading("", ""), EMPTY
+        self._turns: list[Turn] = []
+
+        def respond_announced(view: View, keys: jax.Array) -> Response:
+            self._heading = self._head(int(view.chunk[0]), int(view.question[0]))
+            announce(self._heading)
+            return respond(view, keys)
+
+        self._session = session.Session(
+            setting,
+            respond_announced,
+            self._episode,
+            table=start.state if start else None,
+            trajectory_id=self._number,
+            seed=seed,
+        )
+
+    def turns(self, until: Phase = Phase.DONE) -> Iterator[Turn]:
+        """Plays the turns that are left, each when it is asked for.
+
+        until: `Phase.ANSWERING` stops before the first question is put.
+        """
+        for played in self._session.turns(until):
+            turn = Turn(self._heading, self._setting, self._tokenizer, played)
+            self._turns.append(turn)
+            yield turn
+
+    @property
+    def memory(self) -> Memory:
+        """What is remembered now."""
+        read = dict.fromkeys(name for name, _ in self._parts)
+        before = self._start.documents if self._start else ()
+        return Memory(
+            jax.device_get(self._session.memory),
+            self._number + bool(self._turns),
+            (*before, *read),
+            self._identity,
+            self._tokenizer,
+        )
+
+    def answers(self) -> list[Answer]:
+        """One of each question; with text '' where none was given, or it was not put yet."""
+        if not self._turns or not self._questions:
+            return []
+        trajectory = jax.device_get(self._session.trajectory())
+        last = {int(turn.played.record.question): turn for turn in self._turns}
+        return [
+            Answer(
+                question,
+                self._tokenizer.decode(
+                    trajectory.answers[0, q, : trajectory.answer_lengths[0, q]].tolist()
+                ),
+                float(trajectory.answer_log_prob[0, q]),
+                tuple(last[q].data["shown"]) if q in last else (),
+            )
+            for q, question in enumerate(self._questions)
+        ]
+
+    def describe(self) -> trace.Data | None:
+        """The episode in plain values, for a page; None before its first turn."""
+        if not self._turns:
+            return None
+        return trace.describe_episode(
+            self._setting,
+            self._episode,
+            self._tokenizer,
+            trajectory=self._number,
+            answers=[answer.text for answer in self.answers()],
+            aliases=[[]] * len(self._questions),
+            turns=[turn.data for turn in self._turns],
+            start=self._start.state if self._start else None,
+        )
+
+    def _head(self, chunk: int, question: int) -> Heading:
+        if chunk == EMPTY:
+            label = f"question {question + 1}/{len(self._questions)}"
+            return Heading(label, self._questions[question])
+        name, part = self._parts[chunk]
+        again = " again" if chunk == self._last_chunk else ""
+        self._last_chunk = chunk
+        label = f"part {chunk + 1}/{len(self._parts)} of {name}{again}"
+        return Heading(label, " ".join(part.sentences))
+
+
+def make_example(
+    number: int, parts: Sequence[split_lib.Part], questions: Sequence[str]
+) -> schema.Example:
+    """Parts and questions as a data set has them, without what only a teacher would know."""
+
+    def fact(text: str) -> schema.Fact:
+        return {
+            "text": text, "subject": "", "support": False, "supersedes": EMPTY, "category": EMPTY,
+        }  # fmt: skip
+
+    return {
+        "id": number,
+        "chunks": [[fact(text) for text in part.sentences] for part in parts],
+        "questions": [{"text": text, "aliases": [""], "needs": []} for text in questions],
+        "focus": "",
+    }
