@@ -57,27 +57,19 @@ class Parts:
             chunk_length=shape.chunk_length,
         )
         multiple = attention.row_multiple(self.agent.model.config.attention, longest)
-        sizes = rollout.RolloutConfig(
-            max_turns=1,
+        reads = self.workflow.answer_reads
+        limits = rollout.EpisodeLimits(
+            max_turns=0,
             prompt_width=-(-longest // multiple) * multiple,
-            slots=c.memory.slots,
-            entry_length=c.memory.entry_length,
-            scratchpad_length=c.memory.scratchpad_length,
-            query_length=c.memory.query_length,
-            shown=c.memory.shown,
-            key_dim=c.memory.key_dim,
-            eviction=c.memory.eviction,
+            memory=self.workflow.limit(c.memory),
             read_budget=c.rollout.read_budget,
-            answer_read_budget=c.rollout.answer_read_budget,
+            answer_read_budget=c.rollout.answer_read_budget if reads is None else reads,
         )
-        sizes = dataclasses.replace(sizes, **self.workflow.sizes(c.memory.shown))
-        sizes = dataclasses.replace(
-            sizes, max_turns=sizes.turn_bound(shape.chunks, shape.questions)
-        )
+        turns = limits.turn_bound(shape.chunks, shape.questions)
         return rollout.Setting(
             grammar=self.agent.grammar,
             template=self.agent.template,
-            config=sizes,
+            limits=dataclasses.replace(limits, max_turns=turns),
             embed=self.embed,
         )
 

@@ -79,7 +79,7 @@ class Player:
             self._setting.grammar,
             True,
             turns,
-            self._setting.config.max_turns,
+            self._setting.limits.max_turns,
             self._parts.config.rollout.response_length,
         )
         for turn, admitted in zip(turns, learnable, strict=True):

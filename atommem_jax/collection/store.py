@@ -266,7 +266,7 @@ class Collection:
         min_reward: float,
     ):
         self._path = pathlib.Path(folder) / EPISODES
-        self._sizes, self._pad_id = setting.config, setting.pad_id
+        self._limits, self._pad_id = setting.limits, setting.pad_id
         self._width = parts.config.rollout.response_length
         ours = describe_setting(parts)
         changed = _compare(ours, _read_about(self._path.parent)["setting"])
@@ -290,7 +290,7 @@ class Collection:
                         setting.grammar,
                         parts.config.rollout.constrained,
                         record["turns"],
-                        self._sizes.max_turns,
+                        self._limits.max_turns,
                         self._width,
                     )
                 )
@@ -319,8 +319,8 @@ class Collection:
     def _check_fits(self, record: Record) -> None:
         turns = record["turns"]
         for name, size, cap in (
-            ("turns", len(turns), self._sizes.max_turns),
-            ("tokens in a prompt", _longest(turns, "prompt"), self._sizes.prompt_width),
+            ("turns", len(turns), self._limits.max_turns),
+            ("tokens in a prompt", _longest(turns, "prompt"), self._limits.prompt_width),
             ("tokens in a response", _longest(turns, "response"), self._width),
         ):
             check(
@@ -349,7 +349,7 @@ class Collection:
         )
 
     def _pad(self, record: Record, learnable: Bool[np.ndarray, " turns"]) -> Turns:
-        size, width, limit = self._sizes.max_turns, self._sizes.prompt_width, self._width
+        size, width, limit = self._limits.max_turns, self._limits.prompt_width, self._width
         turns = record["turns"]
         counters = {name: np.zeros(size, np.int32) for name in ("phase", "chunk", "question")}
         prompt = np.full((size, width), self._pad_id, np.int32)

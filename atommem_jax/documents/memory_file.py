@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, MemoryConfig, check
 from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.learning import rollout
 from atommem_jax.memory import slot_table
@@ -104,7 +104,7 @@ def load(path: pathlib.Path, setting: rollout.Setting, tokenizer: Tokenizer) -> 
         isinstance(about, dict) and about.get("version") == VERSION,
         f"{path}: was written in another format than version {VERSION}; read the documents again",
     )
-    identity = identify(setting.config, setting.embed, tokenizer)
+    identity = identify(setting.limits.memory, setting.embed, tokenizer)
     check_same(str(path), about, identity)
     _check_fields(str(path), fields, setting, tokenizer)
     state = MemoryState(**{field.name: fields[field.name] for field in _fields()})
@@ -115,7 +115,7 @@ def _fields() -> tuple[Any, ...]:
     return dataclasses.fields(MemoryState)
 
 
-def identify(sizes: rollout.RolloutConfig, embed: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+def identify(sizes: MemoryConfig, embed: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the meaning of a memory depends on, in JSON's types."""
     fields = dataclasses.fields(embed) if dataclasses.is_dataclass(embed) else ()
     values = {field.name: getattr(embed, field.name) for field in fields}
@@ -157,7 +157,7 @@ def _check_fields(
     name: str, fields: Mapping[str, np.ndarray], setting: rollout.Setting, tokenizer: Tokenizer
 ) -> None:
     """Every field must be there, of the right shape, with ids of tokens that there are."""
-    sizes = {name: getattr(setting.config, name) for name in _SIZES}
+    sizes = {name: getattr(setting.limits.memory, name) for name in _SIZES}
     expected = jax.eval_shape(lambda: slot_table.init(**sizes, pad_id=setting.pad_id))
     for field in _fields():
         leaf, found = getattr(expected, field.name), fields.get(field.name)

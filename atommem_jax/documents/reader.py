@@ -151,7 +151,7 @@ class Reader:
         self._loaded, self.tokenizer = loaded, loaded.parts.tokenizer
         self.limits = choose_limits(loaded, chunk_tokens, question_tokens)
         self._chunks, self._questions = 1, self.limits.questions
-        self.sizes = loaded.parts.setting(self._shape()).config
+        self.sizes = loaded.parts.setting(self._shape()).limits.memory
         self._encode = encoding.TextEncoder(self.tokenizer)
         self.identity = memory_file.identify(self.sizes, loaded.parts.embed, self.tokenizer)
 

@@ -74,7 +74,7 @@ class Session:
 
         until: the phase to stop at, before any of its turns.
         """
-        while len(self._records) < self.setting.config.max_turns:
+        while len(self._records) < self.setting.limits.max_turns:
             if int(self._env.phase[0]) >= until:
                 return
             seen = _look(self.setting, self._env, self.episode)

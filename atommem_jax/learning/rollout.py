@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from atommem_jax.config import MemoryConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.memory import slot_table
@@ -50,18 +51,12 @@ from atommem_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutConfig:
+class EpisodeLimits:
     """Static sizes and budgets of an episode."""
 
     max_turns: int  # T; `turn_bound` gives the number that is always enough
     prompt_width: int  # P; see `prompt.width`
-    slots: int = 5  # N
-    entry_length: int = 8  # L
-    scratchpad_length: int = 2  # S
-    query_length: int = 8  # Y
-    shown: int = 4  # K
-    key_dim: int = 128  # D
-    eviction: str = "lru"
+    memory: MemoryConfig
     read_budget: int = 1  # reading turns in a row that may keep the chunk
     answer_read_budget: int = 1  # turns a question that may read instead of answering
 
@@ -90,7 +85,7 @@ class Setting:
 
     grammar: Grammar
     template: prompting.Template
-    config: RolloutConfig = flax.struct.field(pytree_node=False)
+    limits: EpisodeLimits = flax.struct.field(pytree_node=False)
     embed: Embed = flax.struct.field(pytree_node=False)
 
     @property
@@ -122,16 +117,16 @@ def start(setting: Setting, episode: Episode, table: MemoryState | None = None) 
 
     table: what is remembered already; None for an empty memory, as in training.
     """
-    c = setting.config
+    sizes = setting.limits.memory
     questions = episode.questions.shape[0]
     if table is None:
         table = slot_table.init(
-            slots=c.slots,
-            entry_length=c.entry_length,
-            scratchpad_length=c.scratchpad_length,
-            query_length=c.query_length,
-            shown=c.shown,
-            key_dim=c.key_dim,
+            slots=sizes.slots,
+            entry_length=sizes.entry_length,
+            scratchpad_length=sizes.scratchpad_length,
+            query_length=sizes.query_length,
+            shown=sizes.shown,
+            key_dim=sizes.key_dim,
             pad_id=setting.pad_id,
         )
     zero = jnp.zeros((), jnp.int32)
@@ -157,7 +152,7 @@ def _put_question(
     asked = slot_table.set_query(
         env.memory, episode.questions[index], episode.question_lengths[index], setting.pad_id
     )
-    first = Phase.ANSWERING if setting.config.answer_read_budget > 0 else Phase.FINAL
+    first = Phase.ANSWERING if setting.limits.answer_read_budget > 0 else Phase.FINAL
     phase = jnp.where(exists, int(first), int(Phase.DONE))
     put = when & exists
     return env.replace(
@@ -194,7 +189,7 @@ def begin_turn(
     )
     with jax.named_scope("assemble"):
         prompt, length = prompting.assemble(
-            setting.template, observation, prompt_width=setting.config.prompt_width
+            setting.template, observation, prompt_width=setting.limits.prompt_width
         )
     view = View(
         observation=observation,
@@ -211,7 +206,7 @@ def end_turn(
     setting: Setting, env: Environment, episode: Episode, response: Response
 ) -> tuple[Environment, Actions, Report]:
     """Parses the response, applies its actions and moves on by the advance rule."""
-    c = setting.config
+    c = setting.limits
     with jax.named_scope("parse"):
         actions = setting.grammar.parse(response.tokens, response.lengths)
     with jax.named_scope("transition"):
@@ -248,7 +243,7 @@ def apply_actions(
         table,
         actions,
         permitted=permitted_kinds(phase),
-        eviction=setting.config.eviction,
+        eviction=setting.limits.memory.eviction,
         embed=setting.embed,
         pad_id=setting.pad_id,
     )
@@ -358,7 +353,7 @@ def run(
       Trajectory with leaves [B, ...]; turns past an episode's end are zero, `live` False.
       An episode still running after `max_turns` keeps empty answers for its open questions.
     """
-    max_turns = setting.config.max_turns
+    max_turns = setting.limits.max_turns
     keys = trajectory_keys(seed, ids)
     env = jax.vmap(start, in_axes=(None, 0))(setting, episodes)
 

@@ -150,7 +150,7 @@ def _apply_one_by_one(
             state,
             dataclasses.replace(alone, count=action.count),
             permitted=permitted,
-            eviction=setting.config.eviction,
+            eviction=setting.limits.memory.eviction,
             embed=setting.embed,
             pad_id=setting.pad_id,
         )

@@ -121,10 +121,8 @@ def read_config(workdir: pathlib.Path) -> Experiment | None:
 
 def find_sizes(config: Experiment) -> dict[str, Any]:
     """What the memory of a run is, the workflow's own choices included."""
-    memory = config.memory
-    sizes = {"slots": memory.slots, "shown": memory.shown, "eviction": memory.eviction}
-    fixed = workflows.find(config.workflow).sizes(memory.shown)
-    return {name: fixed.get(name, size) for name, size in sizes.items()}
+    memory = workflows.find(config.workflow).limit(config.memory)
+    return {"slots": memory.slots, "shown": memory.shown, "eviction": memory.eviction}
 
 
 def describe_config(config: Experiment) -> dict[str, str]:

@@ -148,7 +148,7 @@ def describe_episode(
         "episode": int(episode.id),
         "trajectory": trajectory,
         "em": float(np.mean(scores)) if scores else None,
-        "slots": setting.config.slots,
+        "slots": setting.limits.memory.slots,
         "start": [] if start is None else describe_table(start, tokenizer),
         "chunks": [
             tokenizer.decode(episode.chunks[c, : episode.chunk_lengths[c]].tolist())
@@ -249,12 +249,12 @@ class _Describer:
         return action
 
     def _cap(self, kind: ActionKind) -> int:
-        config = self.setting.config
+        sizes = self.setting.limits.memory
         caps = {
-            ActionKind.CREATE: config.entry_length,
-            ActionKind.UPDATE: config.entry_length,
-            ActionKind.READ: config.query_length,
-            ActionKind.SCRATCHPAD: config.scratchpad_length,
+            ActionKind.CREATE: sizes.entry_length,
+            ActionKind.UPDATE: sizes.entry_length,
+            ActionKind.READ: sizes.query_length,
+            ActionKind.SCRATCHPAD: sizes.scratchpad_length,
         }
         width = self.setting.grammar.max_text
         return min(caps.get(kind, width), width)

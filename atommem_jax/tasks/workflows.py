@@ -21,14 +21,13 @@ same budget.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from atommem_jax.config import TeacherConfig
+from atommem_jax.config import MemoryConfig, TeacherConfig
 from atommem_jax.tasks import teacher
 from atommem_jax.tasks.teacher import Script
 from atommem_jax.types import EDITS, ActionKind, Episode, Phase, Policy, Response, View
@@ -46,14 +45,11 @@ class Workflow:
     answer_reads: int | None = None  # reads that answering a question may take; None: the config's
     window: bool = False  # the table holds what is shown, oldest out first
 
-    def sizes(self, shown: int) -> Mapping[str, int | str]:
-        """Fields of `rollout.RolloutConfig` that it fixes, where K = `shown` entries are seen."""
-        fixed: dict[str, int | str] = {}
-        if self.answer_reads is not None:
-            fixed["answer_read_budget"] = self.answer_reads
-        if self.window:
-            fixed |= {"slots": shown, "eviction": "oldest"}
-        return fixed
+    def limit(self, memory: MemoryConfig) -> MemoryConfig:
+        """The memory that it leaves: as configured, or a window on what was stored last."""
+        if not self.window:
+            return memory
+        return dataclasses.replace(memory, slots=memory.shown, eviction="oldest")
 
     def restrict(self, rates: TeacherConfig) -> TeacherConfig:
         """The teacher of these rates, kept to the kinds there are; without Update it creates."""

@@ -47,17 +47,17 @@ class Workload:
         self.played = self.model
         if self.model.dtype == "float32":  # adapters are merged
             self.played = without_adapters(parts.agent.model).config
-        self.sizes = parts.setting(shape).config
+        self.limits = parts.setting(shape).limits
         self.mesh = dict(mesh.shape)
         self.shares = mesh_lib.batch_shards(mesh)
         limit = config.rollout.response_length
-        self.prompt = lengths.prompt or max(self.sizes.prompt_width * 3 // 4, 1)
+        self.prompt = lengths.prompt or max(self.limits.prompt_width * 3 // 4, 1)
         self.response = lengths.response or max(limit // 4, 1)
         self.steps = lengths.longest or max(limit // 2, 1)
         self.blocked = self.model.attention == "splash"
         check(
-            self.prompt <= self.sizes.prompt_width,
-            f"--prompt_tokens={self.prompt}: the prompt has at most {self.sizes.prompt_width}",
+            self.prompt <= self.limits.prompt_width,
+            f"--prompt_tokens={self.prompt}: the prompt has at most {self.limits.prompt_width}",
         )
         check(
             self.response <= self.steps <= limit,
@@ -71,7 +71,7 @@ class Workload:
 
     def _scored(self, name) -> list[Rows]:
         """Rows of an update: every turn of every trajectory, at the least width that holds it."""
-        full = self.sizes.prompt_width + self.config.rollout.response_length - 1
+        full = self.limits.prompt_width + self.config.rollout.response_length - 1
         section = self.config.sft if name == "sft" else self.config.rl.ppo
         multiple = attention.row_multiple(self.model.attention, full)
         widths = microbatches.list_widths(full, multiple, section.length_buckets)
@@ -92,7 +92,7 @@ class Workload:
             self.rows,
             self.prompt,
             self.response,
-            prompt_width=self.sizes.prompt_width,
+            prompt_width=self.limits.prompt_width,
             limit=self.config.rollout.response_length,
         )
 
@@ -144,7 +144,7 @@ class Workload:
             stored = presentation.device_bytes(program.state)
             width = 2 if self.config.rollout.param_dtype == "bfloat16" else 4
             group = self.config.rollout.microbatch or self.rows // self.shares
-            slots = self.sizes.prompt_width + self.config.rollout.response_length
+            slots = self.limits.prompt_width + self.config.rollout.response_length
             rows = min(group, self.rows // self.shares) * self.shares
             placement = roofline.Placement(self.shares, self.mesh[rules.TENSOR])
             return {
@@ -160,7 +160,7 @@ class Workload:
         }
 
     def _table_bytes(self) -> float:
-        s = self.sizes
+        s = self.limits.memory
         slot = s.entry_length * 4 + s.key_dim * 4 + 13
         return (self.rows // self.shares) * (s.slots * slot + 4 * s.scratchpad_length)
 
@@ -170,7 +170,7 @@ class Workload:
         if name == "rollout":
             placement = roofline.Placement(self.shares, tensor)
             turns = self.turns
-            slots = self.sizes.prompt_width + self.config.rollout.response_length
+            slots = self.limits.prompt_width + self.config.rollout.response_length
             dtype = self.config.rollout.param_dtype
             return [
                 roofline.Part(

@@ -14,14 +14,13 @@ import numpy as np
 
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning.rollout import RolloutConfig, Setting
+from atommem_jax.learning.rollout import EpisodeLimits, Setting
 from atommem_jax.model.sampling import Agent
 from atommem_jax.types import EDITS, PERMITTED, ActionKind, Episode, Phase
 from experiments.benchmarks.host_memory import (
     HostAction,
     HostEmbedding,
     HostMemory,
-    MemorySizes,
     Text,
     apply_all,
     retrieve_all,
@@ -148,7 +147,7 @@ class HostEpisode:
             self.chunks[self.chunk] if reading else [],
         )
 
-    def advance(self, actions: list[HostAction], applied: list[bool], config: RolloutConfig):
+    def advance(self, actions: list[HostAction], applied: list[bool], config: EpisodeLimits):
         """Moves on by the rule of `rollout.end_turn`."""
         done = [action.kind for action, ok in zip(actions, applied, strict=True) if ok]
         has_read = ActionKind.READ in done
@@ -174,7 +173,7 @@ class HostEpisode:
         self.question += 1
         self._put_question(config)
 
-    def _put_question(self, config: RolloutConfig) -> None:
+    def _put_question(self, config: EpisodeLimits) -> None:
         self.reads = 0
         if self.question >= len(self.questions):
             self.phase = Phase.DONE
@@ -187,18 +186,15 @@ class HostPlayer:
     """Plays batches of episodes with an index of a given kind."""
 
     def __init__(self, agent: Agent, setting: Setting, tokenizer: Tokenizer, index: Any):
-        c = setting.config
-        self._config, self._index = c, index
-        self._sizes = MemorySizes(
-            **{field.name: getattr(c, field.name) for field in dataclasses.fields(MemorySizes)}
-        )
+        self._limits, self._index = setting.limits, index
+        self._sizes = setting.limits.memory
         self._parse, self._prompter = HostParser(tokenizer, agent), HostPrompter(setting.template)
         self._embed = HostEmbedding(setting.embed)
 
     def __call__(self, episodes: Sequence[HostEpisode], respond: Respond) -> list[HostTurn]:
         """Plays all episodes to their end, one turn of all after the other."""
         turns: list[HostTurn] = []
-        for turn in range(self._config.max_turns):
+        for turn in range(self._limits.max_turns):
             live = [i for i, episode in enumerate(episodes) if episode.phase != Phase.DONE]
             if not live:
                 break
@@ -215,7 +211,7 @@ class HostPlayer:
             permitted = [PERMITTED[phase] for phase in phases]
             applied = apply_all(memories, actions, permitted, self._embed)
             for episode, written, done in zip(playing, actions, applied, strict=True):
-                episode.advance(written, done, self._config)
+                episode.advance(written, done, self._limits)
             turns += map(HostTurn, live, phases, prompts, replies, actions)
         return turns
 

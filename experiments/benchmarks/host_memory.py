@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from atommem_jax.config import MemoryConfig
 from atommem_jax.memory.embedding import HashedBagOfTokens
 from atommem_jax.memory.slot_table import GRID
-from atommem_jax.types import ActionKind
+from atommem_jax.types import EMPTY, ActionKind
 
 Text = list[int]
 
@@ -32,19 +33,6 @@ class HostAction:
     target: int = 0
     text: Text = dataclasses.field(default_factory=list)
     well_formed: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorySizes:
-    """Sizes of a table, with the names of `rollout.RolloutConfig`."""
-
-    slots: int
-    entry_length: int
-    scratchpad_length: int
-    query_length: int
-    shown: int
-    key_dim: int
-    eviction: str = "lru"
 
 
 class Index(Protocol):
@@ -66,7 +54,7 @@ class Index(Protocol):
 class FaissIndex:
     """An exact FAISS index that adds, removes and searches by id."""
 
-    def __init__(self, sizes: MemorySizes):
+    def __init__(self, sizes: MemoryConfig):
         import faiss
 
         self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(sizes.key_dim))
@@ -95,7 +83,7 @@ class FaissIndex:
 class NumpyIndex:
     """A matrix with a row a slot; a free row scores -1, below any cosine worth showing."""
 
-    def __init__(self, sizes: MemorySizes):
+    def __init__(self, sizes: MemoryConfig):
         self._keys = np.zeros((sizes.slots, sizes.key_dim), np.float32)
         self._offset = np.full(sizes.slots, -4.0, np.float32)
         self._used = 0
@@ -128,7 +116,7 @@ class NumpyIndex:
 class HostMemory:
     """One trajectory's memory. `retrieve` starts a turn and `apply` ends it."""
 
-    def __init__(self, sizes: MemorySizes, index: Callable[[MemorySizes], Any]):
+    def __init__(self, sizes: MemoryConfig, index: Callable[[MemoryConfig], Any]):
         self.sizes = sizes
         self.index: Index = index(sizes)
         # In order of age, the next to be evicted first: every touch moves an entry to the end.
@@ -137,7 +125,7 @@ class HostMemory:
         self.scratchpad: Text = []
         self.query: Text = []
         self.query_key: np.ndarray | None = None  # None: not embedded yet
-        self.shown: list[int | None] = []
+        self.shown: list[int] = []
 
     def fill(self, texts: Sequence[Text], keys: np.ndarray) -> None:
         """Fills an empty table from slot 0 up: as many creates would, in one call."""
@@ -166,10 +154,12 @@ class HostMemory:
             return False
         if not text and kind not in (ActionKind.DELETE, ActionKind.SCRATCHPAD):
             return False
-        slot = None
+        slot = EMPTY
         if kind in (ActionKind.UPDATE, ActionKind.DELETE):
-            slot = self.shown[action.target - 1] if 1 <= action.target <= len(self.shown) else None
-            if slot is None:
+            if not 1 <= action.target <= len(self.shown):
+                return False
+            slot = self.shown[action.target - 1]
+            if slot == EMPTY:
                 return False
         if kind == ActionKind.CREATE:
             slot = self._make_room()
@@ -203,7 +193,7 @@ class HostMemory:
     def _forget(self, slot: int) -> None:
         """The entry can no longer be reached through its number, whoever takes the slot."""
         del self.entries[slot]
-        self.shown = [None if shown == slot else shown for shown in self.shown]
+        self.shown = [EMPTY if shown == slot else shown for shown in self.shown]
 
 
 class HostEmbedding:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from atommem_jax.config import MemoryConfig
 from atommem_jax.memory import slot_table
 from atommem_jax.memory.embedding import HashedBagOfTokens
 from atommem_jax.parallel import host_batches, program
@@ -24,7 +25,6 @@ from experiments.benchmarks.host_memory import (
     HostAction,
     HostEmbedding,
     HostMemory,
-    MemorySizes,
     NumpyIndex,
     apply_all,
     retrieve_all,
@@ -57,8 +57,8 @@ class Load:
     eviction: str = "lru"
 
     @property
-    def sizes(self) -> MemorySizes:
-        return MemorySizes(
+    def sizes(self) -> MemoryConfig:
+        return MemoryConfig(
             slots=self.slots,
             entry_length=self.entry_length,
             scratchpad_length=self.entry_length,

@@ -7,14 +7,15 @@ actions of a turn is a handful of masked writes over all trajectories at once.
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from atommem_jax.config import MemoryConfig
 from atommem_jax.types import EMPTY, ActionKind
-from experiments.benchmarks.host_memory import HostEmbedding, MemorySizes
+from experiments.benchmarks.host_memory import HostEmbedding
 
 
 class NumpyTables:
     """B tables with the semantics of `memory.slot_table`, eviction 'lru' or 'oldest'."""
 
-    def __init__(self, count: int, sizes: MemorySizes, embed: HostEmbedding, pad_key: int):
+    def __init__(self, count: int, sizes: MemoryConfig, embed: HostEmbedding, pad_key: int):
         """`pad_key` is the id by which `embed` knows padding; texts are stored with it."""
         s, b = sizes, count
         self.sizes, self.embed, self.pad = sizes, embed, pad_key

@@ -84,7 +84,7 @@ class _TurnPrograms:
 
     def __init__(self, scene: Scene):
         agent, setting = scene.parts.agent, scene.parts.setting(scene.shape)
-        self._max_turns, self._mesh = setting.config.max_turns, scene.mesh
+        self._max_turns, self._mesh = setting.limits.max_turns, scene.mesh
         self._agent, self._setting, self._params, self._seed, self._temperature = (
             host_batches.replicate(
                 (agent, setting, scene.params, scene.seed, np.float32(scene.temperature)),
@@ -139,7 +139,7 @@ def _retrieve(setting, tables):
 
 def _assemble(setting, observation):
     def one(template, o):
-        return prompting.assemble(template, o, prompt_width=setting.config.prompt_width)
+        return prompting.assemble(template, o, prompt_width=setting.limits.prompt_width)
 
     return jax.vmap(one, in_axes=(None, 0))(setting.template, observation)
 

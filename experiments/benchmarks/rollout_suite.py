@@ -111,7 +111,7 @@ def make_peer(name: str, scene: Scene, *, torch_threads: int = 1, torch_batch: i
         )
         return HostPeer(scene, FaissIndex, respond)
     cls = {"host_loop": HostLoop, "host_generate": WholeGenerate}[name]
-    width = scene.parts.setting(scene.shape).config.prompt_width
+    width = scene.parts.setting(scene.shape).limits.prompt_width
     respond = cls(scene.parts.agent, scene.params, scene.mesh, rows=scene.group, width=width)
     respond.play_with(scene.ids, scene.seed, scene.temperature)
     return HostPeer(scene, NumpyIndex, respond)

@@ -106,7 +106,7 @@ def write(folder, records, **source):
 
 def test_a_batch_holds_what_was_played(expected, records, tmp_path):
     data = store.Collection(write(tmp_path, records), tiny.make_parts(), make_setting(), 0.0)
-    sizes = make_setting().config
+    sizes = make_setting().limits
     order = [2, 0, 1]
     batch = data.stack(order).trajectories
     assert batch.id.tolist() == order

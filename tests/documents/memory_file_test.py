@@ -18,12 +18,14 @@ from tests.language import chat_test
 
 def make_setting(**sizes):
     setting = tiny.make_parts().setting(tiny.make_shape())
-    return dataclasses.replace(setting, config=dataclasses.replace(setting.config, **sizes))
+    memory = dataclasses.replace(setting.limits.memory, **sizes)
+    limits = dataclasses.replace(setting.limits, memory=memory)
+    return dataclasses.replace(setting, limits=limits)
 
 
 def make_memory() -> memory_file.Memory:
     """A memory with numbers in every field."""
-    c, rng = make_setting().config, np.random.default_rng(0)
+    c, rng = make_setting().limits.memory, np.random.default_rng(0)
     empty = jax.device_get(
         slot_table.init(
             slots=c.slots,
@@ -42,7 +44,7 @@ def make_memory() -> memory_file.Memory:
         return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
 
     setting, tokenizer = make_setting(), tiny.make_tokenizer()
-    identity = memory_file.identify(setting.config, setting.embed, tokenizer)
+    identity = memory_file.identify(setting.limits.memory, setting.embed, tokenizer)
     state = jax.tree.map(fill, empty)
     return memory_file.Memory(state, 3, ("notes.txt", "other.md"), identity, tokenizer)
 

@@ -39,7 +39,7 @@ def test_a_session_is_the_rollout_of_its_trajectory():
     )
     np.testing.assert_array_equal(turns[-1].after.entries, one.memory.entries[0])
     # The rollout's prompts have their full width, those of the session hardly any padding.
-    agent, width = tiny.make_parts().agent, setting.config.prompt_width
+    agent, width = tiny.make_parts().agent, setting.limits.prompt_width
     lengths = one.turns.prompt_lengths[0]
     widths = {session.choose_width(agent, width, int(length)) for length in lengths}
     assert len(widths) > 1

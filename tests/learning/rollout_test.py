@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atommem_jax.config import MemoryConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.learning import rollout
-from atommem_jax.learning.rollout import RolloutConfig, Setting
+from atommem_jax.learning.rollout import EpisodeLimits, Setting
 from atommem_jax.types import EMPTY, ActionKind, Annotations, Episode, Phase, Response
 from tests.helpers import memory_reference as reference
 from tests.helpers import tiny
@@ -38,7 +39,7 @@ def similarity(a, b):
 @functools.cache
 def make_setting(read_budget=2, answer_read_budget=1, eviction="lru"):
     agent = tiny.make_parts().agent
-    sizes = RolloutConfig(
+    limits = EpisodeLimits(
         max_turns=0,
         prompt_width=prompting.width(
             agent.template,
@@ -49,18 +50,20 @@ def make_setting(read_budget=2, answer_read_budget=1, eviction="lru"):
             entry_length=CAPS.entry,
             chunk_length=CHUNK,
         ),
-        slots=4,
-        entry_length=CAPS.entry,
-        scratchpad_length=CAPS.scratchpad,
-        query_length=CAPS.query,
-        shown=CAPS.shown,
-        key_dim=KEYS,
-        eviction=eviction,
+        memory=MemoryConfig(
+            slots=4,
+            entry_length=CAPS.entry,
+            scratchpad_length=CAPS.scratchpad,
+            query_length=CAPS.query,
+            shown=CAPS.shown,
+            key_dim=KEYS,
+            eviction=eviction,
+        ),
         read_budget=read_budget,
         answer_read_budget=answer_read_budget,
     )
-    sizes = dataclasses.replace(sizes, max_turns=sizes.turn_bound(CHUNKS, QUESTIONS))
-    return Setting(grammar=agent.grammar, template=agent.template, config=sizes, embed=embed)
+    limits = dataclasses.replace(limits, max_turns=limits.turn_bound(CHUNKS, QUESTIONS))
+    return Setting(grammar=agent.grammar, template=agent.template, limits=limits, embed=embed)
 
 
 class Document(NamedTuple):
@@ -142,7 +145,7 @@ def play(setting, episodes, ids, seed, table, responses, lengths):
 
 def run(setting, documents, scripts, first_id=0):
     """Plays one script (a list of turns, each a list of Actions) per document."""
-    turns = setting.config.max_turns
+    turns = setting.limits.max_turns
     documents = [*documents, *[documents[0]] * (ROWS - len(documents))]
     scripts = [*scripts, *[[]] * (ROWS - len(scripts))]
     responses = np.full((ROWS, turns, RESPONSE), setting.pad_id, np.int32)
@@ -164,9 +167,9 @@ def run(setting, documents, scripts, first_id=0):
 # The same in plain Python
 
 
-def simulate(config, document, script):
+def simulate(limits, document, script):
     """Returns (turns as dicts, answers, memory) by the rules of "Memory semantics"."""
-    memory = reference.Memory(config.slots, CAPS)
+    memory = reference.Memory(limits.memory.slots, CAPS)
     state = {"phase": Phase.READING, "chunk": 0, "question": 0, "reads": 0}
     answers = [([], 0.0)] * len(document.questions)
     turns = []
@@ -177,11 +180,11 @@ def simulate(config, document, script):
             state["phase"] = Phase.DONE
             return
         memory.set_query(document.questions[state["question"]])
-        state["phase"] = Phase.ANSWERING if config.answer_read_budget else Phase.FINAL
+        state["phase"] = Phase.ANSWERING if limits.answer_read_budget else Phase.FINAL
 
     if not document.chunks:
         put_question()
-    while state["phase"] != Phase.DONE and len(turns) < config.max_turns:
+    while state["phase"] != Phase.DONE and len(turns) < limits.max_turns:
         reading = state["phase"] == Phase.READING
         occupancy = sum(entry is not None for entry in memory.slots)
         scores = memory.retrieve(similarity)
@@ -205,13 +208,13 @@ def simulate(config, document, script):
         }
         actions = script[len(turns)] if len(turns) < len(script) else []
         permitted = PERMITTED[state["phase"]]
-        turn["report"] = memory.transition(actions, permitted, config.eviction)
+        turn["report"] = memory.transition(actions, permitted, limits.memory.eviction)
         applied = {kind for kind in reference.KINDS if turn["report"]["applied", kind]}
         turns.append(turn)
 
         only_read = reference.READ in applied and not applied & {"create", "update", "delete"}
         if reading:
-            if only_read and state["reads"] < config.read_budget:
+            if only_read and state["reads"] < limits.read_budget:
                 state["reads"] += 1
                 continue
             state["reads"] = 0
@@ -220,7 +223,7 @@ def simulate(config, document, script):
                 put_question()
         elif reference.READ in applied and reference.ANSWER not in applied:
             state["reads"] += 1
-            if state["reads"] == config.answer_read_budget:
+            if state["reads"] == limits.answer_read_budget:
                 state["phase"] = Phase.FINAL
         else:
             given = [a.text for a in actions if a.kind == "answer" and a.well_formed and a.text]
@@ -234,16 +237,16 @@ def simulate(config, document, script):
 
 def check(setting, played, b, document, script):
     """Compares row b of a rollout with the simulation, turn by turn and at the end."""
-    turns, answers, memory = simulate(setting.config, document, script)
+    turns, answers, memory = simulate(setting.limits, document, script)
     record = jax.tree.map(lambda x: x[b], played.turns)
-    assert record.live.tolist() == [t < len(turns) for t in range(setting.config.max_turns)]
+    assert record.live.tolist() == [t < len(turns) for t in range(setting.limits.max_turns)]
     for t, turn in enumerate(turns):
         found = (record.phase[t], record.chunk[t], record.question[t], record.occupancy[t])
         assert found == (turn["phase"], turn["chunk"], turn["question"], turn["occupancy"]), t
         assert record.shown[t].tolist() == turn["shown"], t
         assert record.shown_scores[t].tolist() == turn["scores"], t
         assert record.prompt_lengths[t] == len(turn["prompt"]), t
-        padding = [setting.pad_id] * (setting.config.prompt_width - len(turn["prompt"]))
+        padding = [setting.pad_id] * (setting.limits.prompt_width - len(turn["prompt"]))
         assert record.prompt[t].tolist() == padding + turn["prompt"], t
         said = spell(script[t] if t < len(script) else [])
         assert record.response[t].tolist()[: record.response_lengths[t]] == said, t
@@ -305,7 +308,7 @@ def test_random_scripts_play_as_in_plain_python(budgets, seeds):
     for seed in seeds:
         rng = np.random.default_rng(seed)
         documents = [draw_document(rng) for _ in range(ROWS)]
-        scripts = [[draw_turn(rng) for _ in range(setting.config.max_turns)] for _ in range(ROWS)]
+        scripts = [[draw_turn(rng) for _ in range(setting.limits.max_turns)] for _ in range(ROWS)]
         played = run(setting, documents, scripts, first_id=10 * seed)
         for b in range(ROWS):
             check(setting, played, b, documents[b], scripts[b])
@@ -450,9 +453,9 @@ def test_siblings_never_touch_each_others_memory():  # defect 1
 def test_the_turn_bound_is_reached_exactly_and_never_exceeded():
     setting = make_setting()
     document = Document([words(1)] * CHUNKS, [words(2)] * QUESTIONS)
-    reader = [[read(1)]] * setting.config.max_turns
+    reader = [[read(1)]] * setting.limits.max_turns
     played = run(setting, [document, TWO_CHUNKS], [reader, reader])
-    assert setting.config.max_turns == CHUNKS * 3 + QUESTIONS * 2
+    assert setting.limits.max_turns == CHUNKS * 3 + QUESTIONS * 2
     assert played.turns.live[0].all()
     assert played.turns.live[1].sum() == 2 * 3 + 2 * 2
     assert played.turns.question[0, -1] == QUESTIONS - 1
@@ -460,7 +463,7 @@ def test_the_turn_bound_is_reached_exactly_and_never_exceeded():
 
 def test_a_trajectory_cut_off_keeps_the_answers_it_gave():
     setting = make_setting()
-    setting = setting.replace(config=dataclasses.replace(setting.config, max_turns=3))
+    setting = setting.replace(limits=dataclasses.replace(setting.limits, max_turns=3))
     played = run(setting, [TWO_CHUNKS], [[[], [], [answer(11)]]])
     assert played.turns.live.shape == (ROWS, 3)
     assert played.turns.live[0].all()

@@ -25,8 +25,9 @@ KINDS = [kind for kind in ActionKind if kind != ActionKind.NONE]
 def make_setting(eviction: str) -> rollout.Setting:
     """The tiny setting with a table so small that creates must evict."""
     setting = tiny.make_parts().setting(tiny.make_shape())
-    config = dataclasses.replace(setting.config, slots=4, eviction=eviction)
-    return dataclasses.replace(setting, config=config)
+    memory = dataclasses.replace(setting.limits.memory, slots=4, eviction=eviction)
+    limits = dataclasses.replace(setting.limits, memory=memory)
+    return dataclasses.replace(setting, limits=limits)
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -140,7 +141,7 @@ def test_tables_and_fates_agree_with_the_plain_memory(name):
     played = PLAYED[name]()
     setting, trajectories, _, _ = played
     decode = tiny.make_tokenizer().decode
-    config, answer = setting.config, setting.grammar.max_text
+    config, answer = setting.limits.memory, setting.grammar.max_text
     caps = memory_reference.Caps(
         entry=config.entry_length,
         scratchpad=config.scratchpad_length,
@@ -248,7 +249,7 @@ def play_by_hand():
 
 def test_a_story_in_words():
     setting, _, _, aliases = play_by_hand()
-    assert setting.config.scratchpad_length == 1
+    assert setting.limits.memory.scratchpad_length == 1
     episode = describe(play_by_hand())[0]
     first, second, third, fourth, fifth = episode["turns"][:5]
     assert first["response"] == "<create>Mostex<end><create>Nurdox<end><read>Mostex<end>"
@@ -286,7 +287,7 @@ def test_a_story_in_words():
     # Slot 0 was filled again before slot 1, but slot 1 has been shown in every turn.
     last = fifth["actions"][2]
     assert last["fates"] == ["applied", "truncated", "evicted"]
-    assert (last["tokens"], last["kept_tokens"]) == (11, setting.config.entry_length)
+    assert (last["tokens"], last["kept_tokens"]) == (11, setting.limits.memory.entry_length)
     assert last["text"].startswith(last["kept"])
     assert [turn["scripted"] for turn in episode["turns"][:4]] == [False, True, False, True]
     assert [question["gold"] for question in episode["questions"]] == aliases[0]

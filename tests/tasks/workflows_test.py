@@ -120,14 +120,14 @@ def test_storing_everything_leaves_the_last_facts():
     """Without a standing query nothing is shown, so the entries of least recent touch go first."""
     parts = make_parts("store_all_one_read")
     played = play("store_all_one_read")
-    assert parts.setting(tiny.make_shape()).config.slots == 5
+    assert parts.setting(tiny.make_shape()).limits.memory.slots == 5
     for b in EPISODES:
         assert read_table(played, b) == read_facts(b)[-5:]
 
 
 def test_a_sliding_window_shows_the_last_chunks_whatever_is_asked():
     played = play("sliding_window")
-    assert make_parts("sliding_window").setting(tiny.make_shape()).config.slots == 4
+    assert make_parts("sliding_window").setting(tiny.make_shape()).limits.memory.slots == 4
     answering = played.turns.live & (played.turns.phase != Phase.READING)
     assert answering.sum() >= len(EPISODES)
     for b in EPISODES:
@@ -163,7 +163,7 @@ def test_no_memory_keeps_nothing():
 
 def test_answers_may_be_looked_up_several_times():
     sizes = {
-        name: make_parts(name).setting(tiny.make_shape()).config.answer_read_budget
+        name: make_parts(name).setting(tiny.make_shape()).limits.answer_read_budget
         for name in ("learned", "store_all", "store_all_update")
     }
     assert sizes == {"learned": 1, "store_all": 3, "store_all_update": 3}
