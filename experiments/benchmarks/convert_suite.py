@@ -39,13 +39,13 @@ _MIB = 1 << 20
 _LOADER = """
 import json, re, sys
 import jax
-from atommem_jax import pretrained
+from atommem_jax.weights import huggingface
 def resident(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.zeros(1) + 1)
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
-_, params = pretrained.load(sys.argv[1])
+_, params = huggingface.load(sys.argv[1])
 jax.block_until_ready(params)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(json.dumps({"model": size, "beside": resident("VmHWM") - before - size}))

@@ -8,7 +8,7 @@ import pytest
 from absl import flags as absl_flags
 
 from atommem_jax.agent import build, load
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, parse
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
 from atommem_jax.weights import hf_config, huggingface
 from experiments import convert
@@ -32,7 +32,7 @@ def source(tmp_path):
 
 
 def test_to_a_checkpoint_and_back(tmp_path, source):
-    config = synthetic.get_config()
+    config = parse(synthetic.get_config())
     convert.write_checkpoint(str(source), str(tmp_path / "run"), config.lock())
     loaded = load.load(str(tmp_path / "run"))
     assert loaded.step == 0
@@ -70,7 +70,7 @@ def test_a_mistake_ends_the_script_with_status_2(source):
 
 
 def test_what_cannot_be_converted_is_refused(tmp_path, source):
-    config = synthetic.get_config()
+    config = parse(synthetic.get_config())
     with pytest.raises(ConfigError, match=r"--source=.*: --to=checkpoint needs a Hugging Face"):
         convert.write_checkpoint(str(tmp_path / "run"), str(tmp_path / "other"), config)
     (source / "tokenizer.json").unlink()
@@ -83,13 +83,13 @@ def test_a_vocabulary_without_room_for_the_protocol_is_widened_on_request(tmp_pa
     folder = huggingface_test.write(tmp_path, fields, huggingface_test.make_tensors(fields))
     hf_config_test.write_tokenizer(folder)
     with pytest.raises(hf_config.PublishedError, match=r"reserved names added, and vocab_size"):
-        convert.write_checkpoint(str(folder), str(tmp_path / "run"), synthetic.get_config())
+        convert.write_checkpoint(str(folder), str(tmp_path / "run"), parse(synthetic.get_config()))
     with pytest.raises(ConfigError, match=r"--vocab_size=200: must be at least the model's own"):
         convert.write_checkpoint(
-            str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=200
+            str(folder), str(tmp_path / "run"), parse(synthetic.get_config()), vocab_size=200
         )
     convert.write_checkpoint(
-        str(folder), str(tmp_path / "run"), synthetic.get_config(), vocab_size=320
+        str(folder), str(tmp_path / "run"), parse(synthetic.get_config()), vocab_size=320
     )
     params = load.load(str(tmp_path / "run")).params
     _, before = huggingface.load(folder)
