@@ -33,7 +33,7 @@ def source(tmp_path):
 
 def test_to_a_checkpoint_and_back(tmp_path, source):
     config = parse(synthetic.get_config())
-    convert.write_checkpoint(str(source), str(tmp_path / "run"), config.lock())
+    convert.write_checkpoint(str(source), str(tmp_path / "run"), config)
     loaded = load.load(str(tmp_path / "run"))
     assert loaded.step == 0
     tokenizer = loaded.parts.tokenizer
