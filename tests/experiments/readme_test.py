@@ -27,10 +27,18 @@ def read_commands(document: pathlib.Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def read_all_commands() -> list[list[str]]:
-    """Returns the commands of all documents, of those that are the same only one."""
-    commands = [command for document in DOCUMENTS for command in read_commands(document)]
-    return [list(command) for command in dict.fromkeys(map(tuple, commands))]
+def list_commands() -> list:
+    """The commands of all documents as parameters: each once, those beyond the README long."""
+    entrance = {tuple(command) for command in read_commands(ROOT / "README.md")}
+    commands = {tuple(command) for document in DOCUMENTS for command in read_commands(document)}
+    return [
+        pytest.param(
+            list(command),
+            id=" ".join(command)[:60].replace("/", " "),
+            marks=[] if command in entrance else pytest.mark.long,
+        )
+        for command in sorted(commands)
+    ]
 
 
 def test_there_are_commands():
@@ -39,9 +47,7 @@ def test_there_are_commands():
     assert scripts == {f"experiments/{name}" for name in named}, "the README shows every script"
 
 
-@pytest.mark.parametrize(
-    "command", read_all_commands(), ids=lambda command: " ".join(command)[:60].replace("/", " ")
-)
+@pytest.mark.parametrize("command", list_commands())
 def test_flags_of_a_command_are_accepted(command):
     # absl parses and validates the flags, then leaves before `main`.
     # A command that supervise.py is to start leaves in the same way.

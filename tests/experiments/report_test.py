@@ -53,6 +53,7 @@ def read_episodes(page: pathlib.Path) -> list[dict]:
     return json.loads(page_test.Page(page).scripts["data"])["episodes"]
 
 
+@pytest.mark.long
 def test_the_script_makes_the_report_of_a_run(trained, data_root, tmp_path):
     other = copy_run(trained, tmp_path / "other" / "mine", "metrics.jsonl")
     printed = runs.run(
@@ -92,6 +93,7 @@ def test_the_script_makes_the_report_of_a_run(trained, data_root, tmp_path):
         assert len(episode["turns"]) == records[episode["episode"], 0]["turns"]
 
 
+@pytest.mark.long
 def test_split_step_and_temperature_choose_what_is_traced(trained, data_root, tmp_path):
     page = run_lib.make(
         trained,
@@ -110,6 +112,7 @@ def test_split_step_and_temperature_choose_what_is_traced(trained, data_root, tm
     assert [len(episode["chunks"]) for episode in episodes] == [16, 16]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("files", "lacking"),
     [
@@ -134,6 +137,7 @@ def test_a_run_that_lacks_something_gets_the_rest(
     assert "button" not in parsed.tags
 
 
+@pytest.mark.long
 def test_a_run_without_rl_says_how_to_get_its_curves(trained, data_root, tmp_path):
     bare = copy_run(trained, tmp_path / "sft", "metrics.jsonl")
     lines = (bare / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -144,6 +148,7 @@ def test_a_run_without_rl_says_how_to_get_its_curves(trained, data_root, tmp_pat
     assert {path.stem for path in page.parent.glob("*.png")} == {"sft"}
 
 
+@pytest.mark.long
 def test_results_of_a_demo_have_the_last_word(trained, data_root, tmp_path):
     bare = copy_run(trained, tmp_path / "demo", "metrics.jsonl", "eval")
     cell = {"em": 0.875, "ci_low": 0.75, "ci_high": 1.0, "episodes": 9}
@@ -153,6 +158,7 @@ def test_results_of_a_demo_have_the_last_word(trained, data_root, tmp_path):
     assert run.scores == methods
 
 
+@pytest.mark.long
 def test_what_is_asked_for_and_not_there_is_an_error(trained, data_root, tmp_path):
     with pytest.raises(ConfigError, match=r"--workdir=.*nowhere: no such folder"):
         run_lib.make(tmp_path / "nowhere", str(data_root))

@@ -49,6 +49,7 @@ def run(folder: pathlib.Path, *whats: str, restarts: int = 2) -> tuple[int, int]
     return supervisor.run(), len(list(folder.glob("start*")))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("whats", "expected"),
     [
@@ -78,6 +79,7 @@ def wait_for(condition, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_ends_the_supervisor(tmp_path, number):
     process = subprocess.Popen(
@@ -94,6 +96,7 @@ def test_a_signal_is_passed_on_and_ends_the_supervisor(tmp_path, number):
     assert len(list(tmp_path.glob("start*"))) == 1
 
 
+@pytest.mark.processes
 def test_a_signal_ends_the_wait_before_a_restart(tmp_path):
     process = subprocess.Popen(
         [
@@ -113,6 +116,7 @@ def test_a_signal_ends_the_wait_before_a_restart(tmp_path):
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
 
 
+@pytest.mark.processes
 def test_a_killed_supervisor_leaves_nothing_running(tmp_path):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--", *make_command(tmp_path, "wait")],

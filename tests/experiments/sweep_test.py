@@ -32,6 +32,7 @@ def test_scripts_share_a_cache_that_jax_locks(monkeypatch, tmp_path):
 # For real
 
 
+@pytest.mark.long
 def test_a_sweep_of_a_good_and_a_bad_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     config = write_config(

@@ -69,6 +69,7 @@ def start_and_end(
     return output
 
 
+@pytest.mark.processes
 def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
     tmp_path, data_root, reference
 ):
@@ -101,6 +102,7 @@ def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
     assert {step for step, stage in lines if stage != "eval"} == set(range(1, END + 1))
 
 
+@pytest.mark.long
 def test_a_run_that_is_compiled_as_users_do_comes_to_the_same(tmp_path, data_root, reference):
     last = SFT_END - 1
     arguments = [
@@ -242,6 +244,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(reference, run_here, capsys):
     assert snapshot(reference) == before
 
 
+@pytest.mark.long
 def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
     tmp_path, reference, data_root, run_here
 ):

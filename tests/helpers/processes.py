@@ -16,7 +16,7 @@ from tests.helpers import runs
 HEARTBEAT = 10  # seconds of silence after which a process counts as lost
 PATIENCE = 240  # for anything; a loaded machine with an empty compilation cache is slow
 
-_CHILD = str(ROOT / "tests" / "child.py")
+_CHILD = str(ROOT / "tests" / "helpers" / "child.py")
 _TRAIN = str(ROOT / "experiments" / "train.py")
 _SUPERVISE = str(ROOT / "experiments" / "supervise.py")
 
