@@ -23,14 +23,24 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """SQuAD normalisation, except that a text of which it would leave nothing stays.
+    """SQuAD normalisation, except that a text of which it would leave nothing keeps more.
 
     "A", "The The" and "!!!" can be answers; were they to become empty, then no answer at all
-    would match them.
+    would match them. So the result is the first of these that is not empty, always in lower case
+    and with single spaces:
+
+    1. the text without punctuation and without articles: "The Paris." is "paris";
+    2. the text without punctuation: "A.", "(A)" and "a" are "a", "The The!" is "the the";
+    3. the text: "!!!" is "!!!".
+
+    2 yields nothing but articles, of which 1 keeps none, and 3 nothing but punctuation. So texts
+    that SQuAD normalisation leaves something of, and tells apart, stay apart, and none of them
+    equals a text that it would empty.
     """
     lower = text.lower()
-    kept = " ".join(_ARTICLES.sub(" ", lower.translate(_PUNCTUATION)).split())
-    return kept or " ".join(lower.split())
+    words = lower.translate(_PUNCTUATION)
+    steps = (_ARTICLES.sub(" ", words), words, lower)
+    return next(filter(None, (" ".join(step.split()) for step in steps)), "")
 
 
 def exact_match(prediction: str, aliases: Sequence[str]) -> float:

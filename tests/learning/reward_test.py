@@ -1,5 +1,8 @@
 """Answer scores against literal cases."""
 
+import itertools
+import string
+
 import numpy as np
 import pytest
 
@@ -17,8 +20,14 @@ from atommem_jax.learning import reward
         ("rock-'n'-roll", "rocknroll"),
         ("São Paulo", "são paulo"),
         ("", ""),
-        ("A", "a"),  # nothing would be left: kept
-        ("!!!", "!!!"),
+        ("A", "a"),  # nothing would be left: articles are kept
+        ("A.", "a"),
+        ("(A)", "a"),
+        ("An", "an"),
+        ("The The!", "the the"),
+        ("...the\n...  THE?", "the the"),
+        ("!!!", "!!!"),  # nor that: punctuation is kept
+        (" ? ! ", "? !"),
     ],
 )
 def test_normalise(text, normal):
@@ -26,14 +35,38 @@ def test_normalise(text, normal):
 
 
 def test_normalise_leaves_normal_text_alone():
-    for text in ("Paris.", "The  Eiffel Tower", "A", "!!!", "U.S.A.", ""):
+    for text in ("Paris.", "The  Eiffel Tower", "A", "(A)", "The The!", "!!!", "U.S.A.", ""):
         once = reward.normalise(text)
         assert reward.normalise(once) == once
+
+
+def squad(text: str) -> str:
+    """The evaluation's own rule, written out word by word."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(word for word in kept.split() if word not in ("a", "an", "the"))
+
+
+def test_what_is_kept_of_empty_answers_equals_no_other_answer():
+    """Over all texts of up to four of these pieces, the same as SQuAD's rule where it keeps any."""
+    pieces = ["a", "The", "an", ".", "!", " ", "b"]
+    texts = {"".join(p) for n in range(5) for p in itertools.product(pieces, repeat=n)}
+    kept = {text: reward.normalise(text) for text in texts if squad(text)}
+    assert kept == {text: squad(text) for text in kept}
+    rest = {text: reward.normalise(text) for text in texts - kept.keys()}
+    assert not {*kept.values()} & {*rest.values()}
+    assert all(bool(normal) == bool(text.strip()) for text, normal in rest.items())
+    assert len({rest[text] for text in ("a", "an", "The", "a a", ".", "!", "! .", "")}) == 8
 
 
 @pytest.mark.parametrize(
     ("prediction", "aliases", "score"),
     [
+        ("A.", ["A"], 1.0),
+        ("(A)", ["A"], 1.0),
+        ("The The!", ["The The"], 1.0),
+        ("The", ["The The"], 0.0),
+        ("A", ["An"], 0.0),
+        ("a.", ["."], 0.0),
         ("the Paris", ["Lyon", "Paris."], 1.0),
         ("Paris, France", ["Paris"], 0.0),
         ("", ["Paris"], 0.0),
@@ -59,6 +92,8 @@ def test_exact_match(prediction, aliases, score):
         ("yes", ["no"], 0.0),
         ("", ["Paris"], 0.0),
         ("", [""], 1.0),
+        ("The The!", ["The The"], 1.0),
+        ("A.", ["An apple"], 0.0),
     ],
 )
 def test_f1(prediction, aliases, score):
