@@ -6,7 +6,10 @@
         --config.sft.data=runs/teacher --workdir=runs/mine
 
 Any server that speaks OpenAI's protocol serves. The teacher sees as text what the agent would see
-as tokens, and what it replies is parsed and applied as a reply of the agent is. Killed at any
+as tokens, and what it replies is parsed and applied as a reply of the agent is. Thoughts before the
+reply are kept beside it and not learned, unless the protocol has free text. Nor is a reply learned
+that is not whole: the summary counts them by what ended them. An episode whose prompt the server
+refuses is counted and left, and tried again by the next call. Killed at any
 moment, the same command goes on; with more --episodes or --samples_per_episode it adds to what
 there is. The key of the API is read from an environment variable and written nowhere.
 """
@@ -14,15 +17,15 @@ there is. The key of the API is read from an environment variable and written no
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 
 from atommem_jax.agent import build, load, validate
 from atommem_jax.collection import store
-from atommem_jax.collection.endpoint import Endpoint, Patience
-from atommem_jax.collection.player import Player, Tally, collect
+from atommem_jax.collection.endpoint import UNFINISHED_THOUGHTS, Endpoint, Patience
+from atommem_jax.collection.player import LONGER_THAN_A_RESPONSE, Player, Tally, collect
 from atommem_jax.config import check, flatten, parse
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import datasets, schema
@@ -30,7 +33,10 @@ from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 BASE_URL = absl_flags.DEFINE_string(
-    "base_url", None, "Address of the server up to /chat/completions: http://localhost:8000/v1."
+    "base_url",
+    None,
+    "Address of the server up to /chat/completions: http://localhost:8000/v1. A query, such as "
+    "?api-version=2024-10-21, goes with every request.",
 )
 MODEL = absl_flags.DEFINE_string("model", None, "Name of the teacher on that server.")
 API_KEY_ENV = absl_flags.DEFINE_string(
@@ -73,7 +79,10 @@ PRICE = absl_flags.DEFINE_list(
     "IN,OUT: price of a million prompt tokens and of a million completion tokens.",
 )
 TIMEOUT = absl_flags.DEFINE_float(
-    "timeout", Patience.timeout, "Seconds in which a request must be answered.", lower_bound=1e-3
+    "timeout",
+    Patience.timeout,
+    "Seconds in which the whole answer to a request must have come.",
+    lower_bound=1e-3,
 )
 RETRIES = absl_flags.DEFINE_integer(
     "retries",
@@ -88,8 +97,21 @@ LONGEST_WAIT = absl_flags.DEFINE_float(
     "longest_wait", Patience.longest_wait, "Most seconds between two attempts.", lower_bound=0
 )
 MAX_FAILURES = absl_flags.DEFINE_integer(
-    "max_failures", 10, "Failed episodes in a row after which to stop.", lower_bound=1
+    "max_failures",
+    10,
+    "Failed episodes in a row after which to stop, those included that the server refused for the "
+    "first time.",
+    lower_bound=1,
 )
+
+_ADVICE_ON_ENDS = {
+    "length": "raise --max_tokens",
+    UNFINISHED_THOUGHTS: "raise --max_tokens, or start the server without a reasoning parser",
+    LONGER_THAN_A_RESPONSE: "raise --config.rollout.response_length",
+    "content_filter": "the server withheld the rest",
+    "tool_calls": "leave tools out of --extra_body",
+    "no finish_reason": "the server does not say whether the reply is whole",
+}
 
 
 def main(argv) -> None:
@@ -164,16 +186,38 @@ def _finish(writer: store.Writer, tally: Tally) -> None:
     cost = "" if summary["cost"] is None else f", cost {summary['cost']:.2f}"
     print(
         f"{summary['trajectories']} trajectories, {summary['kept']} kept (reward of "
-        f"{summary['min_reward']:g} or more), {summary['failures']} failed\n"
+        f"{summary['min_reward']:g} or more), {summary['failures']} failed"
+        f"{_describe_refusals(summary['refused'], writer.folder)}\n"
         f"EM {summary['em']:.3f}, F1 {summary['f1']:.3f} over {summary['questions']} questions\n"
         f"{summary['turns']} turns: {summary['turns_cut']} cut, "
-        f"{summary['turns_outside_grammar']} outside of the grammar\n"
+        f"{summary['turns_outside_grammar']} outside of the grammar, "
+        f"{summary['turns_empty']} without a word\n"
+        f"{_describe_ends(summary)}"
         f"actions applied (invalid): {actions}\n"
         f"{summary['requests']} requests, {summary['prompt_tokens']:,} prompt tokens, "
         f"{summary['completion_tokens']:,} completion tokens{cost}\n"
         f"written to {writer.folder}",
         flush=True,
     )
+
+
+def _describe_refusals(count: int, folder: pathlib.Path) -> str:
+    return f" ({count} refused by the server: {folder / store.FAILURES} says why)" if count else ""
+
+
+def _describe_ends(summary: Mapping[str, Any]) -> str:
+    """Lines about turns that are not learned because the teacher's reply was not whole."""
+    lines = [
+        f"not learned: {count} turns whose reply was not whole ({name})"
+        + (f": {_ADVICE_ON_ENDS[name]}" if name in _ADVICE_ON_ENDS else "")
+        for name, count in summary["turns_cut_by"].items()
+    ]
+    if summary["turns"] and summary["turns_empty"] == summary["turns"]:
+        lines.append(
+            "every reply was empty: ask the server for one by hand, and see whether "
+            "choices[0].message.content holds it"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _choose(dataset: datasets.Dataset, split: str, count: int) -> Sequence[schema.Example]:

@@ -1,11 +1,13 @@
 """What collect.py does: plays episodes with a teacher's replies, and adds up what came of them."""
 
+import bisect
 import collections
 import concurrent.futures
 import itertools
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,110 @@ import tqdm
 
 from atommem_jax.agent import build
 from atommem_jax.collection import store
-from atommem_jax.collection.endpoint import Endpoint, EndpointError, OutOfRetriesError
+from atommem_jax.collection.endpoint import (
+    STOP,
+    UNFINISHED_THOUGHTS,
+    Endpoint,
+    EndpointError,
+    OutOfRetriesError,
+    RefusedError,
+    Reply,
+)
 from atommem_jax.config import ConfigError, check
 from atommem_jax.documents.session import Session
 from atommem_jax.language import chat
+from atommem_jax.language.protocol import Tag
 from atommem_jax.learning import evaluation, reward
 from atommem_jax.tasks import batches, encoding
 from atommem_jax.tasks.schema import Example
 from atommem_jax.types import ActionKind, Response, Turns, View
 
+LONGER_THAN_A_RESPONSE = "longer than rollout.response_length"
+
 _KINDS = [kind for kind in ActionKind if kind != ActionKind.NONE]
+
+_FIRST_FEW = 3  # episodes, or all that are begun at once; see `_Row`
+
+# How models mark their thoughts where no server takes them out.
+_THOUGHTS = {
+    **{f"<{n}>": f"</{n}>" for n in ("think", "thinking", "thought", "reasoning", "seed:think")},
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|start_thinking|>": "<|end_thinking|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+}
+_MARKS = re.compile("|".join(map(re.escape, [*_THOUGHTS, *_THOUGHTS.values()])), re.IGNORECASE)
+
+# A reply of gpt-oss: channels, of which the one named "final" is for the user; and what is left of
+# them where a server drops control tokens.
+_CHANNEL = re.compile(
+    r"<\|channel\|>\s*(?P<name>\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
+    re.DOTALL,
+)
+_BARE_CHANNELS = re.compile(r"\A\s*(?:analysis|commentary)(.*)assistantfinal(.*)\Z", re.DOTALL)
+
+
+class Said(NamedTuple):
+    """A reply in two."""
+
+    thoughts: str
+    text: str
+    over: bool  # False where the thoughts never end
+
+
+def split_thoughts(reply: str, tags: Sequence[Tag]) -> Said:
+    """Takes thoughts out of a reply, however they are marked.
+
+    A mark that closes thoughts which no mark has opened makes thoughts of all that stands before
+    it: the opening one was part of the prompt. A mark inside of an action, which the tags tell, is
+    text of that action.
+    """
+    channels = list(_CHANNEL.finditer(reply))
+    if channels:
+        final = [channel["text"] for channel in channels if channel["name"] == "final"]
+        others = [channel["text"] for channel in channels if channel["name"] != "final"]
+        return Said("".join([reply[: channels[0].start()], *others]), "".join(final), bool(final))
+    if bare := _BARE_CHANNELS.match(reply):
+        return Said(bare[1], bare[2], True)
+    return _split_at_marks(reply, tags)
+
+
+def _split_at_marks(reply: str, tags: Sequence[Tag]) -> Said:
+    thoughts: list[str] = []
+    kept: list[str] = []
+    place, awaited, opened = 0, "", False
+    for mark in _find_marks(reply, tags):
+        before, spelling = reply[place : mark.start()], mark[0].lower()
+        if awaited:
+            if spelling != awaited:
+                continue
+            thoughts.append(before)
+            awaited = ""
+        elif spelling in _THOUGHTS:
+            kept.append(before)
+            awaited, opened = _THOUGHTS[spelling], True
+        elif opened:  # one too many
+            kept.append(before)
+        else:
+            thoughts += [*kept, before]
+            kept = []
+        place = mark.end()
+    (thoughts if awaited else kept).append(reply[place:])
+    return Said("".join(thoughts), "".join(kept), not awaited)
+
+
+def _find_marks(reply: str, tags: Sequence[Tag]) -> Iterator[re.Match[str]]:
+    """Those outside of actions: the tags next to a mark, on both sides, are not those of one."""
+    closes = {tag.open: tag.close for tag in tags}
+    any_tag = re.compile("|".join(map(re.escape, {*closes, *closes.values()})))
+    found = [(tag.start(), tag[0]) for tag in any_tag.finditer(reply)]
+    for mark in _MARKS.finditer(reply):
+        after = bisect.bisect(found, (mark.start(), ""))
+        open_tag = found[after - 1][1] if after else ""
+        close_tag = found[after][1] if after < len(found) else ""
+        if not close_tag or closes.get(open_tag) != close_tag:
+            yield mark
 
 
 class Player:
@@ -55,7 +151,7 @@ class Player:
         return self._ids[key[0]], key[1]
 
     def play(self, key: store.Key) -> store.Record:
-        """The record of one trajectory; of a failure where the server did not answer.
+        """The record of one trajectory; of a failure where the server did not answer or refused.
 
         Raises EndpointError and ClosedError.
         """
@@ -65,8 +161,10 @@ class Player:
         try:
             with self._turn:
                 record |= self._play(key[0], usage)
-        except OutOfRetriesError as error:
+        except (OutOfRetriesError, RefusedError) as error:
             record["error"] = str(error)
+            if isinstance(error, RefusedError):
+                record["refused"] = True
         return {**record, "usage": dict(usage)}
 
     def _play(self, number: int, usage: collections.Counter[str]) -> store.Record:
@@ -107,10 +205,10 @@ class Player:
         def respond(view: View, key: jax.Array) -> Response:
             del key  # the server draws
             observation = jax.tree.map(lambda x: x[0], jax.device_get(view.observation))
-            said = chat.messages(observation, self._protocol, tokenizer)
+            messages = chat.messages(observation, self._protocol, tokenizer)
             self._turn.release()
             try:
-                reply = self.endpoint.chat(said)
+                reply = self.endpoint.chat(messages)
             finally:
                 self._turn.acquire()
             usage.update(
@@ -118,10 +216,13 @@ class Player:
                 prompt_tokens=reply.prompt_tokens,
                 completion_tokens=reply.completion_tokens,
             )
-            ids = chat.encode_reply(reply.text, self._protocol, tokenizer)
-            cut = reply.cut or len(ids) >= width
+            said, ended = self._split(reply)
+            ids = chat.encode_reply(said.text, self._protocol, tokenizer)
+            if ended == STOP and len(ids) >= width:
+                ended = LONGER_THAN_A_RESPONSE
             ids = [*ids[: width - 1], tokenizer.eos_id]
-            replies.append({"reply": reply.text, "cut": cut})
+            turn = {"reply": said.text, "cut": ended != STOP, "ended": ended}
+            replies.append(turn | ({"thoughts": said.thoughts} if said.thoughts else {}))
             tokens = np.full((1, width), tokenizer.pad_id, np.int32)
             tokens[0, : len(ids)] = ids
             return Response(
@@ -133,6 +234,15 @@ class Player:
             )
 
         return respond
+
+    def _split(self, reply: Reply) -> tuple[Said, str]:
+        """(the reply without its thoughts, how it ended)."""
+        if self._protocol.free_text:  # thoughts are part of the turn, and learned like the rest
+            return Said(reply.thoughts, reply.text, True), reply.ended
+        said = split_thoughts(reply.text, self._protocol.tags)
+        unfinished = reply.ended == STOP and not said.over
+        ended = UNFINISHED_THOUGHTS if unfinished else reply.ended
+        return said._replace(thoughts=reply.thoughts + said.thoughts), ended
 
 
 def _describe(record: Turns) -> dict[str, Any]:
@@ -163,7 +273,9 @@ class Tally:
         self.min_reward, self.prices = min_reward, prices
         self.done: set[store.Key] = set()
         self.failed: set[store.Key] = set()
+        self.refused: set[store.Key] = set()
         self.kept = 0
+        self._ends: collections.Counter[str] = collections.Counter()
         self._sums: collections.Counter[str] = collections.Counter()
         self._usage: collections.Counter[str] = collections.Counter()
         self._actions: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -174,6 +286,7 @@ class Tally:
         self._usage.update(record["usage"])
         if "error" in record:
             self.failed.add(key)
+            (self.refused.add if record.get("refused") else self.refused.discard)(key)
             return
         self.done.add(key)
         self.kept += record["reward"] >= self.min_reward
@@ -186,7 +299,10 @@ class Tally:
             turns=len(turns),
             cut=sum(turn["cut"] for turn in turns),
             outside=sum(not turn["cut"] and not turn["admitted"] for turn in turns),
+            empty=sum(not turn["reply"].strip() for turn in turns),
         )
+        # Lines of older versions do not say how a turn ended.
+        self._ends.update(turn.get("ended", "unknown") for turn in turns if turn["cut"])
         for fate in ("applied", "invalid"):
             for kind, count in record[fate].items():
                 self._actions[kind, fate] += count
@@ -202,12 +318,15 @@ class Tally:
             "kept": self.kept,
             "min_reward": self.min_reward,
             "failures": len(self.failed - self.done),
+            "refused": len(self.refused - self.done),
             "questions": sums["questions"],
             "em": sums["em"] / questions,
             "f1": sums["f1"] / questions,
             "reward": sums["reward"] / trajectories,
             "turns": sums["turns"],
             "turns_cut": sums["cut"],
+            "turns_cut_by": dict(self._ends.most_common()),
+            "turns_empty": sums["empty"],
             "turns_outside_grammar": sums["outside"],
             "actions": {
                 kind.name.lower(): {
@@ -233,11 +352,18 @@ def collect(
 ) -> None:
     """Plays what is not there yet, `concurrency` episodes at a time.
 
-    Raises ConfigError where the server refuses a request, or `max_failures` in a row have failed.
+    What was refused before comes last, and is no news when it is refused again.
+
+    Raises ConfigError where the server refuses everything, or `max_failures` in a row have failed.
     """
     keys = [(number, sample) for sample in range(samples) for number in range(len(player))]
     todo = [key for key in keys if player.name(key) not in tally.done]
-    failed_in_a_row = 0
+    again = {key for key in todo if player.name(key) in tally.refused}
+    todo.sort(key=lambda key: key in again)
+    few = 0 if tally.done else max(_FIRST_FEW, concurrency)
+    row = _Row(len(todo) - len(again), max_failures, few)
+    places = {player.name(key): place for place, key in enumerate(todo)}
+    refusal = ""
     try:
         bar = tqdm.tqdm(
             _play_all(player, todo, concurrency),
@@ -251,14 +377,59 @@ def collect(
             writer.append(store.FAILURES if failed else store.EPISODES, record)
             tally.add(record)
             bar.set_postfix(kept=tally.kept, failed=len(tally.failed), refresh=False)
-            failed_in_a_row = failed_in_a_row + 1 if failed else 0
-            check(
-                failed_in_a_row < max_failures,
-                f"{failed_in_a_row} episodes in a row failed (--max_failures), the last one with: "
-                f"{record.get('error')}. When the server answers again, the same command goes on",
-            )
+            refusal = record["error"] if record.get("refused") else refusal
+            row.add(places[record["example"], record["sample"]], record)
     except EndpointError as error:
         raise ConfigError(str(error)) from error
+    check(
+        not todo or bool(tally.done) or not {player.name(key) for key in todo} <= tally.refused,
+        f"the server refused all episodes that there were to play ({len(todo)}), the last one "
+        f"with: {refusal}",
+    )
+
+
+class _Row:
+    """Failures in a row, in the order in which episodes were begun.
+
+    Not in the order in which they end: a refusal comes at once, while the episodes that the server
+    does play take their time.
+
+    Args:
+      news: how many episodes are played for the first time, or again after no answer. They come
+        first; of the others, which the server has refused before, another refusal does not count.
+      max_failures: in a row.
+      few: so many refusals at the very beginning mean that the server refuses everything; 0 where
+        it is known to have played an episode.
+    """
+
+    def __init__(self, news: int, max_failures: int, few: int):
+        self._news, self._max_failures, self._few = news, max_failures, few
+        self._over: dict[int, tuple[str | None, bool]] = {}
+        self._next = self._failed = 0
+
+    def add(self, place: int, record: Mapping[str, Any]) -> None:
+        """Raises ConfigError where this is one too many."""
+        error, refused = record.get("error"), record.get("refused", False)
+        self._over[place] = error, refused
+        if error is None:
+            self._few = 0
+        while self._next in self._over:
+            error, refused = self._over.pop(self._next)
+            self._next += 1
+            if refused and self._next > self._news:
+                continue
+            self._failed = 0 if error is None else self._failed + 1
+            self._few = self._few if refused else 0
+            check(
+                self._next != self._few,
+                f"the server refused the first {self._next} episodes, the last one with: {error}. "
+                "When it takes them, the same command goes on",
+            )
+            check(
+                self._failed < self._max_failures,
+                f"{self._failed} episodes in a row failed (--max_failures), the last one with: "
+                f"{error}. When the server answers again, the same command goes on",
+            )
 
 
 def _play_all(

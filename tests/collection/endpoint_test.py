@@ -1,7 +1,9 @@
 """The client of an OpenAI-compatible endpoint, against a stub that fails in every way."""
 
+import json
 import sys
 import threading
+import time
 
 import pytest
 
@@ -28,7 +30,7 @@ def ask(answers, patience=HASTY, **arguments):
 def test_a_request_is_what_the_protocol_asks_for():
     options = {"temperature": 0.5, "max_tokens": 7}
     reply, stub = ask([Answer("h\N{SNOWMAN}")], api_key=f" {SECRET}\n", options=options)
-    assert reply == endpoint.Reply("h\N{SNOWMAN}", False, 100, 10)
+    assert reply == endpoint.Reply("h\N{SNOWMAN}", endpoint.STOP, 100, 10)
     assert stub.requests == [{"model": "some/model", "messages": HELLO, **options}]
     assert stub.keys == [f"Bearer {SECRET}"]
     _, stub = ask([Answer()])
@@ -88,8 +90,21 @@ def test_a_server_that_says_nothing_is_left():
     patience = endpoint.Patience(timeout=0.2, retries=1, backoff=0.0)
     error, stub = ask([Answer(stalls=True)], patience)
     assert isinstance(error, endpoint.OutOfRetriesError)
-    assert "no answer within 0.2 s; given up after 2 attempts" in str(error)
+    assert "no whole answer within 0.2 s; given up after 2 attempts" in str(error)
     assert len(stub.requests) == 2
+
+
+def test_the_timeout_is_of_the_whole_answer():
+    """A byte now and then, long before it has passed, does not begin it anew."""
+    patience = endpoint.Patience(timeout=0.3, retries=1, backoff=0.0)
+    begin = time.monotonic()
+    error, stub = ask([Answer(drips=True)], patience)
+    assert 0.6 <= time.monotonic() - begin < 5.0
+    assert isinstance(error, endpoint.OutOfRetriesError)
+    assert "no whole answer within 0.3 s; given up after 2 attempts" in str(error)
+    assert len(stub.requests) == 2
+    reply, _ = ask([Answer(drips=True), Answer("at last")], patience)
+    assert reply.text == "at last"
 
 
 def test_attempts_and_waits_are_bounded():
@@ -133,19 +148,182 @@ def test_a_refusal_ends_at_once_and_says_what_to_do(status, advice):
     assert len(stub.requests) == 1
 
 
-def test_a_reply_may_be_empty_cut_or_odd():
-    reply, _ = ask([Answer(text=None)])
-    assert reply == endpoint.Reply("", False, 100, 10)
-    reply, _ = ask([Answer("abc", finish_reason="length")])
-    assert reply.cut
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refusal_may_be_of_one_prompt(status):
+    """Of that kind is what others need not get; everything else ends for all."""
+    for said, advice in (
+        ("The maximum context length is 4096 tokens", "lower --max_tokens"),
+        ("The response was filtered due to the content management policy", "content filter"),
+        ("Unsupported parameter: max_tokens", "smaller" if status == 413 else "--max_tokens"),
+    ):
+        body = json.dumps({"error": {"message": said}}).encode()
+        error, stub = ask([Answer(status=status, body=body)])
+        assert type(error) is endpoint.RefusedError
+        assert f"status {status}, " in str(error)
+        assert said in str(error)
+        assert advice in str(error)
+        assert len(stub.requests) == 1
+    flagged = b'{"error": {"message": "Your input was flagged", "code": 403}}'
+    assert type(ask([Answer(status=403, body=flagged)])[0]) is endpoint.RefusedError
+    for other in (401, 402, 403, 404):
+        assert type(ask([Answer(status=other)])[0]) is endpoint.EndpointError
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "said"),
+    [
+        (
+            {"error": {"message": "Insufficient credits", "code": 402}, "user_id": "u"},
+            endpoint.EndpointError,
+            'status 200 with error 402, \'{"message": "Insufficient credits"',
+        ),
+        (
+            {"error": {"message": "Bad key", "code": "401"}, "choices": None},
+            endpoint.EndpointError,
+            "--api_key_env",
+        ),
+        (
+            {"object": "error", "message": "maximum context length is 9", "code": 400},
+            endpoint.RefusedError,
+            "maximum context length is 9",
+        ),
+        (
+            {"error": {"message": "Blocked", "code": "content_filter"}},
+            endpoint.RefusedError,
+            "status 200 with an error, ",
+        ),
+        (
+            {"error": {"message": "Rate limit exceeded", "code": 429}},
+            endpoint.OutOfRetriesError,
+            'status 200 with error 429 \'{"message": "Rate limit exceeded"',
+        ),
+        ({"error": "Model is loading"}, endpoint.OutOfRetriesError, "Model is loading"),
+        (
+            {
+                "choices": [
+                    {
+                        "message": {"content": "<create>Anna lives in " + "x" * 1000},
+                        "finish_reason": "error",
+                        "error": {"code": 502, "message": "Provider disconnected"},
+                    }
+                ]
+            },
+            endpoint.OutOfRetriesError,
+            'status 200 with error 502 \'{"code": 502, "message": "Provider disconnected"}\'; '
+            "given up after 4 attempts",
+        ),
+        (
+            {"choices": [{"message": {"content": "half"}, "finish_reason": "error"}]},
+            endpoint.OutOfRetriesError,
+            '"finish_reason": "error"',
+        ),
+        (
+            {"choices": None, "detail": "no such thing"},
+            endpoint.OutOfRetriesError,
+            'the reply is no chat completion: \'{"choices": null, "detail": "no such thing"}\'',
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_error_in_the_body_of_a_200_is_quoted_and_judged(body, kind, said):
+    error, stub = ask([Answer(body=json.dumps(body).encode())])
+    assert type(error) is kind, error
+    assert said in str(error)
+    assert len(stub.requests) == (4 if kind is endpoint.OutOfRetriesError else 1)
+
+
+def test_a_reply_may_be_odd():
     body = complete(Answer("a?b")).replace(b"?", b"\\ud800")
     reply, _ = ask([Answer(body=body.replace(b'"usage"', b'"others"'))])
-    assert reply == endpoint.Reply("a?b", False, 0, 0)
+    assert reply == endpoint.Reply("a?b", endpoint.STOP, 0, 0)
+    reply, _ = ask([Answer(body=b"\xef\xbb\xbf\n" + complete(Answer("a")))])
+    assert reply.text == "a"
+    error, _ = ask([Answer(body=b"[" * 100_000)])
+    assert "the reply is no JSON object: '[[[" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("reason", "ended"),
+    [
+        ("stop", "stop"),
+        ("STOP", "stop"),
+        ("eos_token", "stop"),
+        ("length", "length"),
+        ("content_filter", "content_filter"),
+        ("tool_calls", "tool_calls"),
+        ("abort", "abort"),
+        (None, "no finish_reason"),
+    ],
+)
+def test_only_a_reply_that_stopped_is_whole(reason, ended):
+    reply, _ = ask([Answer("abc", finish_reason=reason)])
+    assert reply == endpoint.Reply("abc", ended, 100, 10)
+
+
+THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "text", "ended", "thoughts"),
+    [
+        ("", {}, "", "stop", ""),
+        (None, {}, "", "no content", ""),
+        ([], {}, "", "no content", ""),
+        (None, {"reasoning_content": "hm"}, "", "thoughts without a reply", "hm"),
+        ("", {"reasoning": "hm"}, "", "thoughts without a reply", "hm"),
+        ("yes", {"reasoning": "hm", "reasoning_content": "hm"}, "yes", "stop", "hm"),
+        ("yes", {"reasoning_content": None}, "yes", "stop", ""),
+        ([{"type": "text", "text": "y"}, {"type": "text", "text": "es"}], {}, "yes", "stop", ""),
+        ([THINKING, {"type": "text", "text": "yes"}], {}, "yes", "stop", "hm"),
+        ([{"type": "thinking", "thinking": "hm"}], {}, "", "thoughts without a reply", "hm"),
+        ([{"type": "refusal", "refusal": "no"}], {}, "", "refusal", ""),
+        (None, {"refusal": "I will not"}, "", "refusal", ""),
+        ([{"type": "image_url", "image_url": {}}], {}, "", "no content", ""),
+    ],
+)
+def test_content_may_be_null_or_in_parts(content, fields, text, ended, thoughts):
+    reply, _ = ask([Answer(content, message=fields)])
+    assert reply == endpoint.Reply(text, ended, 100, 10, thoughts)
+
+
+def test_content_that_is_no_text_is_quoted():
+    for content in (7, [{"text": "x"}], [{"type": "text"}]):
+        error, _ = ask([Answer(content)])
+        assert isinstance(error, endpoint.OutOfRetriesError)
+        assert 'the reply is no chat completion: \'{"choices"' in str(error)
+
+
+def test_an_address_may_have_a_query_and_blanks_around_it():
+    for before, after, query in (
+        (" ", "/\n", ""),
+        ("", "?api-version=2024-10-21", "api-version=2024-10-21"),
+        ("\t", "/?api-version=2024-10-21&a=1&a=2&b= ", "api-version=2024-10-21&a=1&a=2&b="),
+        ("", "/chat/completions?x=y", "x=y"),
+    ):
+        with Stub(lambda request: Answer("here")) as stub:
+            client = endpoint.Endpoint(f"{before}{stub.url}{after}", "m", patience=HASTY)
+            assert client.url == f"{stub.url}/chat/completions"
+            assert [client.chat(HELLO).text for _ in range(2)] == ["here", "here"]
+            assert stub.queries == [query, query]
+
+
+def test_what_a_query_holds_is_not_quoted_either():
+    with Stub(lambda request: Answer(status=404, body=f"no {SECRET} 2024-10-21".encode())) as stub:
+        address = f"{stub.url}?api-version=2024-10-21&code={SECRET}"
+        with pytest.raises(endpoint.EndpointError, match=r"'no \*\*\* 2024-10-21'") as info:
+            endpoint.Endpoint(address, "m", patience=HASTY).chat(HELLO)
+    assert SECRET not in str(info.value)
 
 
 def test_a_bad_address_or_key_is_refused_without_quoting_the_key():
     addresses = ["localhost:8000/v1", "ftp://host", "http://host:0", "http://host:port", "http://["]
-    addresses += ["http://a\0b/v1", "http://xn--\N{SNOWMAN}/v1"]
+    addresses += [
+        "http://a b/v1",
+        "http://host/v 1",
+        " ",
+        "http://a\0b/v1",
+        "http://xn--\N{SNOWMAN}/v1",
+    ]
     addresses += [f"http://user:{SECRET}@host/v1", f"user:{SECRET}@host/v1"]
     for url in addresses:
         with pytest.raises(ConfigError, match="--base_url=") as info:
@@ -181,3 +359,22 @@ def test_closing_ends_a_wait():
         client.close()
         thread.join()
         assert len(raised) == len(stub.requests) == 1
+
+
+def test_closing_ends_a_request_under_way():
+    arrived = threading.Event()
+
+    def answer(request):
+        arrived.set()
+        return Answer(stalls=True)
+
+    with Stub(answer) as stub:
+        client = endpoint.Endpoint(stub.url, "m", patience=endpoint.Patience(timeout=600.0))
+        closing = threading.Thread(target=lambda: (arrived.wait(), client.close(), client.close()))
+        closing.start()
+        with pytest.raises(endpoint.ClosedError):
+            client.chat(HELLO)
+        closing.join()
+        with pytest.raises(endpoint.ClosedError):
+            client.chat(HELLO)
+        assert len(stub.requests) == 1

@@ -5,6 +5,7 @@ No server is asked but one in a thread of this process (`stub_endpoint`).
 
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,14 @@ class Scripted:
         reply = self.replies.pop(0)
         if isinstance(reply, Exception):
             raise reply
-        return endpoint.Reply(*reply) if isinstance(reply, tuple) else reply
+        return reply
 
     def close(self):
         pass
+
+
+def say(text, ended=endpoint.STOP, thoughts="") -> endpoint.Reply:
+    return endpoint.Reply(text, ended, 100, 10, thoughts)
 
 
 def list_examples() -> list:
@@ -82,7 +87,7 @@ def spell(ids) -> str:
 def list_replies(trajectory) -> list[endpoint.Reply]:
     """What a teacher would have to say for a trajectory to come about."""
     rows = zip(trajectory.turns.response[0], trajectory.turns.response_lengths[0], strict=True)
-    return [endpoint.Reply(spell(row[:size].tolist()), False, 100, 10) for row, size in rows]
+    return [say(spell(row[:size].tolist())) for row, size in rows]
 
 
 @pytest.fixture(scope="module")
@@ -153,16 +158,18 @@ def test_replies_that_break_the_rules_are_played_and_not_learned(tmp_path):
         "<create>" + "Drurvin " * 40 + "<end>",  # longer than a response
         "<update><3> Anna<end>",  # nothing is shown
         "no action",
-        ("<create>Anna", True, 1, 1),  # the server cut it
+        say("<create>Anna", "length"),  # the server cut it
         " words <create>Anna<end>\nwords ",
         "<create>no<end>",  # not while answering
         "<answer>" + example["questions"][1]["aliases"][0] + "<end>",
     ]
-    replies = [r if isinstance(r, tuple) else (r, False, 100, 10) for r in replies]
+    replies = [say(reply) if isinstance(reply, str) else reply for reply in replies]
     record = Player(tiny.make_parts(), list_examples(), Scripted(replies)).play((0, 0))
     assert record["em"] == [0.0, 1.0]
     turns = record["turns"]
     assert [turn["cut"] for turn in turns] == [i in (1, 4) for i in range(8)]
+    ended = {1: "longer than rollout.response_length", 4: "length"}
+    assert [turn["ended"] for turn in turns] == [ended.get(i, "stop") for i in range(8)]
     # An update of what is not shown is well formed; an empty reading turn is a turn.
     assert [turn["admitted"] for turn in turns] == [i in (2, 3, 5, 7) for i in range(8)]
     assert [len(turn["response"]) for turn in turns][1] == 14
@@ -170,7 +177,7 @@ def test_replies_that_break_the_rules_are_played_and_not_learned(tmp_path):
     assert record["applied"]["create"] == 1
     assert record["invalid"]["create"] == 3 + 1
     assert record["invalid"]["update"] == 1
-    assert record["usage"] == {"requests": 8, "prompt_tokens": 701, "completion_tokens": 71}
+    assert record["usage"] == {"requests": 8, "prompt_tokens": 800, "completion_tokens": 80}
 
     data = store.Collection(write(tmp_path, [record]), tiny.make_parts(), make_setting(), 0.5)
     learned = data.stack([0]).trajectories.turns
@@ -179,6 +186,140 @@ def test_replies_that_break_the_rules_are_played_and_not_learned(tmp_path):
         learned.scripted[0, :8], [i not in (2, 3, 5, 7) for i in range(8)]
     )
     assert "4 of their 8 turns can be learned" in str(data)
+
+
+def test_no_reply_that_is_not_whole_is_learned(tmp_path):
+    """Each is a sound answer or note but for how it ended; the summary names all of them."""
+    example = tiny.make_examples()[0]
+    ends = ["content_filter", "tool_calls", "no finish_reason", "abort", "length", "length"]
+    replies = [say("<create>Anna<end>", ended) for ended in ends]
+    replies += [say("<answer>no<end>", "refusal"), say("<answer>yes<end>")]
+    record = Player(tiny.make_parts(), [example], Scripted(replies)).play((0, 0))
+    assert [turn["ended"] for turn in record["turns"]] == [*ends, "refusal", "stop"]
+    data = store.Collection(write(tmp_path, [record]), tiny.make_parts(), make_setting(), 0.0)
+    learned = ~data.stack([0]).trajectories.turns.scripted[0, :8]
+    assert learned.tolist() == [False] * 7 + [True]
+    tally = Tally(0.5, None)
+    tally.add(record)
+    summary = tally.summarise()
+    assert (summary["turns_cut"], summary["turns_outside_grammar"]) == (7, 0)
+    rest = dict.fromkeys([*ends[:4], "refusal"], 1)
+    assert summary["turns_cut_by"] == {"length": 2, **rest}
+
+
+# ---------------------------------------------------------------------------------------------
+# Thoughts
+
+WRONG, RIGHT = "perhaps <create>wrong<end> then", "<create>right<end>"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"<think>{WRONG}</think>\n\n{RIGHT}",
+        f"{WRONG}\n</think>\n\n{RIGHT}",  # the prompt had opened them
+        f"{WRONG}</think> no, {WRONG}</think>{RIGHT}",
+        f"Well.\n<think>{WRONG}</think>{RIGHT}",
+        f"{RIGHT}<think>{WRONG}</think>",
+        f"<think>{WRONG}</think>{RIGHT}</think>",
+        f"<think></think><think>{WRONG}</think>{RIGHT}",
+        f"<think>no <think> {WRONG}</think>{RIGHT}",
+        f"<think>so I write <create></think>{RIGHT}",
+        f"so I write <create>wrong</think>{RIGHT}",
+        f"<THINK>{WRONG}</Think>{RIGHT}",
+        f"[THINK]{WRONG}[/THINK]{RIGHT}",
+        f"{WRONG}[/THINK]{RIGHT}",
+        f"<thought>{WRONG}</thought>{RIGHT}",
+        f"<reasoning>{WRONG}</reasoning>{RIGHT}",
+        f"<seed:think>{WRONG}</seed:think>{RIGHT}",
+        f"◁think▷{WRONG}◁/think▷{RIGHT}",
+        f"<|channel|>analysis<|message|>{WRONG}<|end|><|start|>assistant<|channel|>final<|message|>"
+        f"{RIGHT}<|return|>",
+        f"<|channel|>analysis<|message|>{WRONG}<|channel|>final<|message|>{RIGHT}",
+        f"{WRONG}<|end|><|start|>assistant<|channel|>final <|constrain|>text<|message|>{RIGHT}",
+        f"<|channel|>commentary to=functions.x<|message|>{WRONG}<|call|>"
+        f"<|start|>assistant<|channel|>final<|message|>{RIGHT}",
+        f"analysis{WRONG}assistantfinal{RIGHT}",  # where control tokens are dropped
+    ],
+)
+def test_thoughts_are_taken_out_of_a_reply(reply):
+    said = player_lib.split_thoughts(reply, build.find_protocol(tiny.make_config()).tags)
+    assert said.over
+    assert said.text.replace("Well.", "").replace("</think>", "").strip() == RIGHT
+    assert "wrong" in said.thoughts or "so I write <create>" in said.thoughts
+    assert RIGHT not in said.thoughts
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        (f"<think>{WRONG}", ""),
+        (f"[THINK]{WRONG}", ""),
+        (f"<|channel|>analysis<|message|>{WRONG}", ""),
+        (f"{RIGHT}<think>{WRONG}", RIGHT),
+    ],
+)
+def test_thoughts_may_never_end(reply, text):
+    tags = build.find_protocol(tiny.make_config()).tags
+    assert player_lib.split_thoughts(reply, tags) == (WRONG, text, False)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "no action at all",
+        f"I think: {RIGHT}",
+        "<create>the tag </think> ends thoughts<end><create>and [THINK] begins them<end>",
+        "analysis of the document: <create>assistant<end>",
+    ],
+)
+def test_a_reply_without_thoughts_stays(reply):
+    tags = build.find_protocol(tiny.make_config()).tags
+    assert player_lib.split_thoughts(reply, tags) == ("", reply, True)
+
+
+@pytest.mark.parametrize(
+    "piece", ["<think>", "</think>", "<create>", "<end></think>", "<|channel|>", "analysis", "a"]
+)
+def test_a_long_reply_is_split_in_linear_time(piece):
+    """A second for a megabyte: what is quadratic would take minutes."""
+    tags = build.find_protocol(tiny.make_config()).tags
+    begin = time.monotonic()
+    player_lib.split_thoughts(piece * (1_000_000 // len(piece)), tags)
+    player_lib.split_thoughts("<|channel|>a<|message|>" + piece * (10**6 // len(piece)), tags)
+    assert time.monotonic() - begin < 10.0
+
+
+def test_thoughts_are_kept_beside_the_turn_and_neither_played_nor_learned(expected, tmp_path):
+    replies = list_replies(expected[0][0])
+    plain = Player(tiny.make_parts(), list_examples(), Scripted(replies)).play((0, 0))
+    thinking = [say(f"{WRONG}\n</think>\n{reply.text}", thoughts="hm ") for reply in replies]
+    record = Player(tiny.make_parts(), list_examples(), Scripted(thinking)).play((0, 0))
+    assert {turn.pop("thoughts") for turn in record["turns"]} == {f"hm {WRONG}\n"}
+    for turn in record["turns"]:
+        turn["reply"] = turn["reply"].removeprefix("\n")
+    assert record == plain
+    assert record["em"] == [1.0] * len(record["em"])
+
+    # Thoughts that never end are no reply, whatever the server says of it.
+    unfinished = [say(f"<think>{WRONG}{reply.text}") for reply in replies]
+    record = Player(tiny.make_parts(), list_examples(), Scripted(unfinished)).play((0, 0))
+    assert {turn["ended"] for turn in record["turns"]} == {"thoughts without a reply"}
+    assert not any(record["applied"].values())
+    tally = Tally(0.5, None)
+    tally.add(record)
+    assert tally.summarise()["turns_empty"] == len(record["turns"])
+
+
+def test_thoughts_are_part_of_a_turn_where_text_is_free():
+    parts = build.build(
+        tiny.make_config().replace({"protocol.free_text": True}), tiny.make_tokenizer()
+    )
+    said = Scripted([say("<think>hm</think>")] * 99)
+    turns = Player(parts, list_examples(), said).play((0, 0))["turns"]
+    assert {turn["reply"] for turn in turns} == {"<think>hm</think>"}
+    assert all(len(turn["response"]) > 1 for turn in turns)
 
 
 def test_the_teacher_sees_the_turn_as_text(expected, records):
@@ -349,8 +490,100 @@ def test_a_server_that_is_down_or_refuses_ends_the_run(tmp_path):
     summary, error = collect_here(player, tmp_path / "down", concurrency=1)
     assert "2 episodes in a row failed (--max_failures), the last one with: it is down" in error
     assert (summary["trajectories"], summary["failures"]) == (0, 2)
-    refused = endpoint.EndpointError("status 401. Put a valid key")
+    refused = endpoint.EndpointError("status 401. Put a valid key")  # for all requests
     player = Player(tiny.make_parts(), list_examples(), Scripted([refused] * 9))
     summary, error = collect_here(player, tmp_path / "refused")
     assert error == "status 401. Put a valid key"
     assert (summary["trajectories"], summary["failures"]) == (0, 0)
+
+
+REFUSED = endpoint.RefusedError("status 400, 'too long'")
+
+
+class Taught:
+    """A player whose teacher refuses some episodes, after some time; `played` has their order."""
+
+    def __init__(self, record, fates):
+        self.endpoint = Scripted([])
+        self.played, self._record, self._fates = [], record, fates
+
+    def __len__(self):
+        return len(self._fates)
+
+    def name(self, key):
+        return key
+
+    def play(self, key):
+        self.played.append(key[0])
+        fate = self._fates[key[0]]
+        record = {"example": key[0], "sample": key[1], "usage": {"requests": 1}}
+        if fate == "slow":
+            time.sleep(0.3)
+        if fate in ("refused", "down"):
+            return record | {"error": fate} | ({"refused": True} if fate == "refused" else {})
+        return self._record | record
+
+
+def test_a_refused_prompt_costs_its_episode_alone(expected, tmp_path):
+    replies = [list_replies(trajectory) for trajectory, _ in expected]
+    said = itertools.chain(replies[0], replies[1][:2], [REFUSED], replies[2])
+    player = Player(tiny.make_parts(), list_examples(), Scripted(said))
+    summary, error = collect_here(player, tmp_path, concurrency=1)
+    assert error is None
+    assert (summary["trajectories"], summary["failures"], summary["refused"]) == (2, 1, 1)
+    (failure,) = map(json.loads, (tmp_path / store.FAILURES).read_text().splitlines())
+    assert failure["example"] == 1
+    assert failure["error"] == "status 400, 'too long'"
+    assert failure["usage"]["requests"] == 2
+    # Again, and then the server takes it.
+    player = Player(tiny.make_parts(), list_examples(), Scripted([REFUSED]))
+    summary, error = collect_here(player, tmp_path, concurrency=1)
+    assert (error, summary["trajectories"], summary["refused"]) == (None, 2, 1)
+    player = Player(tiny.make_parts(), list_examples(), Scripted(replies[1]))
+    summary, error = collect_here(player, tmp_path, concurrency=1)
+    assert (error, summary["trajectories"], summary["refused"]) == (None, 3, 0)
+
+
+def test_refused_prompts_never_keep_others_from_being_played(records, tmp_path):
+    """Not even more of them than --max_failures, which an earlier run has met."""
+    fates = ["played", *["refused", "refused", "played"] * 3]
+    taught = Taught(records[0], fates)
+    summary, error = collect_here(taught, tmp_path, max_failures=3, concurrency=1)
+    assert (error, summary["trajectories"], summary["refused"]) == (None, 4, 6)
+    more = Taught(records[0], [*fates, "played"])
+    summary, error = collect_here(more, tmp_path, max_failures=3, concurrency=1)
+    assert (error, summary["trajectories"], summary["refused"]) == (None, 5, 6)
+    assert more.played == [10, 1, 2, 4, 5, 7, 8]  # what is new, then what was refused
+    # A server that is down is still found out while they are tried again.
+    down = Taught(records[0], ["played", *["down"] * 10])
+    _, error = collect_here(down, tmp_path, max_failures=3, concurrency=1)
+    assert "3 episodes in a row failed" in error
+    assert down.played == [1, 2, 4]
+
+
+def test_a_server_that_refuses_everything_ends_the_run_soon(records, tmp_path):
+    everything = Taught(records[0], ["refused"] * 50)
+    summary, error = collect_here(everything, tmp_path / "a", max_failures=10, concurrency=1)
+    assert "the server refused the first 3 episodes, the last one with: refused" in error
+    assert (summary["refused"], summary["trajectories"]) == (3, 0)
+    # The next call begins with others.
+    again = Taught(records[0], ["refused"] * 50)
+    collect_here(again, tmp_path / "a", max_failures=10, concurrency=1)
+    assert again.played[:3] == [3, 4, 5]
+    few = Taught(records[0], ["refused"] * 2)
+    for _ in range(2):
+        _, error = collect_here(few, tmp_path / "b", max_failures=10)
+        assert "refused all episodes that there were to play (2), the last one with: ref" in error
+    # Where something was played once, it takes as many as any other failure.
+    later = Taught(records[0], ["played"] + ["refused"] * 50)
+    summary, error = collect_here(later, tmp_path / "c", max_failures=10, concurrency=1)
+    assert "10 episodes in a row failed (--max_failures), the last one with: refused" in error
+    assert summary["trajectories"] == 1
+
+
+def test_refusals_in_a_row_are_counted_in_the_order_of_episodes(records, tmp_path):
+    """A refusal comes at once: many of them may come before an answer, and mean nothing."""
+    fates = ["slow"] + ["refused", "refused", "slow"] * 5
+    taught = Taught(records[0], fates)
+    summary, error = collect_here(taught, tmp_path, max_failures=3, concurrency=8)
+    assert (error, summary["trajectories"], summary["refused"]) == (None, 6, 10)

@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import re
 import signal
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -179,6 +181,78 @@ def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, mon
     wider = runs.make_config(sft__data=str(folder), memory__entry_length=9)
     with pytest.raises(ConfigError, match=r"memory\.entry_length=9 \(collected with 8\)"):
         train.train(wider, str(tmp_path / "other"), str(data_root))
+
+
+def refuse_one() -> Callable[[dict], Answer]:
+    """A teacher that thinks aloud, whose prompt opens its thoughts, behind a filter.
+
+    The filter refuses the prompts with the question of the first request, and withholds whole what
+    is said in the turns in which an answer must be given.
+    """
+    seen: list[str] = []
+
+    def answer(request):
+        user = request["messages"][1]["content"]
+        question = re.search(r"Question:\n(.*)", user)[1]
+        seen.append(question)
+        if question == seen[0]:
+            said = {"code": "content_filter", "message": "The response was filtered"}
+            return Answer(status=400, body=json.dumps({"error": said}).encode())
+        if "Answer the question now." in user:
+            return Answer(teach(request["messages"]), finish_reason="content_filter")
+        wrong = "The person moved, so <create>wrong note.<end> might do."
+        return Answer(f"{wrong}\n</think>\n\n{teach(request['messages'])}")
+
+    return answer
+
+
+def test_a_refused_prompt_and_thoughts_and_a_filter(tmp_path, data_root):
+    """The refused episode is counted, and by the same command tried again; the rest is played."""
+    with Stub(refuse_one()) as stub:
+        command = make_command(stub, tmp_path, data_root, "--concurrency=1", "--episodes=5")
+        printed = [runs.run("collect.py", *command) for _ in range(2)]
+    (failure, again) = map(json.loads, (tmp_path / store.FAILURES).read_text().splitlines())
+    assert failure["example"] == again["example"] == 0
+    assert 'status 400, \'{"error"' in failure["error"]
+    assert "A content filter refuses this prompt" in failure["error"]
+    records = read_lines(tmp_path)
+    assert [record["example"] for record in records] == [1, 2, 3, 4]
+    summary = json.loads((tmp_path / store.SUMMARY).read_text())
+    assert (summary["failures"], summary["refused"], summary["trajectories"]) == (1, 1, 4)
+    withheld = summary["turns_cut_by"].get("content_filter", 0)
+    for output in printed:
+        assert f"1 failed (1 refused by the server: {tmp_path / store.FAILURES} says why)" in output
+        assert (f"not learned: {withheld} turns" in output) == bool(withheld)
+    turns = [turn for record in records for turn in record["turns"]]
+    assert all(("wrong note" in turn["thoughts"]) for turn in turns if not turn["cut"])
+    assert not any("wrong note" in turn["reply"] for turn in turns)
+    assert summary["em"] > 0.5, "the stub is a good teacher, where its thoughts are not played"
+
+
+def test_a_refusal_of_everything_ends_in_a_sentence(tmp_path, data_root):
+    said = b'{"error": {"message": "Unsupported parameter: max_tokens"}}'
+    with Stub(lambda request: Answer(status=400, body=said)) as stub:
+        command = make_command(stub, tmp_path, data_root, "--concurrency=1")
+        printed = runs.run("collect.py", *command, status=2)
+        assert len(stub.requests) == 3
+    assert "the server refused the first 3 episodes, the last one with: " in printed
+    assert "Unsupported parameter: max_tokens" in printed
+    assert "Change what it names: --model, --temperature, --max_tokens" in printed
+
+
+def test_empty_replies_are_said(tmp_path, data_root):
+    answer = Answer(None, message={"reasoning_content": "<answer>Paris<end>"})
+    with Stub(lambda request: answer) as stub:
+        printed = runs.run("collect.py", *make_command(stub, tmp_path, data_root, "--episodes=1"))
+        turns = len(stub.requests)
+    assert (
+        f"{turns} turns: {turns} cut, 0 outside of the grammar, {turns} without a word" in printed
+    )
+    assert (
+        f"not learned: {turns} turns whose reply was not whole (thoughts without a reply): raise "
+        "--max_tokens, or start the server without a reasoning parser"
+    ) in printed
+    assert "every reply was empty: ask the server for one by hand" in printed
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ with Stub(lambda request: Answer(text="hello")) as stub:
     Endpoint(stub.url, "any model").chat([...])
 """
 
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -17,11 +18,13 @@ from typing import Any
 class Answer:
     """What the server does with a request."""
 
-    text: str | None = ""
+    text: Any = ""  # the message's content: a string, None, or a list of parts
     status: int = 200
     body: bytes | None = None  # in place of a completion
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    finish_reason: str = "stop"
+    finish_reason: str | None = "stop"  # None leaves it out
+    message: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more of its fields
+    drips: bool = False  # a blank every 50 ms, without an end
     stalls: bool = False  # nothing comes until the server ends
     hangs_up: bool = False
 
@@ -29,12 +32,13 @@ class Answer:
 class Stub:
     """A server on a free port of this host. Use it as a context manager.
 
-    `requests` are the bodies so far, `headers` what came with them, `keys` the Authorization
-    headers among these.
+    `requests` are the bodies so far, `queries` those of their addresses, `headers` what came with
+    them, `keys` the Authorization headers among these.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]):
         self.requests: list[dict[str, Any]] = []
+        self.queries: list[str] = []
         self.headers: list[dict[str, str]] = []
         self._answer, self._over = answer, threading.Event()
         stub = self
@@ -59,7 +63,9 @@ class Stub:
         """Answers one request."""
         size = int(handler.headers["Content-Length"])
         request = json.loads(handler.rfile.read(size))
-        assert handler.path == "/v1/chat/completions"
+        path, _, query = handler.path.partition("?")
+        assert path == "/v1/chat/completions"
+        self.queries.append(query)
         self.requests.append(request)
         self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         try:
@@ -70,12 +76,22 @@ class Stub:
             self._over.wait()
         if answer.stalls or answer.hangs_up:
             return
+        if answer.drips:
+            self._drip(handler)
+            return
         body = complete(answer) if answer.body is None else answer.body
         handler.send_response(answer.status)
         for name, value in {**answer.headers, "Content-Length": str(len(body))}.items():
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(body)
+
+    def _drip(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):  # the client has gone
+            while not self._over.wait(0.05):
+                handler.wfile.write(b" ")
 
     def __enter__(self) -> "Stub":
         self._thread.start()
@@ -90,10 +106,14 @@ class Stub:
 
 def complete(answer: Answer) -> bytes:
     """A chat completion; each counts 100 prompt tokens and 10 others."""
-    message = {"role": "assistant", "content": answer.text}
+    choice: dict[str, Any] = {
+        "message": {"role": "assistant", "content": answer.text, **answer.message}
+    }
+    if answer.finish_reason is not None:
+        choice["finish_reason"] = answer.finish_reason
     return json.dumps(
         {
-            "choices": [{"message": message, "finish_reason": answer.finish_reason}],
+            "choices": [choice],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10},
         }
     ).encode()
