@@ -206,6 +206,7 @@ def refuse_one() -> Callable[[dict], Answer]:
     return answer
 
 
+@pytest.mark.long  # each part in tests/collection
 def test_a_refused_prompt_and_thoughts_and_a_filter(tmp_path, data_root):
     """The refused episode is counted, and by the same command tried again; the rest is played."""
     with Stub(refuse_one()) as stub:
@@ -240,6 +241,7 @@ def test_a_refusal_of_everything_ends_in_a_sentence(tmp_path, data_root):
     assert "Change what it names: --model, --temperature, --max_tokens" in printed
 
 
+@pytest.mark.long
 def test_empty_replies_are_said(tmp_path, data_root):
     answer = Answer(None, message={"reasoning_content": "<answer>Paris<end>"})
     with Stub(lambda request: answer) as stub:
