@@ -14,7 +14,7 @@ from atommem_jax.config import ConfigError
 from atommem_jax.metrics import read_metrics
 from experiments import train
 from tests.conftest import COMPILATION_CACHE
-from tests.helpers import runs
+from tests.helpers import forks, runs
 from tests.helpers.stub_endpoint import Answer, Stub, teach
 
 SECRET = "sk-very-secret"
@@ -189,4 +189,4 @@ def test_sft_learns_from_what_was_collected(collection, data_root, tmp_path, mon
     ],
 )
 def test_a_mistake_ends_the_script_before_anything_is_read(arguments, message):
-    assert message in runs.run("collect.py", *arguments, status=2)
+    assert message in forks.refuse("collect.py", *arguments)
