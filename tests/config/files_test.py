@@ -1,9 +1,6 @@
 """Config errors name the field and the nearest valid one, also on the command line."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +16,7 @@ from atommem_jax.config import (
     load_config,
     suggest,
 )
+from tests.helpers import forks
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ConfigDict(
@@ -138,16 +136,7 @@ def run_script(tmp_path_factory):
     (folder / "tiny.py").write_text(_CONFIG_FILE)
     (folder / "script.py").write_text(_SCRIPT.replace("CONFIG_FILE", str(folder / "tiny.py")))
 
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, folder / "script.py", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    return run
+    return lambda *arguments: forks.run(folder / "script.py", *arguments, cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +153,7 @@ def run_script(tmp_path_factory):
 )
 def test_overrides_reach_the_config(run_script, arguments, output):
     result = run_script(*arguments)
-    assert (result.returncode, result.stdout.strip()) == (0, output), result.stderr
+    assert (result.status, result.stdout.strip()) == (0, output), result.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,7 +175,7 @@ def test_overrides_reach_the_config(run_script, arguments, output):
 )
 def test_a_mistake_ends_with_status_2_and_no_traceback(run_script, arguments, message):
     result = run_script(*arguments)
-    assert result.returncode == 2, result.stderr
+    assert result.status == 2, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
@@ -194,6 +183,6 @@ def test_a_mistake_ends_with_status_2_and_no_traceback(run_script, arguments, me
 
 def test_a_bug_keeps_its_traceback(run_script):
     result = run_script("--config.seed=13")
-    assert result.returncode == 1
+    assert result.status == 1
     assert "RuntimeError: a bug" in result.stderr
     assert "Traceback" in result.stderr

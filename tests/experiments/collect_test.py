@@ -16,7 +16,7 @@ from atommem_jax.config import ConfigError
 from atommem_jax.metrics import read_metrics
 from experiments import train
 from tests.conftest import COMPILATION_CACHE
-from tests.helpers import runs
+from tests.helpers import forks, runs
 from tests.helpers.stub_endpoint import Answer, Stub, teach
 
 SECRET = "sk-very-secret"
@@ -265,4 +265,4 @@ def test_empty_replies_are_said(tmp_path, data_root):
     ],
 )
 def test_a_mistake_ends_the_script_before_anything_is_read(arguments, message):
-    assert message in runs.run("collect.py", *arguments, status=2)
+    assert message in forks.refuse("collect.py", *arguments)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.helpers import forks
 
 SCRIPT = str(ROOT / "experiments" / "compile_report.py")
 SMALL = [
@@ -56,11 +57,9 @@ def run(*arguments):
     ],
 )
 def test_what_there_is_not_is_answered_with_what_there_is(arguments, words):
-    done = run(*arguments)
-    assert done.returncode == 2
+    printed = forks.refuse("compile_report.py", *arguments)
     for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stderr
+        assert word in printed
 
 
 @pytest.mark.libtpu

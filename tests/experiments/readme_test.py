@@ -10,6 +10,7 @@ import pytest
 
 from tests.architecture_test import ORDER
 from tests.conftest import ROOT
+from tests.helpers import forks
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -52,9 +53,8 @@ def test_flags_of_a_command_are_accepted(command):
     # absl parses and validates the flags, then leaves before `main`.
     # A command that supervise.py is to start leaves in the same way.
     words = [sys.executable if word == ".venv/bin/python" else word for word in command]
-    arguments = [sys.executable, *words, "--only_check_args"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = forks.run(ROOT / words[0], *words[1:], "--only_check_args")
+    assert done.status == 0, done.stderr
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda d: d.name)

@@ -10,7 +10,7 @@ import pytest
 from atommem_jax.config import ConfigError
 from atommem_jax.report import run as run_lib
 from tests.conftest import COMPILATION_CACHE
-from tests.helpers import runs
+from tests.helpers import forks, runs
 from tests.report import page_test
 
 END = 4
@@ -174,13 +174,12 @@ def test_what_is_asked_for_and_not_there_is_an_error(trained, data_root, tmp_pat
 
 
 def test_a_mistake_ends_with_status_2():
-    printed = runs.run("report.py", "--workdir=/nowhere", status=2)
+    printed = forks.refuse("report.py", "--workdir=/nowhere")
     assert "--workdir=/nowhere: no such folder" in printed
-    assert "Traceback" not in printed
 
 
 def test_help_lists_the_flags():
-    printed = runs.run("report.py", "--help", status=1)
+    printed = forks.run("report.py", "--help").stdout
     names = ("workdir", "compare", "split", "episodes", "step", "temperature", "out", "data_root")
     for name in names:
         assert re.search(rf"^  --{name}:", printed, re.MULTILINE), name

@@ -17,7 +17,7 @@ from atommem_jax.runs import resume, validity
 from atommem_jax.tasks import encoding, teacher
 from atommem_jax.weights.checkpoint import Checkpointer
 from tests.conftest import COMPILATION_CACHE
-from tests.helpers import runs, tiny
+from tests.helpers import forks, runs, tiny
 
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
@@ -133,12 +133,12 @@ def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
 
 def test_the_demo_needs_the_scale_that_it_trains_at():
     flags = runs.make_flags(task__scales=(2, 4))
-    printed = runs.run("demo.py", "--workdir=nowhere", *flags, status=2)
+    printed = forks.refuse("demo.py", "--workdir=nowhere", *flags)
     assert "task.scales=(2, 4): the demo needs 1 among them" in printed
 
 
 def test_an_unknown_baseline_ends_with_status_2():
-    printed = runs.run("demo.py", "--workdir=nowhere", "--baselines=store_all,rag", status=2)
+    printed = forks.refuse("demo.py", "--workdir=nowhere", "--baselines=store_all,rag")
     assert "--baselines=rag: allowed are scratchpad_only, store_all," in printed
 
 
@@ -318,7 +318,7 @@ def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_roo
 
 
 def test_a_missing_checkpoint_flag_ends_with_status_2():
-    assert "--checkpoint is missing" in runs.run("evaluate.py", status=2)
+    assert "--checkpoint is missing" in forks.refuse("evaluate.py")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,8 +381,9 @@ def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
     ],
 )
 def test_help_lists_the_flags(script, names):
-    # absl ends --help with status 1.
-    printed = runs.run(script, "--help", status=1)
+    done = forks.run(script, "--help")
+    assert done.status == 1  # as absl ends it
+    printed = done.stdout
     assert f"python experiments/{script}" in printed
     for name in names:
         assert re.search(rf"^  {name}:", printed, re.MULTILINE), name

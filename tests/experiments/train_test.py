@@ -1,8 +1,7 @@
-"""A training run from the outside: killed and resumed, refused, logged; and odd settings of RL."""
+"""A training run from the outside: refused, logged, kept; and odd settings of RL."""
 
 import os
 import pathlib
-import random
 import shutil
 import signal
 import time
@@ -20,7 +19,7 @@ from atommem_jax.runs import recorder, stages
 from atommem_jax.tasks.encoding import EpisodeShape
 from experiments import train
 from tests.conftest import COMPILATION_CACHE
-from tests.helpers import runs, tiny
+from tests.helpers import forks, processes, runs, tiny
 
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
@@ -32,11 +31,9 @@ def data_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, data_root):
+def reference(tmp_path_factory):
     """Workdir of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("reference")
-    runs.run("train.py", f"--workdir={workdir}", f"--data_root={data_root}", *runs.make_flags())
-    return workdir
+    return processes.share_run(tmp_path_factory, "one").workdir
 
 
 @pytest.fixture
@@ -51,55 +48,7 @@ def differ(a, b) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# kill -9
-
-
-def start_and_end(
-    reached, delay: float, number: signal.Signals, arguments: list[str], *, as_users: bool = False
-) -> str:
-    """Sends a signal at a moment; returns what the run printed."""
-    process = runs.start("train.py", *arguments, as_users=as_users)
-    while process.poll() is None and not reached():
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.send_signal(number)
-    output = b"".join(process.communicate()).decode()
-    status = 0 if number == signal.SIGTERM else -number
-    assert process.returncode == status, f"ended by itself:\n{output[-3000:]}"
-    return output
-
-
-@pytest.mark.processes
-def test_a_run_stopped_and_killed_again_and_again_ends_with_the_same_bits(
-    tmp_path, data_root, reference
-):
-    rng = random.Random(0)
-    arguments = [f"--workdir={tmp_path}", f"--data_root={data_root}", *runs.make_flags()]
-    # SIGTERM saves the step under way, whether or not it is one to save at.
-    output = start_and_end(runs.has_logged(tmp_path, 1, "sft"), 0.0, signal.SIGTERM, arguments)
-    stopped = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert f"SIGTERM: saved step {stopped} of {END}; the same command goes on" in output
-    assert stopped < SFT_END
-    moments = [
-        # SFT is over; its last save is not, or barely.
-        (runs.has_logged(tmp_path, SFT_END, "eval"), 0.0),
-        (runs.is_saving(tmp_path, after=SFT_END + rng.randint(1, 3)), rng.uniform(0, 0.05)),
-    ]
-    for reached, delay in moments:
-        start_and_end(reached, delay, signal.SIGKILL, arguments)
-    output = runs.run("train.py", *arguments)
-    assert "resuming" in output
-
-    # Optimiser, counters and the frozen reference are compared too.
-    for step in (SFT_END, END):
-        runs.assert_same(runs.read_state(tmp_path, step), runs.read_state(reference, step))
-    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
-
-    records = runs.read_repeatable(tmp_path)
-    assert records == runs.read_repeatable(reference)
-    lines = [(record["step"], record["stage"]) for record in records]
-    assert len(lines) == len(set(lines))
-    assert {step for step, stage in lines if stage != "eval"} == set(range(1, END + 1))
+# The run itself; killed and resumed it is in tests/runs/resume_test.py
 
 
 @pytest.mark.long
@@ -111,7 +60,12 @@ def test_a_run_that_is_compiled_as_users_do_comes_to_the_same(tmp_path, data_roo
         *runs.make_flags(sft__eval_every=SFT_END),  # before it SFT is the only program
     ]
     reached = runs.has_logged(tmp_path, last, "sft")
-    start_and_end(reached, 0.0, signal.SIGKILL, arguments, as_users=True)
+    process = runs.start("train.py", *arguments, as_users=True)
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
+    process.kill()
+    output = b"".join(process.communicate()).decode()
+    assert process.returncode == -signal.SIGKILL, f"ended by itself:\n{output[-3000:]}"
     ours, theirs = (
         [r for r in runs.read_repeatable(folder) if r["stage"] == "sft" and r["step"] <= last]
         for folder in (tmp_path, reference)
@@ -266,13 +220,9 @@ def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
     )
     assert snapshot(checkpoints) == before
 
-    output = runs.run(
-        "train.py",
-        f"--workdir={tmp_path}",
-        f"--data_root={data_root}",
-        "--fall_back",
-        *runs.make_flags(),
-    )
+    fall_back = ["--fall_back"]
+    with processes.start_training(tmp_path, data_root, each=lambda index: fall_back) as group:
+        output = group.finish()
     assert f"it is now called {broken}.corrupt" in output
     assert f"resuming {tmp_path} at step {sound} of {END}" in output
     runs.assert_same(runs.read_state(tmp_path, END), runs.read_state(reference, END))
@@ -292,9 +242,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
     ],
 )
 def test_a_mistake_ends_with_status_2_before_anything_is_computed(arguments, message):
-    output = runs.run("train.py", *arguments, status=2)
-    assert message in output
-    assert "Traceback" not in output
+    assert message in forks.refuse("train.py", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,20 @@
 """Runs of several processes on loopback: started together, watched, and never left behind."""
 
 import contextlib
+import itertools
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import filelock
+import pytest
 
 from tests.conftest import LEAST_EFFORT, ROOT
 from tests.helpers import runs
@@ -19,6 +25,7 @@ PATIENCE = 240  # for anything; a loaded machine with an empty compilation cache
 _CHILD = str(ROOT / "tests" / "helpers" / "child.py")
 _TRAIN = str(ROOT / "experiments" / "train.py")
 _SUPERVISE = str(ROOT / "experiments" / "supervise.py")
+_starts = itertools.count()  # names the logs: a run that is started again keeps those of before
 
 
 class Group:
@@ -117,6 +124,67 @@ def train_commands(
     return [
         [_CHILD, _TRAIN, *arguments, *together, f"--process_id={i}", *each(i)] for i in range(count)
     ]
+
+
+def start_training(
+    workdir: pathlib.Path,
+    data_root: pathlib.Path,
+    count: int = 1,
+    *,
+    supervisor: Sequence[str] = (),
+    each: Callable[[int], Sequence[str]] = lambda index: (),
+    **settings: Any,
+) -> Group:
+    """Starts `count` processes that train the tiny config in a workdir.
+
+    They have two devices together, as one process has, unless `settings` say otherwise. With
+    options of a `supervisor` each is started by one.
+    """
+    settings = {"mesh__cpu_devices": max(1, 2 // count)} | settings
+    arguments = [f"--workdir={workdir}", f"--data_root={data_root}", *runs.make_flags(**settings)]
+    commands = train_commands(count, arguments, each)
+    if supervisor:
+        commands = supervised(commands, *supervisor)
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    return Group(commands, workdir.parent, f"{workdir.name}_log{next(_starts)}")
+
+
+class Shared(NamedTuple):
+    """A run of which all test files of a session have the same copy. Nobody may change it."""
+
+    workdir: pathlib.Path
+    data_root: pathlib.Path
+    printed: str
+
+
+def share_run(
+    factory: pytest.TempPathFactory,
+    name: str,
+    count: int = 1,
+    until: Callable[[pathlib.Path], Callable[[], bool]] | None = None,
+    **settings: Any,
+) -> Shared:
+    """A run that nothing disturbs: the first test to ask for it by this name makes it.
+
+    With `until` it is ended without more ado once that moment of its workdir is reached.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers have it in common
+    workdir, data_root = root / "shared" / name, root / "shared" / "data"
+    workdir.parent.mkdir(exist_ok=True)
+    printed = workdir.with_name(f"{name}.txt")
+    with filelock.FileLock(workdir.with_name(f"{name}.lock")):
+        if not printed.exists():
+            shutil.rmtree(workdir, ignore_errors=True)  # of one that failed
+            with start_training(workdir, data_root, count, **settings) as group:
+                if until is None:
+                    group.finish()
+                else:
+                    group.wait_until(until(workdir), "the last step that is compared")
+                text = group.printed()
+            printed.write_text(text)
+    return Shared(workdir, data_root, printed.read_text())
 
 
 def supervised(commands: Sequence[Sequence[str]], *options: str) -> list[list[str]]:

@@ -1,81 +1,37 @@
-"""Training in several processes: like one, through kills and SIGTERM, and onto other topologies.
+"""Training in several processes: like in one, one writes, and what is refused.
 
-Real processes on loopback, of which every run has four devices, so that all share compiled
-programs. Each waits for conditions, not for a time, and is killed when its test ends.
+Real processes on loopback, of which every run has two devices, so that all share compiled
+programs. Each waits for conditions, not for a time, and is killed when its test ends. Stopped,
+killed and resumed they are in tests/runs/resume_test.py.
 """
-
-import pathlib
-import shutil
-import signal
 
 import jax
 import numpy as np
 import pytest
 
-from atommem_jax.metrics import MetricWriter
 from tests.helpers import processes, runs
 
 pytestmark = pytest.mark.processes
 
-DEVICES = 4
-SFT_STEPS, RL_STEPS = 6, 4
-END = SFT_STEPS + RL_STEPS
-SETTINGS = {
-    "mesh__data": 0,
-    "sft__steps": SFT_STEPS,
-    "rl__steps": RL_STEPS,
-    # Fewer programs to compile; neither concerns what is tested here.
-    "rl__ppo__kl_coef": 0.0,
-    "rl__ppo__minibatches": 1,
-}
+DEVICES = 2
+SFT_END = runs.SFT_STEPS
+END = runs.SFT_STEPS + runs.RL_STEPS
 # Largest difference of a metric between topologies, relative to the larger of it and one: sums over
-# devices are added in another order. Measured were 5e-7, between 1 x 4 and 2 x 2 devices and after
-# 2 x 2, 4 x 1 and 1 x 2 in turn.
+# devices are added in another order. Measured were 5e-7.
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the data, and of what the processes print."""
-    return tmp_path_factory.mktemp("processes")
+def alone(tmp_path_factory):
+    """A run of one process."""
+    return processes.share_run(tmp_path_factory, "one")
 
 
 @pytest.fixture(scope="module")
-def start(folder):
-    """Starts `count` processes that train in a workdir."""
-
-    def start(count: int, workdir: pathlib.Path, *supervisor: str, each=lambda i: (), **settings):
-        settings = SETTINGS | {"mesh__cpu_devices": DEVICES // count} | settings
-        arguments = [
-            f"--workdir={workdir}",
-            f"--data_root={folder / 'data'}",
-            *runs.make_flags(**settings),
-        ]
-        commands = processes.train_commands(count, arguments, each)
-        if supervisor:
-            commands = processes.supervised(commands, *supervisor)
-        return processes.Group(commands, folder, f"{workdir.name}_{count}")
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def alone(start, tmp_path_factory):
-    """Workdir of a run of one process."""
-    workdir = tmp_path_factory.mktemp("alone")
-    with start(1, workdir) as group:
-        group.finish()
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def pair(start, alone, tmp_path_factory):
-    """(workdir, printed) of a run of two processes that nothing disturbed."""
+def pair(alone, tmp_path_factory):
+    """A run of two processes."""
     del alone  # it has filled the compilation cache
-    workdir = tmp_path_factory.mktemp("pair")
-    with start(2, workdir) as group:
-        printed = group.finish()
-    return workdir, printed
+    return processes.share_run(tmp_path_factory, "two", 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,139 +39,48 @@ def pair(start, alone, tmp_path_factory):
 
 
 def test_two_processes_train_like_one(alone, pair):
-    workdir, _ = pair
+    workdir, other = pair.workdir, alone.workdir
     lines = [(record["step"], record["stage"]) for record in runs.read_repeatable(workdir)]
     assert {step for step, stage in lines if stage != "eval"} == set(range(1, END + 1))
     assert len(lines) == len(set(lines)), "a line was written by both"
     gap, where = runs.find_largest_difference(
-        runs.read_repeatable(workdir), runs.read_repeatable(alone)
+        runs.read_repeatable(workdir), runs.read_repeatable(other)
     )
     print(f"largest difference {gap:.1e}: {where}")
     assert gap < TOLERANCE, where
     # What the rollouts wrote is the same to the token.
     for mine, theirs in zip(
-        runs.read_repeatable(workdir), runs.read_repeatable(alone), strict=True
+        runs.read_repeatable(workdir), runs.read_repeatable(other), strict=True
     ):
         for name in ("tokens", "turns", "em", "teacher_em", "kept", "f1", "episodes", "questions"):
             assert mine.get(name) == theirs.get(name)
-    for step in (SFT_STEPS, END):
-        mine, theirs = runs.read_state(workdir, step), runs.read_state(alone, step)
+    for step in (SFT_END, END):
+        mine, theirs = runs.read_state(workdir, step), runs.read_state(other, step)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), mine, theirs
         )
 
 
 def test_only_the_first_process_writes(pair):
-    workdir, printed = pair
+    workdir, _, printed = pair
     assert printed.count(f"{DEVICES} cpu devices") == 1
-    assert printed.count(f"sft step {SFT_STEPS}: EM") == 1
+    assert printed.count(f"sft step {SFT_END}: EM") == 1
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert runs.list_steps(workdir)[-1] == END
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
-def test_adapters_beside_a_frozen_base_train_as_in_one_process(start, alone, tmp_path):
-    settings = {
-        "init_from": alone,
-        "lora__rank": 2,
-        "sft__steps": 2,
-        "rl__steps": 2,
-    }
-    workdirs = [tmp_path / "one", tmp_path / "two"]
-    for count, workdir in enumerate(workdirs, start=1):
-        with start(count, workdir, **settings) as group:
-            group.finish()
-    one, two = map(runs.read_repeatable, workdirs)
-    gap, where = runs.find_largest_difference(two, one)
+def test_adapters_beside_a_frozen_base_train_as_in_one_process(alone, tmp_path_factory, tmp_path):
+    settings = {"init_from": alone.workdir, "lora__rank": 2}
+    one = processes.share_run(tmp_path_factory, "adapters", **settings).workdir
+    two = tmp_path / "two"
+    with processes.start_training(two, alone.data_root, 2, **settings) as group:
+        group.finish()
+    gap, where = runs.find_largest_difference(runs.read_repeatable(two), runs.read_repeatable(one))
     print(f"largest difference {gap:.1e}: {where}")
     assert gap < TOLERANCE, where
-    states = [runs.read_state(workdir, 4) for workdir in workdirs]
+    states = [runs.read_state(workdir, END) for workdir in (one, two)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *states)
-
-
-def kill_and_wait_for_the_other(group: processes.Group, index: int) -> None:
-    """Kills one of two supervised processes; the other must end in bounded time."""
-    lost, other = (processes.find_child(group.pid(i)) for i in (index, 1 - index))
-    with processes.timed() as seconds:
-        processes.send(lost, signal.SIGKILL)
-        group.wait_until(
-            lambda: processes.find_child(group.pid(1 - index)) != other, "the other process ended"
-        )
-        assert seconds() < processes.HEARTBEAT + 15
-
-
-# ---------------------------------------------------------------------------------------------
-# Disturbed, and restarted on the same topology
-
-
-def test_sigterm_and_kills_change_nothing_under_supervisors(start, pair, tmp_path):
-    reference, _ = pair
-    shorter = {"rl__steps": 0}  # SFT does not depend on what follows it
-    options = ("--max_restarts=2", "--backoff_seconds=0.1")
-
-    # SIGTERM to one supervisor: its process tells the other, all save the same step and end well.
-    with start(2, tmp_path, *options, **shorter) as group:
-        group.wait_until(runs.has_logged(tmp_path, 1, "sft"), "step 1")
-        group.signal(1, signal.SIGTERM)
-        printed = group.finish()
-    (stopped,) = runs.list_steps(tmp_path)[-1:]
-    assert f"SIGTERM: saved step {stopped} of {SFT_STEPS}" in printed
-    assert "restart 1" not in printed
-    assert 1 <= stopped < SFT_STEPS, "the signal came too late to test anything"
-
-    with start(2, tmp_path, *options, **shorter) as group:
-        # In the middle of a step: process 1 is lost.
-        group.wait_until(runs.has_logged(tmp_path, stopped + 1, "sft"), "the step after")
-        kill_and_wait_for_the_other(group, 1)
-        # In the middle of a save: process 0 is lost, and the coordinator with it.
-        while True:
-            group.wait_until(runs.is_saving(tmp_path, runs.list_steps(tmp_path)[-1]), "a save")
-            main = processes.find_child(group.pid(0))
-            processes.send(main, signal.SIGSTOP)
-            if runs.is_saving(tmp_path, stopped)():  # and it stays so: process 0 ends a save
-                break
-            processes.send(main, signal.SIGCONT)
-        kill_and_wait_for_the_other(group, 0)
-        printed = group.finish()
-    assert printed.count("the command was killed by SIGKILL") == 2
-    assert printed.count(f"resuming {tmp_path} at step") >= 2
-
-    runs.assert_same(runs.read_state(tmp_path, SFT_STEPS), runs.read_state(reference, SFT_STEPS))
-    expected = [r for r in runs.read_repeatable(reference) if r["step"] <= SFT_STEPS]
-    assert runs.read_repeatable(tmp_path) == expected
-    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
-
-
-# ---------------------------------------------------------------------------------------------
-# Other topologies
-
-
-def test_two_then_four_then_one_process_continue_the_same_curve(start, pair, tmp_path):
-    reference, _ = pair
-    # As two processes left it after SFT.
-    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
-    for step in runs.list_steps(tmp_path):
-        if step > SFT_STEPS:
-            shutil.rmtree(tmp_path / "checkpoints" / str(step))
-    with MetricWriter(tmp_path) as writer:
-        writer.resume(SFT_STEPS)
-
-    with start(4, tmp_path) as group:
-        group.wait_until(runs.has_logged(tmp_path, SFT_STEPS + 1, "rl"), "a step of RL")
-        group.signal(3, signal.SIGTERM)
-        printed = group.finish()
-    stopped = runs.list_steps(tmp_path)[-1]
-    assert f"resuming {tmp_path} at step {SFT_STEPS}" in printed
-    assert f"SIGTERM: saved step {stopped} of {END}" in printed
-    assert SFT_STEPS < stopped < END, "the signal came too late to test anything"
-
-    with start(1, tmp_path, mesh__cpu_devices=2) as group:
-        assert f"resuming {tmp_path} at step {stopped}" in group.finish()
-    gap, where = runs.find_largest_difference(
-        runs.read_repeatable(tmp_path), runs.read_repeatable(reference)
-    )
-    print(f"largest difference {gap:.1e}: {where}")
-    assert gap < TOLERANCE, where
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,10 +142,10 @@ except BaseException as error:
 """
 
 
-def test_rows_follow_the_mesh_and_an_error_of_one_ends_both(folder):
+def test_rows_follow_the_mesh_and_an_error_of_one_ends_both(tmp_path):
     address = f"localhost:{processes.find_port()}"
     commands = [["-c", _ROWS, str(index), address] for index in range(2)]
-    with processes.Group(commands, folder, "rows") as group, processes.timed() as seconds:
+    with processes.Group(commands, tmp_path, "rows") as group, processes.timed() as seconds:
         first, second = group.wait()
         assert group.printed().count("all checked") == 2, group.output()
         assert second == 1
@@ -293,14 +158,16 @@ def test_rows_follow_the_mesh_and_an_error_of_one_ends_both(folder):
 # What is refused
 
 
-def test_the_process_with_another_config_is_named(start, tmp_path):
+def test_the_process_with_another_config_is_named(tmp_path):
     def each(index):
         return ["--config.rl.temperature=0.5"] if index == 1 else []
 
-    with start(2, tmp_path, each=each) as group:
+    workdir = tmp_path / "run"
+    with processes.start_training(workdir, tmp_path / "data", 2, each=each) as group:
         assert group.wait() == [2, 2], group.output()
         printed = group.printed()
     assert printed.count("config.rl.temperature is 0.5 on process 1 (host ") == 2
     assert printed.count("but 1.0 on process 0 (host ") == 2
     assert "Traceback" not in printed
-    assert not list(tmp_path.iterdir()), "something was made before the check"
+    assert not workdir.exists(), "something was made before the check"
+    assert not (tmp_path / "data").exists(), "something was made before the check"
