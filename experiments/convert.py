@@ -33,7 +33,14 @@ from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTo
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.weights import gguf, hf_config, hf_export, huggingface
+from atommem_jax.weights import (
+    gguf,
+    gguf_file,
+    hf_config,
+    hf_export,
+    hf_tokenizer,
+    huggingface,
+)
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 from experiments import flags
 
@@ -93,10 +100,12 @@ def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> No
     """
     config, params, tokenizer = read(source)
     published_one = tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) else None
-    hf_export.save(target, params, config, tokenizer=published_one, dtype=dtype)
+    rest = list_rest(source) if tokenizer is None else None
+    hf_export.save(target, params, config, tokenizer=published_one, dtype=dtype, rest=rest)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.save(target)
     _say(target, params, config)
+    _say_what_is_left_out(source, target)
 
 
 def write_adapters(source: str, target: str, *, base: str = "", dtype: str = "float32") -> None:
@@ -130,6 +139,7 @@ def write_checkpoint(source: str, target: str, config: Experiment, *, vocab_size
         "checkpoint is one already",
     )
     found, weights = huggingface.open_weights(source)
+    huggingface.check(weights, found)  # before anything is as large as the config says
     check(
         vocab_size == 0 or vocab_size >= found.vocab_size,
         f"--vocab_size={vocab_size}: must be at least the model's own {found.vocab_size}, or 0",
@@ -170,6 +180,7 @@ def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
     """Model config, parameters and tokenizer (if there is one) of anything that can be read."""
     if is_published(source):
         config, weights = huggingface.open_weights(source)
+        huggingface.check(weights, config)  # before anything is as large as the config says
         tokenizer = read_tokenizer(source, config)
         return config, huggingface.place(weights, config, make_mesh(config)), tokenizer
     loaded = load.load(source, base=BASE.value, merge=True)
@@ -179,23 +190,34 @@ def read(source: str) -> tuple[ModelConfig, Any, Tokenizer | None]:
 def is_published(source: str) -> bool:
     """Whether it is a Hugging Face directory or a .gguf file, and not a run or a checkpoint."""
     path = pathlib.Path(source)
-    return path.suffix == ".gguf" or (path / hf_config.CONFIG_FILE).is_file()
+    return gguf_file.is_gguf(path) or (path / hf_config.CONFIG_FILE).is_file()
 
 
 def read_tokenizer(
     source: str, config: ModelConfig, reserved: Sequence[str] = ()
 ) -> HuggingFaceTokenizer | None:
     """The tokenizer of --tokenizer, or of the source; None where there is none."""
-    if pathlib.Path(source).suffix == ".gguf" and not TOKENIZER.value:
+    if gguf_file.is_gguf(source) and not TOKENIZER.value:
         return gguf.open_model(source).read_tokenizer(
             config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
         )
     folder = pathlib.Path(TOKENIZER.value or source)
-    if not (folder / hf_config.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
+    if not (folder / hf_tokenizer.TOKENIZER_FILE).is_file() and not TOKENIZER.value:
         return None
-    return hf_config.read_tokenizer(
-        folder, config.vocab_size, reserved=reserved, pad_token=PAD_TOKEN.value
+    return hf_tokenizer.read_tokenizer(
+        folder,
+        config.vocab_size,
+        reserved=reserved,
+        pad_token=PAD_TOKEN.value,
+        rest=list_rest(source),
     )
+
+
+def list_rest(source: str) -> dict[str, dict[str, Any]]:
+    """What was published with a model and is not ours; see `hf_config.list_rest`."""
+    if gguf_file.is_gguf(source):
+        return gguf.open_model(source).list_rest()
+    return hf_config.list_rest(source)
 
 
 def make_mesh(config: ModelConfig) -> Mesh:
@@ -206,6 +228,22 @@ def make_mesh(config: ModelConfig) -> Mesh:
 def _say(target: str, params: Any, config: ModelConfig) -> None:
     kind = "qwen3" if config.qk_norm else "llama"
     print(f"{target}: {kind}, {model_lib.count_params(params):,} parameters, value head included")
+
+
+def _say_what_is_left_out(source: str, target: str) -> None:
+    """Names the files of a published directory that are not in what was made of it."""
+    if not (pathlib.Path(source) / hf_config.CONFIG_FILE).is_file():
+        return
+    made = [path.name for path in pathlib.Path(target).iterdir()]
+    left = sorted(
+        path.name
+        for path in pathlib.Path(source).iterdir()
+        if path.is_file()
+        and path.name not in (*made, hf_tokenizer.TEMPLATE_FILE)
+        and ".safetensors" not in path.suffixes
+    )
+    if left:
+        print(f"{target}: without {', '.join(left)} of {source}; copy what you need of them")
 
 
 if __name__ == "__main__":

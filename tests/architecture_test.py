@@ -30,8 +30,8 @@ ORDER = {
         "encoding batches teacher workflows"
     ),
     "weights": (
-        "fingerprint records checkpoint hf_config hf_shards gguf_file gguf hf_names huggingface "
-        "hf_export"
+        "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "
+        "huggingface hf_export"
     ),
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
     "agent": "build play validate load score",

@@ -11,11 +11,17 @@ A teacher behind a chat endpoint has no token ids in common with the agent: it g
 text (`messages`), and what it replies is spelled in the agent's tokens (`encode_reply`).
 """
 
+import datetime
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import numpy as np
 from jaxtyping import Array, Int
@@ -167,37 +173,104 @@ def _encode_inside(text: str, tag: Tag, protocol: Protocol, tokenizer: Tokenizer
     return tokenizer.encode(text)
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}`, which marks what an assistant wrote for trainers, is but a scope here."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _write_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`. Jinja's own is for web pages and escapes what a prompt should show."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
 def render(
-    chat_template: str, messages: list[dict[str, str]], *, names: dict[str, Any], thinking: bool
+    chat_template: str,
+    messages: list[dict[str, str]],
+    *,
+    names: Mapping[str, str],
+    thinking: bool,
+    now: datetime.datetime | None = None,
 ) -> str:
     """The text of a conversation up to where the assistant begins to write.
+
+    Templates are written for `transformers`: they find the same names, filters and functions here
+    as there, and no tools and no documents.
 
     Args:
       chat_template: Jinja, as published in tokenizer_config.json.
       messages: with `role` and `content`.
-      names: `bos_token` and `eos_token`, which a template may write.
+      names: `bos_token`, `eos_token` and the like, which a template may write.
       thinking: for templates that have a switch for thoughts before the reply.
+      now: for templates that write the date; by default the time of the call.
 
     Raises ValueError where the template is none, or refuses these messages.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _GenerationTag],
     )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = _write_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = (now or datetime.datetime.now()).strftime
     try:
         return environment.from_string(chat_template).render(
-            messages=messages, add_generation_prompt=True, enable_thinking=thinking, **names
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            **names,
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program, and may fail in any way
+        said = str(error) or type(error).__name__
         raise ValueError(
-            f"chat_template: found one that cannot be rendered ({error}); allowed is a template "
+            f"chat_template: found one that cannot be rendered ({said}); allowed is a template "
             "that takes a system and a user message. Take the one that the model was published "
-            "with."
+            "with, or use prompt='compact'."
         ) from error
+
+
+def find_chat_template(tokenizer: Tokenizer) -> str:
+    """The chat template of a tokenizer; of several the one named 'default', as `transformers` does.
+
+    Raises ValueError where there is none.
+    """
+    found = tokenizer.chat_template if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    if isinstance(found, Mapping) and "default" not in found:
+        raise ValueError(
+            f"chat_template: found several, named {', '.join(sorted(found))}; allowed is one, or "
+            "several of which one is named 'default'. Name one so in tokenizer_config.json."
+        )
+    chosen = found["default"] if isinstance(found, Mapping) else found
+    if not chosen:
+        raise ValueError(
+            "prompt: found 'chat', and a tokenizer without a chat template; allowed are those of "
+            "pretrained chat models. Use prompt='compact', or another model."
+        )
+    return chosen
 
 
 def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False) -> Template:
@@ -213,16 +286,15 @@ def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False
     Raises ValueError for a tokenizer without a chat template, and for one that changes what stands
     before the user's message with that message.
     """
-    if not isinstance(tokenizer, HuggingFaceTokenizer) or not tokenizer.chat_template:
-        raise ValueError(
-            "prompt: found 'chat', and a tokenizer without a chat template; allowed are those of "
-            "pretrained chat models. Use prompt='compact', or another model."
-        )
-    names = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token}
+    chat_template = find_chat_template(tokenizer)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)  # others have no chat template
+    now = datetime.datetime.now()  # one date for all phases
     prefixes, suffixes = set(), []
     for phase in _TASKS:
         said = _list_messages(protocol, _PLACEHOLDER, phase)
-        text = render(tokenizer.chat_template, said, names=names, thinking=thinking)
+        text = render(
+            chat_template, said, names=tokenizer.special_tokens, thinking=thinking, now=now
+        )
         before, found, after = text.partition(_PLACEHOLDER)
         if not found:
             raise ValueError(

@@ -265,8 +265,16 @@ class HuggingFaceTokenizer:
 
     Text is encoded without the added tokens and without Unicode normalisation: ids equal those
     of the library for normalised text that spells no added token, and every text round-trips.
-    Added tokens other than pad and eos become `reserved`. `chat_template` is the Jinja text of the
-    model's chat format, or None (see `chat`).
+    Added tokens other than pad and eos become `reserved`. Truncation and padding, which a trainer
+    may have left in a tokenizer.json, are ignored, and so is `add_prefix_space` by `encode`: what
+    it encodes stands within a prompt.
+
+    Attributes:
+      chat_template: the Jinja text of the model's chat format, several by name, or None; see
+        `chat.find_chat_template`.
+      bos_token: name of the token that a chat template may begin with, or None.
+      published: file name -> fields that were published with the model and are not ours. Nothing
+        here reads them; they come with the tokenizer through checkpoints to whoever exports.
     """
 
     def __init__(
@@ -277,8 +285,9 @@ class HuggingFaceTokenizer:
         pad_token: str,
         vocab_size: int | None = None,
         lossless: bool = True,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         bos_token: str | None = None,
+        published: Mapping[str, Any] | None = None,
     ):
         """Wraps `tokenizer`, an object or the path of a tokenizer.json.
 
@@ -290,13 +299,15 @@ class HuggingFaceTokenizer:
           lossless: insists on a piece for each of the 256 bytes. Some published vocabularies lack
             a few (SmolLM2's has none for U+0004): with False, `encode` drops what needs them.
           chat_template: of tokenizer_config.json.
-          bos_token: name of the token that a chat template may begin with.
+          bos_token: of tokenizer_config.json.
+          published: see above.
 
-        Raises ValueError for an unknown or shared name, a vocabulary that is not byte-level, or
-        a `vocab_size` below the tokenizer's own.
+        Raises ValueError for an unknown or shared name, a model or a vocabulary that is not
+        byte-level BPE, or a `vocab_size` below the tokenizer's own.
         """
         if not isinstance(tokenizer, tokenizers.Tokenizer):
             tokenizer = tokenizers.Tokenizer.from_file(os.fspath(tokenizer))
+        check_kind(tokenizer)
         self._source = tokenizer.to_str()
         self._names = {"eos_token": eos_token, "pad_token": pad_token}
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -341,8 +352,13 @@ class HuggingFaceTokenizer:
             )
         self.token_bytes = tuple(spelled)
         self._lossless = lossless
+        if tokenizer.truncation or tokenizer.padding:
+            tokenizer = tokenizers.Tokenizer.from_str(self._source)  # the caller's stays as it is
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.chat_template, self.bos_token = chat_template, bos_token
+        self.published: Mapping[str, Any] = published or {}
         self._encoder = _strip_added_tokens(self._source, set(added) | set(self._names.values()))
 
     def encode(self, text: str) -> list[int]:
@@ -362,16 +378,26 @@ class HuggingFaceTokenizer:
     def eos_token(self) -> str:
         return self._names["eos_token"]
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The names that a chat template may write, as far as there are such tokens."""
+        return self._names | ({"bos_token": self.bos_token} if self.bos_token else {})
+
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
         return _join_bytes(self.token_bytes, ids).decode(errors="replace")
 
     def to_bytes(self) -> bytes:
         """JSON of the tokenizer and of the constructor's other arguments."""
-        fields = {"tokenizer": self._source, "vocab_size": self.vocab_size, **self._names}
+        fields: dict[str, Any] = {
+            "tokenizer": self._source,
+            "vocab_size": self.vocab_size,
+            **self._names,
+        }
         fields |= {} if self._lossless else {"lossless": False}
         fields |= {"chat_template": self.chat_template} if self.chat_template else {}
         fields |= {"bos_token": self.bos_token} if self.bos_token else {}
+        fields |= {"published": self.published} if self.published else {}
         return json.dumps(fields).encode()
 
     @classmethod
@@ -386,6 +412,15 @@ def from_bytes(data: bytes) -> SentencePieceTokenizer | HuggingFaceTokenizer:
     # A SentencePiece model is a protocol buffer, which cannot begin so.
     kind = HuggingFaceTokenizer if data[:1] == b"{" else SentencePieceTokenizer
     return kind.from_bytes(data)
+
+
+def check_kind(tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises ValueError, naming the kind, for a tokenizer that is no BPE."""
+    if not isinstance(tokenizer.model, tokenizers.models.BPE):
+        raise ValueError(
+            f"tokenizer: holds a {type(tokenizer.model).__name__} tokenizer; allowed is a "
+            "byte-level BPE. Choose another model."
+        )
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -403,6 +438,10 @@ def _strip_added_tokens(source: str, names: set[str]) -> tokenizers.Tokenizer:
     for field in ("normalizer", "post_processor", "truncation", "padding"):
         parts[field] = None
     parts["added_tokens"] = []
+    pre = parts.get("pre_tokenizer") or {}
+    for part in [pre, *pre.get("pretokenizers", [])]:
+        if "add_prefix_space" in part:
+            part["add_prefix_space"] = False
     model = parts["model"]
     model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
     # A merge may be stored as "a b" or as ["a", "b"]; none may make or use a name.

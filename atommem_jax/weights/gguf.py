@@ -14,8 +14,10 @@ import numpy as np
 import tokenizers
 
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
+from atommem_jax.weights import hf_config
 from atommem_jax.weights.gguf_file import File
-from atommem_jax.weights.hf_config import PublishedError, wrap_tokenizer
+from atommem_jax.weights.hf_config import PublishedError
+from atommem_jax.weights.hf_tokenizer import wrap_tokenizer
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -107,18 +109,11 @@ class Model:
     def read_tokenizer(
         self, vocab_size: int, *, reserved: Sequence[str] = (), pad_token: str | None = None
     ) -> HuggingFaceTokenizer:
-        """The tokenizer in the file; arguments as in `hf_config.read_tokenizer`.
+        """The tokenizer in the file; arguments as in `hf_tokenizer.read_tokenizer`.
 
         Raises PublishedError for a kind that is not known here, and as `wrap_tokenizer`.
         """
-        fields = self._file.fields
-        kind, split = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre"))
-        if kind != "gpt2" or split not in _SPLITS or "tokenizer.ggml.tokens" not in fields:
-            raise PublishedError(
-                f"{self.place}: tokenizer.ggml.model={_show(kind)}, tokenizer.ggml.pre="
-                f"{_show(split)}: allowed are 'gpt2' and one of {', '.join(_SPLITS)}; take the "
-                "model's tokenizer.json"
-            )
+        fields, split = self._file.fields, self._find_split()
         pieces = self._read_strings("tokenizer.ggml.tokens")
 
         def find(field: str) -> int | None:
@@ -127,7 +122,7 @@ class Model:
             return number if known else None
 
         ids = {"eos_token": find("eos"), "pad_token": find("padding"), "bos_token": find("bos")}
-        names = {name: None if i is None else pieces[i] for name, i in ids.items()}
+        names: dict[str, Any] = {n: None if i is None else pieces[i] for n, i in ids.items()}
         if pad_token is not None:
             names["pad_token"] = pad_token
         vocabulary, added = self._find_ids(pieces, names.values(), reserved)
@@ -146,8 +141,55 @@ class Model:
         tokenizer.add_special_tokens(
             [tokenizers.AddedToken(p, special=True, normalized=False) for p in added]
         )
-        names["chat_template"] = fields.get("tokenizer.chat_template")
-        return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=self.place)
+        names["chat_template"] = self._find_chat_template()
+        return wrap_tokenizer(
+            tokenizer,
+            names,
+            vocab_size,
+            reserved=reserved,
+            where=self.place,
+            rest=self.list_rest(),
+        )
+
+    def list_rest(self) -> dict[str, dict[str, Any]]:
+        """As `hf_config.list_rest`."""
+        found = hf_config.drop_ours(self.config_fields)
+        return {hf_config.CONFIG_FILE: found} if found else {}
+
+    def _find_split(self) -> str:
+        """How text is split, by the name that llama.cpp has for it.
+
+        Raises PublishedError where the file does not say so, or has another kind of tokenizer.
+        """
+        for field, allowed in (
+            ("tokenizer.ggml.model", ["gpt2"]),
+            ("tokenizer.ggml.pre", list(_SPLITS)),
+            ("tokenizer.ggml.tokens", None),
+        ):
+            found = self._file.fields.get(field)
+            if found is None:
+                raise PublishedError(
+                    f"{self.place}: field {field} is missing, without which the tokenizer in the "
+                    "file cannot be read; take the model's tokenizer.json (experiments/convert.py "
+                    "--tokenizer), or a file that a newer llama.cpp made"
+                )
+            if allowed and found not in allowed:
+                raise PublishedError(
+                    f"{self.place}: {field}={_show(found)}: allowed is one of "
+                    f"{', '.join(map(repr, allowed))}; take the model's tokenizer.json "
+                    "(experiments/convert.py --tokenizer)"
+                )
+        return self._file.fields["tokenizer.ggml.pre"]
+
+    def _find_chat_template(self) -> str | dict[str, str] | None:
+        """The chat template; where there are several, all by name."""
+        prefix = "tokenizer.chat_template"
+        found = {
+            name.removeprefix(prefix).removeprefix(".") or "default": text
+            for name, text in self._file.fields.items()
+            if (name == prefix or name.startswith(f"{prefix}.")) and isinstance(text, str)
+        }
+        return found["default"] if list(found) == ["default"] else found or None
 
     def _read_strings(self, field: str) -> list[str]:
         found = self._file.fields.get(field)
@@ -248,6 +290,19 @@ def _make_config(file: File) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": _make_scaling(file, theta, head_width),
         "tie_word_embeddings": "output.weight" not in file.shapes,
+        **_find_ids_and_length(file, kind),
+    }
+
+
+def _find_ids_and_length(file: File, kind: str) -> dict[str, Any]:
+    """What a config.json says beside sizes, as far as the file says it."""
+    found = {
+        "bos_token_id": file.fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.fields.get("tokenizer.ggml.eos_token_id"),
+        "max_position_embeddings": file.fields.get(f"{kind}.context_length"),
+    }
+    return {
+        **{name: value for name, value in found.items() if type(value) is int},
         "pad_token_id": file.fields.get("tokenizer.ggml.padding_token_id"),
     }
 

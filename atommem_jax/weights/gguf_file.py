@@ -122,6 +122,17 @@ class _Entry:
         return self.start + math.prod(self.shape[:-1]) * self.row_bytes
 
 
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is to be read as GGUF: by its ending, or by how it begins."""
+    path = pathlib.Path(path)
+    if path.suffix.lower() == ".gguf":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 class File:
     """Fields and tensors of a GGUF file, or of the parts of one that was split.
 
@@ -196,13 +207,15 @@ def _read_parts(path: pathlib.Path, fields: dict[str, Any]) -> _Contents:
     count, number = fields["split.count"], fields.get("split.no")
     part = f"{path}: is part {number + 1 if isinstance(number, int) else '?'} of {count}"
     merge = "copy all of them again, or merge them with llama-gguf-split --merge"
-    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)
     if not named or int(named[3]) != count:
         raise PublishedError(
             f"{part}, and its name does not end in -00001-of-{count:05}.gguf or the like, by which "
             f"the others would be found; {merge}"
         )
-    paths = [path.with_name(f"{named[1]}-{i:05}-of-{named[3]}.gguf") for i in range(1, count + 1)]
+    paths = [
+        path.with_name(f"{named[1]}-{i:05}-of-{named[3]}{named[4]}") for i in range(1, count + 1)
+    ]
     absent = [other for other in paths if not other.is_file()]
     if absent:
         raise PublishedError(f"{part}, and {absent[0].name} is not beside it; {merge}")

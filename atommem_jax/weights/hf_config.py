@@ -1,26 +1,25 @@
-"""What Hugging Face directories say beside weights: config.json and the tokenizer's files.
+"""What Hugging Face directories say of a model: config.json, and what else lies beside it.
 
 `parse_config` turns the fields of a config.json into our `ModelConfig` and refuses, by name, every
 field that would make the published model compute something that `model.transformer` does not.
+What else was published (the context length, all ids that end a text, sampling settings) comes
+along with the tokenizer, and goes back into what is exported; see `list_rest`.
+
 Fields come as `transformers` 4 writes them (`rope_theta`, `rope_scaling`, `torch_dtype`) or as
 version 5 does (`rope_parameters`, `dtype`).
 """
 
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import tokenizers
-
-from atommem_jax.language.tokenizer import HuggingFaceTokenizer
 from atommem_jax.model.model_config import ModelConfig
 
 CONFIG_FILE = "config.json"
-TOKENIZER_FILE = "tokenizer.json"
-_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 
 ARCHITECTURES: Mapping[str, str] = {
     "Qwen3ForCausalLM": "qwen3",
@@ -41,13 +40,27 @@ _ROPE_KEYS: Mapping[str, str] = {
 # Field -> what it must say, if it is there. Anything else is a model that ours is not.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_sliding_window": (False,),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
-    "rope_interleaved": (False,),
+    "rope_interleaved": (False, None),
     "quantization_config": (None,),
 }
+
+# What an architecture means where its config.json says nothing.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
+    "llama": {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6},
+}
+
+# Fields of a config.json that say nothing of what a model computes: as published, if they were.
+_FREE = ("max_position_embeddings", "attention_dropout", "use_cache")
 
 
 class PublishedError(ValueError):
@@ -73,6 +86,8 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
     type, and for one that describes a model which `model.transformer` does not compute.
     """
     architecture = _find_architecture(fields, where)
+    kind = ARCHITECTURES[architecture]
+    fields = {**_DEFAULTS[kind], **fields}
     for field, allowed in _FIXED.items():
         if fields.get(field, allowed[0]) not in allowed:
             raise PublishedError(
@@ -80,7 +95,7 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
                 "nothing else, choose another model"
             )
     layer_types = fields.get("layer_types") or []
-    others = [kind for kind in _listed(layer_types) if kind != "full_attention"]
+    others = [kind for kind in list_entries(layer_types) if kind != "full_attention"]
     if others:
         raise PublishedError(
             f"{where}: layer_types holds {others[0]!r}: allowed is 'full_attention'; choose a "
@@ -97,8 +112,8 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
         num_kv_heads=_integer(fields, "num_key_value_heads", where, num_heads),
         head_width=_integer(fields, "head_dim", where, width // max(num_heads, 1)),
         mlp_width=_integer(fields, "intermediate_size", where),
-        qk_norm=ARCHITECTURES[architecture] == "qwen3",
-        tie_embeddings=not has_head or bool(fields.get("tie_word_embeddings", False)),
+        qk_norm=kind == "qwen3",
+        tie_embeddings=not has_head or _boolean(fields, "tie_word_embeddings", where),
         norm_epsilon=_number(fields, "rms_norm_eps", where),
         pad_id=_integer(fields, "pad_token_id", where, 0),
         **_parse_rope(fields, where),
@@ -153,120 +168,42 @@ def format_config(config: ModelConfig, *, dtype: str = "float32") -> dict[str, A
     return fields
 
 
-def read_tokenizer(
-    directory: str | os.PathLike[str],
-    vocab_size: int,
-    *,
-    reserved: Sequence[str] = (),
-    pad_token: str | None = None,
-) -> HuggingFaceTokenizer:
-    """The tokenizer of a Hugging Face directory.
+def list_rest(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """What a Hugging Face directory says of a model that `parse_config` has no use for.
 
-    Args:
-      directory: with tokenizer.json and tokenizer_config.json.
-      vocab_size: of the model, which may be wider than the tokenizer.
-      reserved: names of tokens that only a model may produce; those that there are not yet take
-        the first ids that the tokenizer leaves free.
-      pad_token: overrules tokenizer_config.json. Needed where that names none, or the eos token.
+    Returns: file name -> fields, of config.json (without those that an export writes so itself) and
+      of generation_config.json; a file that is not there, or says nothing more, is left out.
 
-    Raises PublishedError for a file or field that is missing, and where the model has fewer ids
-    than the tokenizer.
+    Raises PublishedError for a file that cannot be read.
     """
     folder = pathlib.Path(directory)
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        raise PublishedError(f"{path}: no such file; copy it from where the model was published")
-    names = read_json(folder / _TOKENIZER_CONFIG_FILE)
-    if (folder / _CHAT_TEMPLATE_FILE).is_file():  # newer releases keep it apart
-        names["chat_template"] = (folder / _CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
-    names = {n: v.get("content") if isinstance(v, Mapping) else v for n, v in names.items()}
-    if pad_token is not None:
-        names["pad_token"] = pad_token
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise PublishedError(f"{path}: is no tokenizer ({error}); copy it again") from error
-    return wrap_tokenizer(tokenizer, names, vocab_size, reserved=reserved, where=str(path))
+    found = {}
+    if (folder / CONFIG_FILE).is_file():
+        found[CONFIG_FILE] = drop_ours(read_json(folder / CONFIG_FILE))
+    if (folder / GENERATION_FILE).is_file():
+        found[GENERATION_FILE] = read_json(folder / GENERATION_FILE)
+    return {name: fields for name, fields in found.items() if fields}
 
 
-def wrap_tokenizer(
-    tokenizer: tokenizers.Tokenizer,
-    names: Mapping[str, Any],
-    vocab_size: int,
-    *,
-    reserved: Sequence[str],
-    where: str,
-) -> HuggingFaceTokenizer:
-    """Adds what `reserved` lacks to a published tokenizer; see `read_tokenizer`.
-
-    names: of `eos_token` and `pad_token`; `chat_template` and `bos_token`, where there are any.
-    where: named in errors.
-    """
-    for field in ("eos_token", "pad_token"):
-        if not isinstance(names.get(field), str):
-            raise PublishedError(
-                f"{where}: {field} is {names.get(field)!r}; it must name a token"
-                + ("; pass pad_token" if field == "pad_token" else "")
-            )
-    if not isinstance(tokenizer.model, tokenizers.models.BPE):
-        raise PublishedError(
-            f"{where}: holds a {type(tokenizer.model).__name__} tokenizer; allowed is a byte-level "
-            "BPE, choose another model"
-        )
-    known = tokenizer.get_vocab(with_added_tokens=True)
-    fresh = [name for name in dict.fromkeys(reserved) if name not in known]
-    tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in fresh]
-    )
-    needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    if needed > vocab_size:
-        raise PublishedError(
-            f"{where}: has {needed} ids with {len(fresh)} reserved names added, and vocab_size of "
-            f"the model is {vocab_size}; take the tokenizer that was published with the model, or "
-            "widen the model (experiments/convert.py --vocab_size)"
-        )
-    try:
-        return HuggingFaceTokenizer(
-            tokenizer,
-            eos_token=names["eos_token"],
-            pad_token=names["pad_token"],
-            vocab_size=vocab_size,
-            lossless=False,  # it is as it was published
-            chat_template=_text(names.get("chat_template")),
-            bos_token=_text(names.get("bos_token")),
-        )
-    except ValueError as error:
-        raise PublishedError(f"{where}: {error}") from error
-
-
-def write_tokenizer(directory: str | os.PathLike[str], tokenizer: HuggingFaceTokenizer) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, as `read_tokenizer` reads them."""
-    folder = pathlib.Path(directory)
-    stored = json.loads(tokenizer.to_bytes())
-    (folder / TOKENIZER_FILE).write_text(stored.pop("tokenizer"), encoding="utf-8")
-    fields = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": stored["eos_token"],
-        "pad_token": stored["pad_token"],
+def drop_ours(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that an export would not write, or would write otherwise."""
+    plain = format_config(parse_config(fields))
+    # A file of code is not copied, so nothing may refer to it.
+    ours = {*plain, *_FIXED, "rope_parameters", "auto_map"} - {*_FREE}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in ours and not (name in plain and plain[name] == value)
     }
-    fields |= {name: stored[name] for name in ("chat_template", "bos_token") if name in stored}
-    (folder / _TOKENIZER_CONFIG_FILE).write_text(
-        json.dumps(fields, indent=2) + "\n", encoding="utf-8"
-    )
 
 
-def _text(value: Any) -> str | None:
-    """None for what is no text: some models publish several templates, by name."""
-    return value if isinstance(value, str) else None
-
-
-def _listed(value: Any) -> list[Any]:
+def list_entries(value: Any) -> list[Any]:
     """A field that must be a list; anything else as its one entry, which then is refused."""
     return value if isinstance(value, list) else [value]
 
 
 def _find_architecture(fields: Mapping[str, Any], where: str) -> str:
-    found = _listed(fields.get("architectures") or [])
+    found = list_entries(fields.get("architectures") or [])
     if len(found) != 1 or not isinstance(found[0], str) or found[0] not in ARCHITECTURES:
         raise PublishedError(
             f"{where}: architectures={found!r}: allowed is one of {', '.join(ARCHITECTURES)}; "
@@ -290,6 +227,8 @@ def _parse_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise PublishedError(f"{where}: {name} is {scaling!r}; it must be an object or null")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = _number({**fields, **scaling}, "rope_theta", where)
+    if theta <= 0:
+        raise PublishedError(f"{where}: rope_theta is {theta!r}; it must be above 0")
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":
@@ -304,9 +243,23 @@ def _parse_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _number(fields: Mapping[str, Any], field: str, where: str) -> float:
     value = fields.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise PublishedError(f"{where}: {field} is {value!r}; it must be a number")
     return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of a whole number that no float can hold
+        return False
+
+
+def _boolean(fields: Mapping[str, Any], field: str, where: str) -> bool:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise PublishedError(f"{where}: {field} is {value!r}; it must be true or false")
+    return bool(value)
 
 
 def _integer(fields: Mapping[str, Any], field: str, where: str, default: int | None = None) -> int:
@@ -322,13 +275,24 @@ def _integer(fields: Mapping[str, Any], field: str, where: str, default: int | N
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises PublishedError where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PublishedError(
-            f"{path}: no such file; copy it from where the model was published"
-        ) from error
-    except ValueError as error:
+        found = json.loads(read_text(path))
+        json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate
+    except PublishedError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise PublishedError(f"{path}: is not JSON ({error}); copy the file again") from error
     if not isinstance(found, dict):
         raise PublishedError(f"{path}: holds {type(found).__name__}; it must hold an object")
     return found
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A text file, without the mark that some editors begin it with. Raises PublishedError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise PublishedError(
+            f"{path}: no such file; copy it from where the model was published"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PublishedError(f"{path}: cannot be read ({error}); copy the file again") from error

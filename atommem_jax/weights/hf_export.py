@@ -18,7 +18,7 @@ from flax import traverse_util
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import host_batches
-from atommem_jax.weights import hf_config, hf_names, hf_shards
+from atommem_jax.weights import hf_config, hf_names, hf_shards, hf_tokenizer
 from atommem_jax.weights.hf_config import PublishedError
 
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -32,10 +32,12 @@ def save(
     tokenizer: HuggingFaceTokenizer | None = None,
     dtype: str = "float32",
     max_file_bytes: int = 1 << 30,
+    rest: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes a Hugging Face directory that `transformers` and `load` read.
 
-    Every process calls it; the first one writes. The host holds the tensors of one file.
+    Every process calls it; the first one writes. The host holds the tensors of one file. What was
+    published with the model, and is not ours, is written as it was.
 
     Args:
       directory: made if needed; files of the same names are replaced.
@@ -44,6 +46,7 @@ def save(
       tokenizer: written too, if given.
       dtype: of what is written, 'float32' or 'bfloat16'; the value head stays float32.
       max_file_bytes: size of a file, except where one tensor is larger.
+      rest: see `hf_config.list_rest`; by default what the tokenizer brings along.
 
     Raises PublishedError for a model that no published architecture computes, and ValueError for
     parameters that are not of this config.
@@ -80,9 +83,18 @@ def save(
         if plan.is_sharded:
             hf_shards.write_index(folder, plan)
         if tokenizer is not None:
-            hf_config.write_tokenizer(folder, tokenizer)
+            hf_tokenizer.write_tokenizer(folder, tokenizer)
             fields |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-        hf_shards.write_json(folder / hf_config.CONFIG_FILE, fields)
+            rest = tokenizer.published if rest is None else rest
+        rest = rest or {}
+        hf_shards.write_json(
+            folder / hf_config.CONFIG_FILE, {**fields, **rest.get(hf_config.CONFIG_FILE, {})}
+        )
+        (folder / hf_config.GENERATION_FILE).unlink(missing_ok=True)
+        if hf_config.GENERATION_FILE in rest:
+            hf_shards.write_json(
+                folder / hf_config.GENERATION_FILE, rest[hf_config.GENERATION_FILE]
+            )
         written = [*plan.filename_to_tensors, hf_names.VALUE_HEAD_FILE]
         _permit_reading(folder, written, like=hf_config.CONFIG_FILE)
 

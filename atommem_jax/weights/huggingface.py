@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules as rules_lib
-from atommem_jax.weights import gguf, hf_config, hf_names, hf_shards
+from atommem_jax.weights import gguf, gguf_file, hf_config, hf_names, hf_shards
 from atommem_jax.weights.hf_config import PublishedError
 
 _UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # what older versions wrote and nobody reads
@@ -67,7 +67,7 @@ def open_weights(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
 
     Raises PublishedError for what cannot be read.
     """
-    if pathlib.Path(path).suffix == ".gguf":
+    if gguf_file.is_gguf(path):
         file = gguf.open_model(path)
         return hf_config.parse_config(file.config_fields, where=str(path)), file
     config = hf_config.read_config(path)

@@ -33,7 +33,7 @@ from atommem_jax.model import sampling
 from atommem_jax.model.sampling import Agent, DecodeState, SamplerConfig
 from atommem_jax.model.transformer import Transformer, count_params
 from atommem_jax.types import Phase
-from atommem_jax.weights import gguf, hf_config, huggingface
+from atommem_jax.weights import gguf, gguf_file, hf_tokenizer, huggingface
 from experiments.benchmarks import timing
 
 PREFILL = (8, 512)  # rows, tokens
@@ -66,10 +66,10 @@ class Subject:
 def load(path: str, pad_token: str | None = None) -> Subject:
     """Reads weights and tokenizer. Raises PublishedError for what cannot be read."""
     config, params = huggingface.load(path)
-    if pathlib.Path(path).suffix == ".gguf":
+    if gguf_file.is_gguf(path):
         tokenizer = gguf.open_model(path).read_tokenizer(config.vocab_size, pad_token=pad_token)
     else:
-        tokenizer = hf_config.read_tokenizer(path, config.vocab_size, pad_token=pad_token)
+        tokenizer = hf_tokenizer.read_tokenizer(path, config.vocab_size, pad_token=pad_token)
     actions = protocol.atommem(SHOWN, free_text=True)
     grammar = compile_grammar(actions, tokenizer, max_actions=8, max_text=64)
     agent = Agent(
@@ -146,7 +146,7 @@ class Transformers:
         self._torch = torch
         path = subject.path
         place, more = (
-            (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+            (path.parent, {"gguf_file": path.name}) if gguf_file.is_gguf(path) else (path, {})
         )
         transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -191,7 +191,7 @@ class LlamaCpp:
     def __init__(self, subject: Subject):
         import llama_cpp
 
-        if subject.path.suffix != ".gguf":
+        if not gguf_file.is_gguf(subject.path):
             raise ValueError(
                 f"{subject.path}: llama.cpp reads .gguf files; pass one to --pretrained"
             )

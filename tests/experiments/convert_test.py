@@ -10,11 +10,11 @@ from absl import flags as absl_flags
 from atommem_jax.agent import build, load
 from atommem_jax.config import ConfigError, parse
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer
-from atommem_jax.weights import hf_config, huggingface
+from atommem_jax.weights import hf_config, hf_tokenizer, huggingface
 from experiments import convert
 from experiments.configs import synthetic
 from tests.helpers import forks, tiny
-from tests.weights import hf_config_test, huggingface_test
+from tests.weights import hf_config_test, hf_tokenizer_test, huggingface_test
 
 FIELDS = {**huggingface_test.QWEN, "vocab_size": 320}
 
@@ -28,7 +28,7 @@ def _flags():
 def source(tmp_path):
     """A published model with its tokenizer."""
     folder = huggingface_test.write(tmp_path / "in", FIELDS, huggingface_test.make_tensors(FIELDS))
-    return hf_config_test.write_tokenizer(folder)
+    return hf_tokenizer_test.write_tokenizer(folder)
 
 
 def test_to_a_checkpoint_and_back(tmp_path, source):
@@ -47,7 +47,7 @@ def test_to_a_checkpoint_and_back(tmp_path, source):
     convert.write_huggingface(str(tmp_path / "run"), str(tmp_path / "out"))
     again = huggingface_test.read_all(tmp_path / "out")
     huggingface_test.assert_same_bits(again, huggingface_test.make_tensors(FIELDS))
-    read = hf_config.read_tokenizer(tmp_path / "out", 320)
+    read = hf_tokenizer.read_tokenizer(tmp_path / "out", 320)
     assert read.to_bytes() == tokenizer.to_bytes()
 
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, source):
 def test_a_vocabulary_without_room_for_the_protocol_is_widened_on_request(tmp_path):
     fields = {**FIELDS, "vocab_size": 258}
     folder = huggingface_test.write(tmp_path, fields, huggingface_test.make_tensors(fields))
-    hf_config_test.write_tokenizer(folder)
+    hf_tokenizer_test.write_tokenizer(folder)
     with pytest.raises(hf_config.PublishedError, match=r"reserved names added, and vocab_size"):
         convert.write_checkpoint(str(folder), str(tmp_path / "run"), parse(synthetic.get_config()))
     with pytest.raises(ConfigError, match=r"--vocab_size=200: must be at least the model's own"):

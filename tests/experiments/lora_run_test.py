@@ -33,7 +33,7 @@ from tests.model.lora_test import (
     make_model,
     merge_by_hand,
 )
-from tests.weights import hf_config_test, huggingface_test
+from tests.weights import hf_tokenizer_test, huggingface_test
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_what_is_exported_adds_up(tmp_path):
     fields = {**huggingface_test.QWEN, "vocab_size": 320, "tie_word_embeddings": False}
     published = huggingface_test.make_tensors(fields)
     source = huggingface_test.write(tmp_path / "in", fields, published)
-    hf_config_test.write_tokenizer(source)
+    hf_tokenizer_test.write_tokenizer(source)
     config = parse(synthetic.get_config())
     convert.write_checkpoint(str(source), str(tmp_path / "base"), config)
     below = load.load(str(tmp_path / "base"))

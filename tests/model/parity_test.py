@@ -15,7 +15,7 @@ from atommem_jax.language import chat
 from atommem_jax.memory import encoder
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.transformer import Transformer
-from atommem_jax.weights import gguf, hf_config, hf_export, huggingface
+from atommem_jax.weights import gguf, hf_export, hf_tokenizer, huggingface
 from tests.conftest import ROOT
 from tests.helpers import smollm2
 
@@ -217,7 +217,7 @@ def test_embeddings_are_the_same(tmp_path):
     expected = torch.nn.functional.normalize(last, dim=1).numpy()
 
     config, params = huggingface.load(tmp_path)
-    ours = hf_config.read_tokenizer(tmp_path, config.vocab_size)
+    ours = hf_tokenizer.read_tokenizer(tmp_path, config.vocab_size)
     tokens, lengths = encoder.encode(ours, texts, max_length=160)
     assert lengths.tolist() == batch["attention_mask"].sum(1).tolist()
     found = np.asarray(encoder.embed(Transformer(config), params, tokens, lengths))
@@ -292,7 +292,7 @@ FORMATS = {
 def test_a_chat_is_rendered_as_transformers_renders_it(tmp_path, name):
     if name == "smollm2":
         ours = gguf.open_model(smollm2.find()).read_tokenizer(49_152, pad_token="<|endoftext|>")
-        hf_config.write_tokenizer(tmp_path, ours)
+        hf_tokenizer.write_tokenizer(tmp_path, ours)
     else:
         write_tokenizer(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -307,6 +307,6 @@ def test_a_chat_is_rendered_as_transformers_renders_it(tmp_path, name):
         assert found == theirs.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
-        ours = hf_config.read_tokenizer(tmp_path, len(theirs), pad_token="<|endoftext|>")
+        ours = hf_tokenizer.read_tokenizer(tmp_path, len(theirs), pad_token="<|endoftext|>")
         ids = theirs(found, add_special_tokens=False)["input_ids"]
         assert ours.encode_control(found) == ids

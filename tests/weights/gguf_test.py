@@ -192,8 +192,14 @@ def test_ids_without_a_piece_are_free(tmp_path, model):
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is a list of other things"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "must be a list of 261 numbers"),
         ({"tokenizer.ggml.eos_token_id": "one"}, "eos_token is None; it must name a token"),
-        ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre='tekken': allowed are 'gpt2' and"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama'"),
+        (
+            {"tokenizer.ggml.pre": "tekken"},
+            "tokenizer.ggml.pre='tekken': allowed is one of 'qwen2'",
+        ),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model='llama': allowed is one of"),
+        ({"tokenizer.ggml.model": None}, "field tokenizer.ggml.model is missing, without which"),
+        ({"tokenizer.ggml.pre": None}, "field tokenizer.ggml.pre is missing, without which"),
+        ({"tokenizer.ggml.tokens": None}, "field tokenizer.ggml.tokens is missing, without"),
         ({"tokenizer.ggml.padding_token_id": 1}, "pad_token: found '<|end|>', which is also eos"),
         ({"tokenizer.ggml.padding_token_id": 999}, "pad_token is None; it must name a token"),
     ],
@@ -201,6 +207,7 @@ def test_ids_without_a_piece_are_free(tmp_path, model):
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, model, changes, words):
     fields, tensors = model
     fields |= make_tokenizer_fields(**changes)
+    fields = {name: value for name, value in fields.items() if value is not None}
     file = gguf.open_model(write(tmp_path / "model.gguf", fields, tensors))
     with pytest.raises(PublishedError) as caught:
         file.read_tokenizer(270)
