@@ -10,7 +10,6 @@ version 5 does (`rope_parameters`, `dtype`).
 """
 
 import json
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -58,6 +57,8 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "llama": {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6},
 }
+
+_LARGEST = 1e38  # about what a float32 holds
 
 # Fields of a config.json that say nothing of what a model computes: as published, if they were.
 _FREE = ("max_position_embeddings", "attention_dropout", "use_cache")
@@ -189,7 +190,7 @@ def drop_ours(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that an export would not write, or would write otherwise."""
     plain = format_config(parse_config(fields))
     # A file of code is not copied, so nothing may refer to it.
-    ours = {*plain, *_FIXED, "rope_parameters", "auto_map"} - {*_FREE}
+    ours = {*plain, "rope_parameters", "auto_map"} - {*_FREE}
     return {
         name: value
         for name, value in fields.items()
@@ -237,22 +238,21 @@ def _parse_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
             "another model, or set the field to null for texts within the original length"
         )
     read = {ours: _number(scaling, key, f"{where}: {name}") for key, ours in _ROPE_KEYS.items()}
-    read["rope_original_length"] = int(read["rope_original_length"])
-    return {"rope_theta": theta, **read}
+    length = _integer(scaling, "original_max_position_embeddings", f"{where}: {name}")
+    return {"rope_theta": theta, **read, "rope_original_length": length}
 
 
 def _number(fields: Mapping[str, Any], field: str, where: str) -> float:
     value = fields.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
-        raise PublishedError(f"{where}: {field} is {value!r}; it must be a number")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not abs(value) <= _LARGEST  # nor is NaN
+    ):
+        raise PublishedError(
+            f"{where}: {field} is {value!r}; it must be a number, of at most {_LARGEST:g}"
+        )
     return float(value)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # of a whole number that no float can hold
-        return False
 
 
 def _boolean(fields: Mapping[str, Any], field: str, where: str) -> bool:

@@ -72,7 +72,7 @@ class Directory:
         index = self._folder / _INDEX_FILE
         if index.is_file():
             places = hf_config.read_json(index).get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+            if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
                 raise PublishedError(
                     f"{index}: weight_map must be an object of tensors and the names of their "
                     "files; copy the file again"
@@ -99,12 +99,24 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         raise PublishedError(
             f"{path}: no such file, and {_INDEX_FILE} names it; copy it"
         ) from error
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise PublishedError(f"{path}: {_explain(path) or error}; copy the file again") from error
+
+
+def _is_file_name(value: Any) -> bool:
+    """Whether it names a file of the same directory."""
+    return (
+        isinstance(value, str)
+        and value != ""
+        and "\0" not in value
+        and pathlib.PurePath(value).name == value
+    )
 
 
 def _explain(path: pathlib.Path) -> str:
     """Which tensor a truncated file ends in; '' where that is not what is wrong."""
+    if not path.is_file():
+        return ""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -116,7 +128,7 @@ def _explain(path: pathlib.Path) -> str:
             ends = {
                 n: 8 + length + t["data_offsets"][1] for n, t in header.items() if n[:2] != "__"
             }
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return ""
     beyond = [name for name, end in sorted(ends.items(), key=lambda pair: pair[1]) if end > size]
     if not beyond:

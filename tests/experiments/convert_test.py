@@ -61,6 +61,49 @@ def test_between_published_forms(tmp_path, source):
     )
 
 
+@pytest.mark.parametrize("through", ["nothing", "a checkpoint"])
+def test_an_export_keeps_what_training_did_not_change(tmp_path, source, through, capsys):
+    fields = {
+        **FIELDS,
+        "max_position_embeddings": 40960,
+        "eos_token_id": [256, 3],
+        "bos_token_id": 3,
+        "initializer_range": 0.02,
+        "sliding_window": None,
+    }
+    settings = {"eos_token_id": [256, 3], "do_sample": True, "temperature": 0.6}
+    templates = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    (source / "config.json").write_text(json.dumps(fields))
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    hf_tokenizer_test.write_tokenizer(source, chat_template=templates, model_max_length=131072)
+    (source / "README.md").write_text("of the model")
+    start = source
+    if through == "a checkpoint":
+        start = tmp_path / "run"
+        config = parse(synthetic.get_config())
+        convert.write_checkpoint(str(source), str(start), config)
+    convert.write_huggingface(str(start), str(tmp_path / "out"))
+
+    def read(name):
+        return json.loads((tmp_path / "out" / name).read_text())
+
+    written = read("config.json")
+    assert {name: written[name] for name in fields} == fields
+    assert read("generation_config.json") == settings
+    assert read("tokenizer_config.json")["chat_template"] == templates
+    assert read("tokenizer_config.json")["model_max_length"] == 131072
+    if through == "nothing":
+        assert f"without README.md of {source}; copy what you need" in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_keeps_its_config(tmp_path):
+    fields = {**FIELDS, "max_position_embeddings": 40960, "eos_token_id": [5, 6]}
+    folder = huggingface_test.write(tmp_path / "in", fields, huggingface_test.make_tensors(fields))
+    convert.write_huggingface(str(folder), str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: written[name] for name in fields} == fields
+
+
 def test_a_mistake_ends_the_script_with_status_2(source):
     (source / "model.safetensors").unlink()
     flags = [f"--source={source}", f"--target={source.parent / 'out'}"]

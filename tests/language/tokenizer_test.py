@@ -208,3 +208,39 @@ def test_bpe_must_be_byte_level():
     spaced = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words | {"a b": 4}, merges=[]))
     with pytest.raises(ValueError, match="found the piece 'a b'"):
         tokenizer_lib.HuggingFaceTokenizer(spaced, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def test_bpe_is_named_as_what_is_allowed():
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|end|>": 0, "<|pad|>": 1}, "<|end|>")
+    )
+    with pytest.raises(
+        ValueError, match="holds a WordLevel tokenizer; allowed is a byte-level BPE"
+    ):
+        tokenizer_lib.HuggingFaceTokenizer(words, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def test_bpe_cuts_nothing_and_leaves_the_given_tokenizer_alone():
+    library = _train_bpe()
+    library.enable_truncation(3)
+    library.enable_padding(length=50)
+    names = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    ours = tokenizer_lib.HuggingFaceTokenizer(library, **names)
+    plain = tokenizer_lib.HuggingFaceTokenizer(_train_bpe(), **names)
+    assert ours.encode_control(FACTS[0]) == plain.encode_control(FACTS[0])
+    assert ours.encode(FACTS[0]) == plain.encode(FACTS[0])
+    assert library.truncation["max_length"] == 3
+    again = tokenizer_lib.from_bytes(ours.to_bytes())
+    assert again.to_bytes() == ours.to_bytes()
+    assert again.encode_control(FACTS[0]) == plain.encode_control(FACTS[0])
+
+
+def test_what_was_published_outlives_storing():
+    names = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    published = {"config.json": {"max_position_embeddings": 4096}}
+    ours = tokenizer_lib.HuggingFaceTokenizer(_train_bpe(), **names, published=published)
+    assert tokenizer_lib.from_bytes(ours.to_bytes()).published == published
+    # As a checkpoint was stored before anything of this came along.
+    older = tokenizer_lib.HuggingFaceTokenizer(_train_bpe(), **names)
+    assert b"published" not in older.to_bytes()
+    assert older.published == {}

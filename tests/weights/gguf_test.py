@@ -215,6 +215,33 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, model, changes, word
     assert "model.gguf" in str(caught.value)
 
 
+def test_what_else_the_file_says_comes_along(tmp_path, model):
+    fields, tensors = model
+    fields |= make_tokenizer_fields(
+        **{
+            "qwen3.context_length": 32768,
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.chat_template": "d",
+            "tokenizer.chat_templates": ["tool_use"],
+            "tokenizer.chat_template.tool_use": "t",
+        }
+    )
+    file = gguf.open_model(write(tmp_path / "model.gguf", fields, tensors))
+    tokenizer = file.read_tokenizer(270)
+    assert tokenizer.chat_template == {"default": "d", "tool_use": "t"}
+    assert tokenizer.published == {
+        "config.json": {"max_position_embeddings": 32768, "bos_token_id": 0}
+    }
+
+
+@pytest.mark.parametrize("name", ["MODEL.GGUF", "model.Gguf", "sha256-0123"])
+def test_a_file_is_known_by_its_ending_in_any_case_or_by_its_beginning(tmp_path, model, name):
+    config, whole = huggingface.load(write(tmp_path / "model.gguf", *model))
+    found, params = huggingface.load(write(tmp_path / name, *model))
+    assert found == config
+    huggingface_test.assert_same_bits(params, whole)
+
+
 # ---------------------------------------------------------------------------------------------
 # What is refused
 
@@ -305,6 +332,13 @@ def test_a_split_model_is_opened_by_any_of_its_parts(tmp_path, model):
         found, params = huggingface.load(path)
         assert found == config
         huggingface_test.assert_same_bits(params, whole)
+
+
+def test_parts_may_end_in_capitals(tmp_path, model):
+    config, _ = huggingface.load(write(tmp_path / "whole.gguf", *model))
+    for path in write_parts(tmp_path, *model):
+        path.rename(path.with_suffix(".GGUF"))
+    assert huggingface.load(tmp_path / "model-00002-of-00003.GGUF")[0] == config
 
 
 def test_parts_that_do_not_fit_are_named(tmp_path, model):

@@ -1,5 +1,6 @@
 """config.json: what was published, both ways, and what is refused by name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -144,6 +145,10 @@ def test_configs_come_back(fields):
         ({"architectures": [["Qwen3Model"]]}, ["architectures=[['Qwen3Model']]"]),
         ({"rope_scaling": "null"}, ["rope_scaling is 'null'; it must be an object or null"]),
         ({"head_dim": 2**70}, ["head_dim is 1180591620717411303424", "31 bits"]),
+        ({"rope_theta": float("nan")}, ["rope_theta is nan; it must be a number"]),
+        ({"rope_theta": -1}, ["rope_theta is -1.0; it must be above 0"]),
+        ({"rms_norm_eps": 10**400}, ["it must be a number, of at most 1e+38"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings is 'no'; it must be true or false"]),
         ({"num_key_value_heads": 5}, ["model.num_heads=32 is not a multiple of", "=5"]),
     ],
 )
@@ -160,3 +165,33 @@ def test_a_broken_config_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(PublishedError, match=rf"config\.json: {word}"):
             hf_config.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("published_config", [QWEN3_8B, LLAMA_3_1_8B])
+def test_what_is_not_said_is_the_default_of_the_architecture(published_config):
+    """As in `transformers`: null where a switch is off, and 10,000 for rope_theta."""
+    switches = dict.fromkeys(["mlp_bias", "attention_bias", "use_sliding_window"])
+    expected = hf_config.parse_config(published_config)
+    assert hf_config.parse_config(published_config | switches) == expected
+    silent = {n: v for n, v in published_config.items() if n not in ("rope_theta", "rms_norm_eps")}
+    found = hf_config.parse_config(silent)
+    assert found == dataclasses.replace(expected, rope_theta=10_000.0, norm_epsilon=1e-6)
+
+
+def test_qwen3_has_heads_of_its_own():
+    silent = {n: v for n, v in QWEN3_8B.items() if n not in ("head_dim", "num_key_value_heads")}
+    found = hf_config.parse_config({**silent, "hidden_size": 1024})
+    assert (found.head_width, found.num_kv_heads) == (128, 32)
+
+
+def test_the_rest_is_what_an_export_would_not_write(tmp_path):
+    fields = {**QWEN3_8B, "auto_map": {"AutoModel": "code.Model"}, "use_cache": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    rest = hf_config.list_rest(tmp_path)
+    kept = (
+        *("bos_token_id", "eos_token_id", "initializer_range", "max_position_embeddings"),
+        *("max_window_layers", "sliding_window", "transformers_version", "use_sliding_window"),
+    )
+    assert rest == {"config.json": {name: QWEN3_8B[name] for name in kept}}
+    (tmp_path / "generation_config.json").write_text('{"top_p": 0.9}')
+    assert hf_config.list_rest(tmp_path)["generation_config.json"] == {"top_p": 0.9}
