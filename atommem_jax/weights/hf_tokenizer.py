@@ -7,6 +7,7 @@ meaning, and the chat template. What they say beyond that comes back when a toke
 import json
 import os
 import pathlib
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,8 +186,11 @@ def _join_ends(rest: Mapping[str, Mapping[str, Any]], eos_id: int) -> dict[str, 
 
 
 def _check_keeps_text(tokenizer: HuggingFaceTokenizer, where: str) -> None:
-    """Raises PublishedError for a tokenizer that loses white space, or makes letters small."""
-    probe = "It Is 12.\n\n  So?"
+    """Raises PublishedError for a tokenizer that loses white space, or a letter.
+
+    A letter is lost where it has no piece, or its piece is named as a token with a meaning.
+    """
+    probe = f"It Is 12.\n\n  So? {string.ascii_letters}{string.digits}{string.punctuation}"
     found = tokenizer.decode(tokenizer.encode(probe))
     if found != probe:
         raise PublishedError(

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 
 from atommem_jax.language import chat
+from atommem_jax.language.tokenizer import from_bytes
 from atommem_jax.memory import encoder
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.model.transformer import Transformer
@@ -166,6 +167,45 @@ def test_what_we_write_computes_the_same_there(tmp_path, name):
     tokens = torch.tensor(make_tokens(config.vocab_size), dtype=torch.long)
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3-tied", "llama3-untied"])
+def test_what_we_keep_is_read_there(tmp_path, name):
+    """Lengths, ids, sampling and templates: what training did not change is as it was published."""
+    theirs = make_theirs(name)
+    theirs.config.eos_token_id = theirs.generation_config.eos_token_id = [1, 7]
+    theirs.config.max_position_embeddings = 4096
+    theirs.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    theirs.save_pretrained(tmp_path / "in")
+    write_tokenizer(tmp_path / "in")
+    published = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    published.chat_template = {"default": FORMATS["one header"], "tool_use": "{{ tools }}"}
+    published.model_max_length = 131072
+    published.save_pretrained(tmp_path / "in")
+
+    config, params = huggingface.load(tmp_path / "in")
+    ours = hf_tokenizer.read_tokenizer(
+        tmp_path / "in", config.vocab_size, reserved=["<create>", "<end>"]
+    )
+    hf_export.save(tmp_path / "out", params, config, tokenizer=from_bytes(ours.to_bytes()))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    same = ("max_position_embeddings", "bos_token_id", "eos_token_id", "initializer_range")
+    for field in same:
+        assert getattr(again.config, field) == getattr(theirs.config, field), field
+    assert again.config.rope_parameters == theirs.config.rope_parameters
+    for field in ("eos_token_id", "do_sample", "temperature", "top_p"):
+        found, expected = (getattr(m.generation_config, field) for m in (again, theirs))
+        assert found == expected, field
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(tokenizer) is type(published)
+    assert tokenizer.chat_template == published.chat_template
+    assert tokenizer.model_max_length == 131072
+    assert tokenizer.padding_side == "left"
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == published(text)["input_ids"]
+    ids = tokenizer("a <create> b<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert ids == ours.encode_control("a <create> b<|im_end|>")
+    assert ours.reserved["<create>"] in ids
 
 
 # ---------------------------------------------------------------------------------------------

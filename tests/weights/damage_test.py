@@ -4,6 +4,7 @@ Mutations of a Hugging Face directory, from seeds: bytes at random places, and J
 of another kind or size. For .gguf files see `gguf_test.py`.
 """
 
+import copy
 import json
 import struct
 import tracemalloc
@@ -107,7 +108,7 @@ def damage_values(text, rng):
                 deep = [deep]
             node[key] = deep
         else:
-            node[key] = STRANGE[rng.integers(len(STRANGE))]
+            node[key] = copy.deepcopy(STRANGE[rng.integers(len(STRANGE))])
     return json.dumps(tree)
 
 
