@@ -169,9 +169,11 @@ def test_records_of_another_kind_are_refused(tmp_path, dataset, record, message)
 @pytest.mark.parametrize(
     ("dataset", "text", "message"),
     [
-        ("hotpotqa", '{"data": []}', "holds a JSON dict; allowed: a list"),
-        ("hotpotqa", '{"_id": 1}\n{"_id": 2}\n', "is no JSON .*; allowed: a JSON list"),
-        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "record 2 is no JSON"),
+        ("hotpotqa", '{"data": []}', "record 1 has no field 'context'; allowed: a list"),
+        ("hotpotqa", '[{"_id": 1},\n{"_id": 2\n', r"published, line 3, column 1: is no JSON"),
+        ("hotpotqa", "[1, 2]", "record 1 is a JSON int, no object"),
+        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "published, line 2, column 1: is no JSON"),
+        ("musique", " \n", "published: is empty; allowed are records of JSON"),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
