@@ -5,6 +5,7 @@ No server is asked but one in a thread of this process (`stub_endpoint`).
 
 import itertools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
