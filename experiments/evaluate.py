@@ -72,6 +72,8 @@ def main(argv) -> None:
     dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
+    for split in splits:
+        find_split(dataset, split)  # all of them, before any is played
     with folder_lock.hold(out, f"--out={out}"):
         evaluate(loaded, dataset, splits, out)
 
@@ -80,8 +82,6 @@ def evaluate(
     loaded: Loaded, dataset: datasets.Dataset, splits: Sequence[str], out: pathlib.Path
 ) -> None:
     """Plays every split at every temperature, and prints a table for each."""
-    for split in splits:
-        find_split(dataset, split)  # all before any is played
     for temperature in TEMPERATURES.value:
         print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
         print(_HEADER)

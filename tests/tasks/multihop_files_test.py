@@ -181,3 +181,26 @@ def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
     (tmp_path / "published").write_text(text)
     with pytest.raises(ValueError, match=message):
         multihop_files.read(config)
+
+
+@pytest.mark.parametrize("dataset", ["hotpotqa", "musique"])
+def test_lists_and_lines_are_the_same_data(tmp_path, dataset):
+    records = [make_record(0), make_record(1)] if dataset == "hotpotqa" else [MUSIQUE]
+    config = write(tmp_path, records, dataset)
+    plain = multihop_files.read(config)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    for text in (
+        lines,
+        lines + "\n",
+        "\ufeff" + json.dumps(records),
+        json.dumps(records, indent=1),
+    ):
+        (tmp_path / "published").write_text(text)
+        assert multihop_files.read(config) == plain
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    config = write(tmp_path, [], "hotpotqa")
+    (tmp_path / "published").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(ValueError, match="published: is a Parquet file; allowed is text"):
+        multihop_files.read(config)
