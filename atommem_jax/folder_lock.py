@@ -167,6 +167,7 @@ class _FileLock:
     """The lock of a local folder, or of one that hosts share."""
 
     def __init__(self, folder: pathlib.Path, name: str, patience: float):
+        self._made = [part for part in (folder, *folder.parents) if not part.exists()]
         paths.make_folder(folder, name)
         self._path = folder / FILE_NAME
         deadline = time.monotonic() + patience
@@ -235,6 +236,8 @@ class _FileLock:
                 os.ftruncate(self.descriptor, 0)
             elif self._is_in_place():
                 self._path.unlink()
+                for part in self._made:  # where nothing came of it, as after a mistake
+                    part.rmdir()
         os.close(self.descriptor)
 
 

@@ -60,6 +60,9 @@ DATA_ROOT = define_path(
     "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
 )
 
+# What is defined through this module from here on belongs to the script that asks for it.
+absl_flags.disclaim_key_flags()
+
 # Names of the flags defined here that a script has: --help shows them.
 _SHARED = ["data_root"]
 

@@ -81,8 +81,9 @@ def test_a_second_process_is_told_of_the_first_which_is_not_touched(tmp_path):
         assert child.poll() is None
         child.communicate("")
         assert child.returncode == 0
+    (tmp_path / "run").mkdir(exist_ok=True)
     assert take(tmp_path / "run")
-    assert not (tmp_path / "run" / ".lock").exists(), "nothing is left of a lock that was let go of"
+    assert not list((tmp_path / "run").iterdir()), "nothing is left of a lock that was let go of"
 
 
 def test_a_killed_holder_is_known_at_once(tmp_path):
@@ -197,3 +198,12 @@ def test_what_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--workdir=x: is a file; pass a folder"):
         take(tmp_path / "file")
+
+
+def test_a_folder_in_which_nothing_came_is_not_left_behind(tmp_path):
+    with folder_lock.hold(tmp_path / "a" / "b", "--workdir=x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with folder_lock.hold(tmp_path / "a" / "b", "--workdir=x"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]

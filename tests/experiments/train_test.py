@@ -361,6 +361,7 @@ def test_a_mistake_ends_with_status_2_before_anything_is_computed(arguments, mes
     output = runs.run("train.py", *arguments, status=2)
     assert message in output
     assert "Traceback" not in output
+    assert not pathlib.Path(runs.ROOT, "unused").exists()
 
 
 def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path, run_here):
