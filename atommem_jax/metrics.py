@@ -1,16 +1,20 @@
 """Metrics of a run: JSON lines that programs read, TensorBoard events that people look at."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+
+from atommem_jax import text_files
+from atommem_jax.config import ConfigError, paths
 
 FILE_NAME = "metrics.jsonl"
 
@@ -19,18 +23,27 @@ class MetricWriter:
     """Appends scalars to `<workdir>/metrics.jsonl` and `<workdir>/tensorboard/`.
 
     A line is one object: {"step": 10, "stage": "rl", "em": 0.5}. Every line reaches the operating
-    system before `write` returns, so that a kill loses at most the line being written. JSON has no
+    system before `write` returns, so that a kill loses at most the line being written. Lines that
+    are no records, as of a disk that was full, are moved to `metrics.jsonl.broken` when it is
+    opened, with a warning: what only tells of a run does not keep it from going on. JSON has no
     NaN or infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", which
     `read_metrics` turns back. Use it as a context manager. Only one process may write; the others
     take a `SilentWriter`.
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
-        self._workdir = pathlib.Path(workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = pathlib.Path(paths.expand(workdir))
+        paths.make_folder(self._workdir, f"--workdir={self._workdir}")
         self.path = self._workdir / FILE_NAME
-        _drop_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            _set_broken_lines_aside(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: {error.strerror}; move it away, or make it a file that you may "
+                "write to"
+            ) from error
+        self._failed = False
         self._events: Any = None  # a SummaryWriter, made at the first write
         self._purge_step: int | None = None
 
@@ -45,8 +58,14 @@ class MetricWriter:
         Raises ValueError for a reserved name, or a value that is no scalar.
         """
         values = _fetch(scalars)
-        self._file.write(_to_line(step, stage, values) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(_to_line(step, stage, values) + "\n")
+            self._file.flush()
+        except OSError as error:  # such as a full disk; what is left is written with the next line
+            if not self._failed:
+                text_files.warn(f"{self.path}: {error.strerror}; training goes on without metrics")
+            self._failed = True
+            return
         events = self._open_events()
         for name, value in values.items():
             events.add_scalar(f"{stage}/{name}", value, global_step=int(step))
@@ -66,19 +85,17 @@ class MetricWriter:
                 "opened; call resume right after MetricWriter(workdir)."
             )
         self._file.close()
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = _split_lines(self.path.read_bytes())
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        # Written aside and renamed, so that a kill here cannot lose the history.
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        aside.replace(self.path)
+        _replace(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._purge_step = step + 1
         return len(lines) - len(kept)
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it was warned of when it was written
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -109,7 +126,12 @@ class BucketWriter:
 
     def __init__(self, workdir: str, interval: float = 30.0):
         self.path = epath.Path(workdir) / FILE_NAME
-        self._lines = self.path.read_text().splitlines() if self.path.exists() else []
+        data = self.path.read_bytes() if self.path.exists() else b""
+        sound, broken = _sort_lines(_split_lines(data), str(self.path))
+        self._lines = sound
+        if broken:
+            aside = self.path.parent / f"{FILE_NAME}{_BROKEN}"
+            aside.write_text("".join(f"{line}\n" for line in broken))
         self._interval, self._written = interval, -math.inf
 
     def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
@@ -138,7 +160,7 @@ class BucketWriter:
 
 def open_writer(workdir: str) -> "MetricWriter | BucketWriter":
     """The writer for a folder, or for the URL of an object store (gs://bucket/run)."""
-    return BucketWriter(workdir) if "://" in workdir else MetricWriter(workdir)
+    return BucketWriter(workdir) if paths.is_remote(workdir) else MetricWriter(workdir)
 
 
 class SilentWriter:
@@ -159,31 +181,91 @@ class SilentWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Returns the records of a run in the order written; a torn last line is left out.
+    """Returns the records of a run in the order written; what is none is left out.
+
+    A torn last line is left out silently, other broken lines with a warning.
 
     Raises FileNotFoundError where no run has written.
     """
-    path = pathlib.Path(workdir) / FILE_NAME
-    text = path.read_text(encoding="utf-8")
-    records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+    path = paths.locate(workdir) / FILE_NAME
+    lines, _ = _sort_lines(_split_lines(path.read_bytes()), str(path))
     return [
         {
-            name: special.get(value, value) if name != "stage" and isinstance(value, str) else value
-            for name, value in record.items()
+            name: _SPECIAL.get(value, value)
+            if name != "stage" and isinstance(value, str)
+            else value
+            for name, value in json.loads(line).items()
         }
-        for record in records
+        for line in lines
     ]
 
 
-def _drop_torn_line(path: pathlib.Path) -> None:
-    """Cuts off a last line without a newline: the process died while writing it."""
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_BROKEN = ".broken"
+
+
+def _to_number(value: float | str) -> float:
+    return _SPECIAL[value] if isinstance(value, str) else value
+
+
+def _split_lines(data: bytes) -> list[str]:
+    """The lines of a file; a last one without a newline is torn: the process died writing it."""
+    text = data[: data.rfind(b"\n") + 1].decode("utf-8", "replace").removeprefix("\ufeff")
+    return [line.rstrip("\r") for line in text.split("\n")[:-1]]
+
+
+def _sort_lines(lines: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """(lines that are records, others): warns of the others; blank lines are neither."""
+    sound, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        if _is_record(line):
+            sound.append(line)
+        elif line.strip("\0 \t"):
+            broken.append(line)
+            shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+            text_files.warn(
+                f"{name}, line {number}: is no record of a run and is left out: {shown!r}"
+            )
+    return sound, broken
+
+
+_SHOWN = 60  # characters of a broken line
+
+
+def _is_record(line: str) -> bool:
+    """Whether a line is what `_to_line` writes."""
+    try:
+        record = text_files.parse_json(line)
+    except ValueError:
+        return False
+    if not isinstance(record, dict) or not isinstance(record.get("stage"), str):
+        return False
+    values = [value for name, value in record.items() if name != "stage"]
+    return type(record.get("step")) is int and all(
+        isinstance(value, (int, float)) or (isinstance(value, str) and value in _SPECIAL)
+        for value in values
+    )
+
+
+def _set_broken_lines_aside(path: pathlib.Path) -> None:
+    """Leaves only whole records in a file of metrics, and the other lines in one beside it."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
+    data = path.read_bytes()
+    sound, broken = _sort_lines(_split_lines(data), str(path))
+    if broken:
+        aside = path.with_name(f"{path.name}{_BROKEN}")
+        with aside.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in broken)
+    if data != "".join(f"{line}\n" for line in sound).encode():
+        _replace(path, sound)
+
+
+def _replace(path: pathlib.Path, lines: Sequence[str]) -> None:
+    """Writes a file aside and renames it, so that a kill here cannot lose the history."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    aside.replace(path)
 
 
 def _fetch(scalars: Mapping[str, Any]) -> dict[str, float]:

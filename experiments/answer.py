@@ -7,11 +7,11 @@
         --set=memory.entry_length=64 --set=memory.slots=32 --set=rollout.response_length=160 \\
         --question='Who wrote it?' --save_memory=report.npz
 
-A document is UTF-8 text of any length: prose, Markdown, what `pdftotext` writes. It is read part by
-part; each turn is printed as it happens, then the answers with the entries they came from, and a
-page with the memory trace is written to --out. Questions given by --question are known while the
-documents are read; those of --interactive come later, one a line, and are answered from the same
-memory. --load_memory goes on with what was kept by --save_memory.
+A document is text of any length, in UTF-8 or UTF-16: prose, Markdown, what `pdftotext` writes. It
+is read part by part; each turn is printed as it happens, then the answers with the entries they
+came from, and a page with the memory trace is written to --out. Questions given by --question are
+known while the documents are read; those of --interactive come later, one a line, and are answered
+from the same memory. --load_memory goes on with what was kept by --save_memory.
 
 A checkpoint trained here reads as it was trained: whole sentences, as many a part as it knows.
 """
@@ -21,12 +21,13 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags as absl_flags
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import load
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.documents import reader as reader_lib
 from atommem_jax.documents import split, transcript
 from atommem_jax.documents.memory_file import Memory
@@ -37,16 +38,18 @@ from experiments import flags
 
 _multi = absl_flags.DEFINE_multi_string
 _string = absl_flags.DEFINE_string
-CHECKPOINT = _string(
+CHECKPOINT = flags.define_path(
     "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
 )
 STEP = _string("step", "last", "Which step of a workdir: 'last', 'best' or a number.")
-BASE = _string(
+BASE = flags.define_path(
     "base",
     "",
     "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
-DOCUMENT = _multi("document", [], "Text file to read; repeat the flag for several, in order.")
+DOCUMENT = flags.define_paths(
+    "document", "Text file to read; repeat the flag for several, in order."
+)
 QUESTION = _multi("question", [], "Question to answer; repeat the flag for several.")
 INTERACTIVE = absl_flags.DEFINE_bool(
     "interactive", False, "Go on with questions that are typed, one a line, up to an empty line."
@@ -57,9 +60,9 @@ SET = _multi(
     "FIELD=VALUE sets a field of memory or rollout to another value than the checkpoint's, such as "
     "memory.entry_length=64; repeat the flag for several.",
 )
-LOAD_MEMORY = _string("load_memory", None, "Start with the memory in this file.")
-SAVE_MEMORY = _string("save_memory", None, "Keep the memory in this file (.npz).")
-OUT = _string("out", "runs/answer", "Folder of the page with the memory trace.")
+LOAD_MEMORY = flags.define_path("load_memory", None, "Start with the memory in this file.")
+SAVE_MEMORY = flags.define_path("save_memory", None, "Keep the memory in this file (.npz).")
+OUT = flags.define_path("out", "runs/answer", "Folder of the page with the memory trace.")
 TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Temperature of sampling; 0 is greedy.", lower_bound=0.0
 )
@@ -98,15 +101,22 @@ def main(argv) -> None:
     memory = read_memory(reader)
     tell_notes(loaded, reader, parts)
 
+    with folder_lock.hold(OUT.value, f"--out={OUT.value}"):
+        talk(
+            Conversation(reader, memory, started), parts, f"step {loaded.step} of {loaded.workdir}"
+        )
+
+
+def talk(conversation: "Conversation", parts: Sequence[Named], name: str) -> None:
+    """Reads the parts, answers the questions and writes what came of it; `name` of the agent."""
     # ------------------------------------------------------------------ reading, answering
-    conversation = Conversation(reader, memory, started)
     try:
         if parts or QUESTION.value:
             conversation.play(parts, QUESTION.value)
         for line in read_lines() if INTERACTIVE.value else ():
             try:
                 with in_flags():
-                    reader.check_question(line)
+                    conversation.reader.check_question(line)
             except ConfigError as error:
                 print(error)
                 continue
@@ -118,12 +128,25 @@ def main(argv) -> None:
     if conversation.memory is None or not conversation.episodes:
         print("nothing was played: no page and no memory are written")
         return
-    name = f"step {loaded.step} of {loaded.workdir}"
-    page = write_page(conversation.memory, conversation.episodes, name)
-    print(f"\ntrace: {page}")
-    if SAVE_MEMORY.value:
-        conversation.memory.save(SAVE_MEMORY.value)
-        print(f"memory: {SAVE_MEMORY.value}")
+    # What cannot be made again first, and one that fails does not cost the other.
+    memory, episodes = conversation.memory, conversation.episodes
+    print()
+    saved = not SAVE_MEMORY.value or keep(
+        "memory", SAVE_MEMORY.value, lambda: memory.save(SAVE_MEMORY.value)
+    )
+    if not (keep("trace", OUT.value, lambda: write_page(memory, episodes, name)) and saved):
+        sys.exit(1)
+
+
+def keep(what: str, where: str, write: Callable[[], pathlib.Path | None]) -> bool:
+    """Writes an outcome and prints where it is; returns False, and says why, where it cannot."""
+    try:
+        print(f"{what}: {write() or where}", flush=True)
+    except (OSError, ConfigError) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"answer.py: the {what} could not be written to {where} ({why})", file=sys.stderr)
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,15 +166,9 @@ def check_flags(argv: Sequence[str]) -> None:
         bool(QUESTION.value or INTERACTIVE.value),
         "--question is missing: pass what to answer, or --interactive to ask when all is read",
     )
-    out = pathlib.Path(OUT.value)
-    check(not out.exists() or out.is_dir(), f"--out={out}: is a file; pass a folder")
+    paths.try_folder(OUT.value, f"--out={OUT.value}")
     if SAVE_MEMORY.value:
-        path = pathlib.Path(SAVE_MEMORY.value)
-        check(not path.is_dir(), f"--save_memory={path}: is a folder; pass a file in it")
-        check(
-            path.parent.is_dir(),
-            f"--save_memory={path}: there is no folder {path.parent}; make it first",
-        )
+        paths.try_file(SAVE_MEMORY.value, f"--save_memory={SAVE_MEMORY.value}")
 
 
 @contextlib.contextmanager

@@ -37,11 +37,11 @@ CONFIG = flags.define_config("experiments/configs/synthetic.py")
 EPISODES = absl_flags.DEFINE_integer(
     "episodes", 0, "Episodes of each split in suite task; 0 for all."
 )
-JSON = absl_flags.DEFINE_string("json", None, "File for the results; none is written without.")
+JSON = flags.define_path("json", None, "File for the results; none is written without.")
 SUITE = absl_flags.DEFINE_list(
     "suite", list(suites.DEFAULT_SUITES), f"Suites to run, of {', '.join(suites.SUITES)}."
 )
-CHECKPOINT = absl_flags.DEFINE_string(
+CHECKPOINT = flags.define_path(
     "checkpoint",
     None,
     "A workdir of train.py, whose agent and config take the place of a new agent.",
@@ -50,9 +50,7 @@ STEP = absl_flags.DEFINE_string(
     "step", "last", "Which step of --checkpoint: 'last', 'best' or a number."
 )
 RUNS = absl_flags.DEFINE_integer("runs", 5, "Rounds that are timed.", lower_bound=1)
-PLOT = absl_flags.DEFINE_string(
-    "plot", None, "File (PNG, PDF) for the curves of suite growth or convert."
-)
+PLOT = flags.define_path("plot", None, "File (PNG, PDF) for the curves of suite growth or convert.")
 SAMPLED = absl_flags.DEFINE_bool(
     "sampled",
     False,
@@ -68,7 +66,7 @@ _LOAD = memory_suite.Load()
 TORCH_COMPILE = absl_flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile; compiling takes minutes on two cores."
 )
-PRETRAINED = absl_flags.DEFINE_string(
+PRETRAINED = flags.define_path(
     "pretrained", None, "Weights of suite decode: a .gguf file or a Hugging Face directory."
 )
 PAD_TOKEN = absl_flags.DEFINE_string(

@@ -26,7 +26,7 @@ from atommem_jax.agent import build, load, validate
 from atommem_jax.collection import store
 from atommem_jax.collection.endpoint import UNFINISHED_THOUGHTS, Endpoint, Patience
 from atommem_jax.collection.player import LONGER_THAN_A_RESPONSE, Player, Tally, collect
-from atommem_jax.config import check, flatten, parse
+from atommem_jax.config import check, flatten, parse, paths
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import datasets, schema
 from experiments import flags
@@ -44,7 +44,7 @@ API_KEY_ENV = absl_flags.DEFINE_string(
     "OPENAI_API_KEY",
     "Environment variable that holds the key; none is sent where it is not set.",
 )
-OUT = absl_flags.DEFINE_string("out", None, "Folder that the trajectories are written to.")
+OUT = flags.define_path("out", None, "Folder that the trajectories are written to.")
 SPLIT = absl_flags.DEFINE_string(
     "split", "train", "Split of the task's data whose episodes are played."
 )
@@ -121,6 +121,7 @@ def main(argv) -> None:
     base_url, model, out = (
         flags.require(flag, "pass it; see --help") for flag in (BASE_URL, MODEL, OUT)
     )
+    paths.try_folder(out, f"--out={out}")
     prices = _read_prices(PRICE.value)
     options = _read_options()
     endpoint = Endpoint(

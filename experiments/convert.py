@@ -27,6 +27,7 @@ import jax
 from absl import flags as absl_flags
 from jax.sharding import Mesh
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build, load, validate
 from atommem_jax.config import ConfigError, Experiment, check, parse
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
@@ -45,14 +46,14 @@ from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
-SOURCE = absl_flags.DEFINE_string(
+SOURCE = flags.define_path(
     "source", None, "What to read: a directory, a .gguf file, a run or a checkpoint."
 )
-TARGET = absl_flags.DEFINE_string("target", None, "Directory to write.")
+TARGET = flags.define_path("target", None, "Directory to write.")
 TO = absl_flags.DEFINE_enum(
     "to", "huggingface", ["huggingface", "checkpoint", "adapters"], "What to write."
 )
-BASE = absl_flags.DEFINE_string(
+BASE = flags.define_path(
     "base",
     "",
     "The model that the adapters of a run were trained on, where its init_from is no longer right; "
@@ -61,7 +62,7 @@ BASE = absl_flags.DEFINE_string(
 DTYPE = absl_flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors in a Hugging Face directory."
 )
-TOKENIZER = absl_flags.DEFINE_string(
+TOKENIZER = flags.define_path(
     "tokenizer", None, "Directory that has tokenizer.json; the source by default."
 )
 VOCAB_SIZE = absl_flags.DEFINE_integer(
@@ -81,16 +82,22 @@ def main(argv: Sequence[str]) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     source, target = (flags.require(flag, "see --help") for flag in (SOURCE, TARGET))
     try:
-        if TO.value == "checkpoint":
-            config = parse(CONFIG.value)
-            mesh_lib.prepare_devices(config.mesh.cpu_devices)
-            write_checkpoint(source, target, config, vocab_size=VOCAB_SIZE.value)
-        elif TO.value == "adapters":
-            write_adapters(source, target, base=BASE.value, dtype=DTYPE.value)
-        else:
-            write_huggingface(source, target, dtype=DTYPE.value)
+        with folder_lock.hold(target, f"--target={target}"):
+            convert(source, target)
     except (hf_config.PublishedError, CheckpointError) as error:
         raise ConfigError(str(error)) from error
+
+
+def convert(source: str, target: str) -> None:
+    """Writes what --to asks for."""
+    if TO.value == "checkpoint":
+        config = parse(CONFIG.value)
+        mesh_lib.prepare_devices(config.mesh.cpu_devices)
+        write_checkpoint(source, target, config, vocab_size=VOCAB_SIZE.value)
+    elif TO.value == "adapters":
+        write_adapters(source, target, base=BASE.value, dtype=DTYPE.value)
+    else:
+        write_huggingface(source, target, dtype=DTYPE.value)
 
 
 def write_huggingface(source: str, target: str, *, dtype: str = "float32") -> None:

@@ -11,17 +11,20 @@ table for each temperature.
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags as absl_flags
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build
-from atommem_jax.agent.load import load
+from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.agent.score import evaluate_split
-from atommem_jax.config import check
+from atommem_jax.config import check, paths
+from atommem_jax.tasks import datasets
 from experiments import flags
 
-CHECKPOINT = absl_flags.DEFINE_string(
+CHECKPOINT = flags.define_path(
     "checkpoint", None, "A workdir of train.py, its checkpoints folder, or one step in it."
 )
 STEP = absl_flags.DEFINE_string(
@@ -41,8 +44,8 @@ SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding d
 CPU_DEVICES = absl_flags.DEFINE_integer(
     "cpu_devices", 2, "Devices into which a host without an accelerator is split.", lower_bound=1
 )
-OUT = absl_flags.DEFINE_string("out", None, "Folder of the results. Default: <workdir>/eval.")
-BASE = absl_flags.DEFINE_string(
+OUT = flags.define_path("out", None, "Folder of the results. Default: <workdir>/eval.")
+BASE = flags.define_path(
     "base",
     "",
     "The model that the adapters of a run were trained on, where its init_from is no longer right.",
@@ -68,7 +71,17 @@ def main(argv) -> None:
     loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
     dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
-    out = pathlib.Path(OUT.value or os.path.join(loaded.workdir, "eval"))
+    out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
+    for split in splits:
+        find_split(dataset, split)  # all of them, before any is played
+    with folder_lock.hold(out, f"--out={out}"):
+        evaluate(loaded, dataset, splits, out)
+
+
+def evaluate(
+    loaded: Loaded, dataset: datasets.Dataset, splits: Sequence[str], out: pathlib.Path
+) -> None:
+    """Plays every split at every temperature, and prints a table for each."""
     for temperature in TEMPERATURES.value:
         print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
         print(_HEADER)

@@ -25,10 +25,43 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from atommem_jax import config as config_lib
+from atommem_jax.config import paths
 
-DATA_ROOT = absl_flags.DEFINE_string(
+
+class PathParser(absl_flags.ArgumentParser):
+    """Paths as they are meant, wherever a script takes one: see `config.paths.expand`."""
+
+    syntactic_help = "a path; ~ is the home folder"
+
+    def parse(self, argument: str) -> str:
+        """The path that was typed. Raises ValueError where it is none."""
+        return paths.expand(argument)
+
+    def flag_type(self) -> str:
+        """What --help calls it."""
+        return "string"
+
+
+def define_path(
+    name: str, default: str | None, about: str, *, flag_values: Any = absl_flags.FLAGS
+) -> absl_flags.FlagHolder:
+    """Defines a flag that is a path; returns the holder."""
+    return absl_flags.DEFINE(
+        PathParser(), name, default, about, flag_values, absl_flags.ArgumentSerializer()
+    )
+
+
+def define_paths(name: str, about: str) -> absl_flags.FlagHolder:
+    """Defines a flag that is a path and may be given several times; returns the holder."""
+    return absl_flags.DEFINE_multi(PathParser(), absl_flags.ArgumentSerializer(), name, [], about)
+
+
+DATA_ROOT = define_path(
     "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
 )
+
+# What is defined through this module from here on belongs to the script that asks for it.
+absl_flags.disclaim_key_flags()
 
 # Names of the flags defined here that a script has: --help shows them.
 _SHARED = ["data_root"]
@@ -83,7 +116,7 @@ def spell_changes(changes: Mapping[str, Any], name: str = "config") -> list[str]
 
 def define_workdir(about: str, default: str | None = None) -> absl_flags.FlagHolder:
     """Defines `--workdir`; `about` says what it is to the script. Returns the holder."""
-    return _share("workdir", lambda: absl_flags.DEFINE_string("workdir", default, about))
+    return _share("workdir", lambda: define_path("workdir", default, about))
 
 
 def define_processes() -> Callable[[], dict[str, Any]]:
@@ -158,7 +191,7 @@ def _parse_checked(argv: Sequence[str]) -> list[str]:
     try:
         for name, default in _DEFAULTS.items():
             argv, spec = _resolve_spec(name, default, argv)
-            _check_overrides(name, spec, argv)
+            argv = _read_overrides(name, spec, argv)
         return absl_flags.FLAGS(argv)
     except absl_flags.Error as error:
         raise config_lib.ConfigError(f"{error}\nPass --helpshort for the flags.") from error
@@ -182,13 +215,43 @@ def _resolve_spec(name: str, default: str, argv: Sequence[str]) -> tuple[list[st
     return [rest[0], f"--{name}={spec}", *rest[1:]], spec
 
 
-def _check_overrides(name: str, spec: str, argv: Sequence[str]) -> None:
-    # ml_collections would answer an unknown field with a traceback of its own internals.
+def _read_overrides(name: str, spec: str, argv: Sequence[str]) -> list[str]:
+    """Returns argv, whose first flag is `--name`, with each field set once: the last one counts.
+
+    ml_collections would join tuples that are given twice, and answer an unknown field with a
+    traceback of its own internals.
+    """
     config = config_lib.load_config(spec)
-    for argument in argv[1:]:
-        match = re.match(rf"--?(no)?{re.escape(name)}\.([^=]+)", argument)
-        if match:
-            config_lib.check_path(config, match[2])
+    values = config_lib.flatten(config.to_dict())
+    rest: list[str] = [argv[0]]
+    found: dict[str, str] = {}
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+            break
+        match = re.fullmatch(rf"--?(no)?{re.escape(name)}\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            rest.append(argument)
+            continue
+        negated, path, value = match.groups()
+        config_lib.check_path(config, path)
+        if value is None and not isinstance(values.get(path), bool):
+            value = next(arguments, None)
+        if value is None:
+            found[path] = argument
+        else:
+            found[path] = f"--{negated or ''}{name}.{path}={_spell(values.get(path), value)}"
+    return [*rest[:2], *found.values(), *rest[2:]]
+
+
+def _spell(default: Any, value: str) -> str:
+    """A tuple of texts as Python spells it: `query,key` and `(query,key)` are two names."""
+    is_texts = isinstance(default, tuple) and all(isinstance(item, str) for item in default)
+    if not (is_texts and default) or re.search("[\"']", value):
+        return value
+    names = [part.strip() for part in value.strip().strip("()[]").split(",")]
+    return repr(tuple(part for part in names if part))
 
 
 def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:

@@ -8,17 +8,16 @@ the memory trace of some episodes, played again from the checkpoint. What a run 
 and the page says which command makes it.
 """
 
-import pathlib
-
 from absl import flags as absl_flags
 
-from atommem_jax.config import check
+from atommem_jax import folder_lock
+from atommem_jax.config import check, paths
 from atommem_jax.report import run
 from experiments import flags
 
-WORKDIR = absl_flags.DEFINE_string("workdir", None, "The run to report on.")
-COMPARE = absl_flags.DEFINE_multi_string(
-    "compare", [], "Another workdir to show beside it; repeat the flag for several."
+WORKDIR = flags.define_path("workdir", None, "The run to report on.")
+COMPARE = flags.define_paths(
+    "compare", "Another workdir to show beside it; repeat the flag for several."
 )
 SPLIT = absl_flags.DEFINE_string(
     "split", None, "Split whose episodes are traced. Default: the first test split."
@@ -30,22 +29,27 @@ STEP = absl_flags.DEFINE_string("step", "last", "Checkpoint to trace: 'last', 'b
 TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Temperature of the traced episodes; 0 is greedy.", lower_bound=0.0
 )
-OUT = absl_flags.DEFINE_string("out", None, "Folder of the report. Default: <workdir>/report.")
+OUT = flags.define_path("out", None, "Folder of the report. Default: <workdir>/report.")
 
 
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    run.make(
-        pathlib.Path(flags.require(WORKDIR, "pass the workdir of a training run")),
-        flags.DATA_ROOT.value,
-        compare=[pathlib.Path(other) for other in COMPARE.value],
-        split=SPLIT.value,
-        episodes=EPISODES.value,
-        step=STEP.value,
-        temperature=TEMPERATURE.value,
-        out=pathlib.Path(OUT.value) if OUT.value else None,
-    )
+    workdir = paths.locate(flags.require(WORKDIR, "pass the workdir of a training run"))
+    compare = [paths.locate(other) for other in COMPARE.value]
+    run.name_runs([workdir, *compare])  # before a folder is made
+    out = paths.locate(OUT.value) if OUT.value else workdir / "report"
+    with folder_lock.hold(out, f"--out={out}"):
+        run.make(
+            workdir,
+            flags.DATA_ROOT.value,
+            compare=compare,
+            split=SPLIT.value,
+            episodes=EPISODES.value,
+            step=STEP.value,
+            temperature=TEMPERATURE.value,
+            out=out,
+        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags as absl_flags
 
-from atommem_jax.config import check
+from atommem_jax.config import check, paths
 from atommem_jax.sweeps import launcher
 from experiments import flags
 
@@ -35,7 +35,7 @@ BACKOFF_SECONDS = absl_flags.DEFINE_float(
     "Seconds before the first restart, doubled before each further one up to five minutes.",
     lower_bound=0.0,
 )
-CHECKPOINTS = absl_flags.DEFINE_string(
+CHECKPOINTS = flags.define_path(
     "checkpoints",
     None,
     "Folder whose numbered checkpoints show progress. Default: that of the command's --workdir.",
@@ -153,7 +153,7 @@ def find_checkpoints(command: Sequence[str]) -> str | None:
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("--workdir", "-workdir"):
-            return os.path.join(value if equals else following, "checkpoints")
+            return os.path.join(paths.expand(value if equals else following), "checkpoints")
     return None
 
 

@@ -27,6 +27,7 @@ import jax
 import tqdm
 from absl import flags as absl_flags
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build, load, validate
 from atommem_jax.config import Experiment, check, parse
 from atommem_jax.metrics import SilentWriter, open_writer
@@ -54,7 +55,8 @@ def main(argv) -> None:
     workdir = flags.require(WORKDIR, "pass a directory for checkpoints and metrics")
     processes.initialise(**PROCESSES())
     processes.catch_preemption()
-    train(parse(CONFIG.value), workdir, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
+    with processes.main_holds(lambda: folder_lock.hold(workdir, f"--workdir={workdir}")):
+        train(parse(CONFIG.value), workdir, flags.DATA_ROOT.value, fall_back=FALL_BACK.value)
 
 
 def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool = False) -> None:
@@ -80,7 +82,8 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
     # ------------------------------------------------------------------ data
     dataset = processes.main_first(lambda: build.load_dataset(config, data_root))
     tokenizer = load.choose_tokenizer(config, dataset)
-    examples = dataset.split("train")
+    examples = load.find_split(dataset, "train", "the split")
+    validation = load.find_split(dataset, config.eval.split, "eval.split")
     shape = encoding.fit_shape(examples, tokenizer)
     agreement.check_same_data(tokenizer, examples, shape)
 
@@ -89,7 +92,7 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
     validate.validate_shape(config, parts, shape, examples)
     validate.validate_parameters(parts, mesh)
     plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
-    validator = stages.Validator(parts, mesh, dataset.split(config.eval.split), shape)
+    validator = stages.Validator(parts, mesh, validation, shape)
     last = sum(stage.steps for stage in plan)
     processes.say(
         f"{mesh.size} {jax.devices()[0].platform} devices; "

@@ -19,7 +19,9 @@ PACKAGE = "atommem_jax"
 # A new file gets its place here, as low as it can stand.
 ORDER = {
     "": "types",
-    "config": "errors sections upgrade experiment files",
+    "config": "errors paths sections upgrade experiment files",
+    "text_files": "",
+    "folder_lock": "",
     "metrics": "",
     "language": "tokenizer protocol automaton token_tables grammar prompt chat sentences",
     "parallel": "rules mesh program processes host_batches",

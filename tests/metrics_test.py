@@ -15,6 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from atommem_jax import metrics
+from atommem_jax.config import ConfigError
 from atommem_jax.metrics import MetricWriter, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -146,6 +147,60 @@ sys.stdin.read()
     assert [(r["step"], r["em"]) for r in read_metrics(tmp_path)][2:] == [(3, 0.5), (4, 0.75)]
 
 
+SOUND = [json.dumps({"step": step, "stage": "rl", "em": step / 10}) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"step": 2, "sta',
+        '{"note": 1}',
+        '{"step": "2", "stage": "rl"}',
+        '{"step": 2, "stage": "rl", "em": [1]}',
+        '{"step": 2, "stage": "rl", "em": null}',
+        '{"step": true, "stage": "rl"}',
+        "[1]",
+        "null",
+        "\udcff\udcfe",
+        "[" * 100_000,
+    ],
+    ids=str.__len__,
+)
+def test_a_broken_line_is_named_and_set_aside(tmp_path, caplog, broken):
+    path = tmp_path / "metrics.jsonl"
+    lines = [SOUND[0], broken, "", SOUND[1], "\0" * 9, f"{SOUND[2]}\r", ""]
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    assert f"{path}, line 2: is no record of a run and is left out" in caplog.text
+    assert caplog.text.count("is no record") == 1, "blank lines are passed over in silence"
+    with MetricWriter(tmp_path) as writer:
+        assert writer.resume(2) == 1
+        writer.write(3, "rl", {"em": 0.5})
+    assert path.read_text().splitlines()[:2] == SOUND[:2]
+    assert len((tmp_path / "metrics.jsonl.broken").read_text().splitlines()) == 1
+    caplog.clear()
+    assert [r["em"] for r in read_metrics(tmp_path)] == [0.1, 0.2, 0.5]
+    assert caplog.text == ""
+
+
+def test_a_full_disk_costs_metrics_and_not_the_run(tmp_path, caplog):
+    """Every write to /dev/full fails as on a full disk."""
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, "rl", {"em": 0.5})
+        writer._file.close()
+        writer._file = open("/dev/full", "a")  # noqa: SIM115
+        for step in (2, 3):
+            writer.write(step, "rl", {"em": 0.5})
+    assert caplog.text.count("No space left on device; training goes on without metrics") == 1
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+
+
+def test_metrics_that_cannot_be_written_are_refused_at_once(tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: Is a directory; move it away"):
+        MetricWriter(tmp_path / "run")
+
+
 def test_an_object_store_gets_whole_files_and_forgets_what_came_after(tmp_path):
     path = tmp_path / "run" / metrics.FILE_NAME
     with metrics.BucketWriter(str(tmp_path / "run"), interval=3600.0) as writer:
@@ -157,6 +212,11 @@ def test_an_object_store_gets_whole_files_and_forgets_what_came_after(tmp_path):
         assert writer.resume(1) == 1
         writer.write(2, "sft", {"loss": 1.0})
     assert [line["loss"] for line in metrics.read_metrics(tmp_path / "run")] == [2.0, 1.0]
+    path.write_text(f"{SOUND[0]}\nbroken\n\n{SOUND[1]}\n")
+    with metrics.BucketWriter(str(tmp_path / "run")) as writer:
+        assert writer.resume(1) == 1
+    assert path.read_text() == f"{SOUND[0]}\n"
+    assert path.with_name("metrics.jsonl.broken").read_text() == "broken\n"
 
 
 def test_the_kind_of_workdir_decides_the_writer(tmp_path):

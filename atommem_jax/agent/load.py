@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from atommem_jax.agent import build, play, validate
-from atommem_jax.config import ConfigError, Experiment, check, check_path, parse
+from atommem_jax.config import ConfigError, Experiment, check, check_path, parse, paths
 from atommem_jax.language import tokenizer as tokenizer_lib
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, Tokenizer
 from atommem_jax.model import lora
@@ -277,7 +277,7 @@ def choose_tokenizer(config: Experiment, dataset: datasets.Dataset) -> Tokenizer
 
 def _find(path: str, which: str) -> tuple[pathlib.Path, str]:
     """The folder of checkpoints at a path, and which of them is meant."""
-    folder = pathlib.Path(path)
+    folder = paths.locate(path)
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         folder, which = folder.parent, folder.name
     elif (folder / "checkpoints").is_dir():
@@ -296,11 +296,12 @@ def _choose(checkpointer: Checkpointer, which: str) -> int | None:
     return checkpointer.best_step() if which == "best" else int(which)
 
 
-def find_split(dataset: datasets.Dataset, split: str) -> Sequence[Any]:
+def find_split(dataset: datasets.Dataset, split: str, field: str = "--split") -> Sequence[Any]:
+    """The examples of a split. Raises ConfigError, naming the field that asks for it."""
     try:
         return dataset.split(split)
     except KeyError as error:
-        raise ConfigError(f"--split={split}: {error.args[0]}") from error
+        raise ConfigError(f"{field}={split}: {error.args[0]}") from error
 
 
 def _count_devices(batch_size: int) -> int:

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import tqdm
 
+from atommem_jax import text_files
 from atommem_jax.agent import build
 from atommem_jax.agent.load import Loaded, find_split
+from atommem_jax.config import paths
 from atommem_jax.learning import evaluation, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
@@ -33,8 +35,10 @@ def evaluate_split(
     With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
     same split, temperature, step, seed, settings and number of episodes.
 
-    Raises ConfigError for an unknown split.
+    Raises ConfigError for an unknown split, and where nothing can be written to `out`.
     """
+    if out is not None:
+        paths.try_folder(out, f"--out={out}")
     examples = find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
     name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *loaded.settings])
@@ -78,11 +82,21 @@ def evaluate_split(
 
 def _read_summary(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """The summary in a file, unless there is none or it is of something else."""
-    if not path.exists():
+    summary = read_summary(path) if path.exists() else None
+    if summary is None:
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
     same = all(summary.get(field) == value for field, value in expected.items())
     return summary if same else None
+
+
+def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
+    """What `evaluate_split` wrote; None for a file that holds something else, or is torn."""
+    summary = text_files.read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("split"), str):
+        return None
+    numbers = ("step", "temperature", "em", "ci_low", "ci_high", "episodes")
+    whole = all(isinstance(summary.get(name), (int, float)) for name in numbers)
+    return summary if whole else None
 
 
 def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:

@@ -11,7 +11,7 @@ A folder holds
 A line is appended when its trajectory is over. A kill can tear the last one, which is dropped.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build
 from atommem_jax.config import ConfigError, check, flatten
 from atommem_jax.language.grammar import Grammar
@@ -119,16 +120,14 @@ class Writer:
 
     def __init__(self, folder: pathlib.Path, setting: Mapping[str, Any], source: Mapping[str, Any]):
         self.folder, self.fingerprint = folder, digest(setting)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise ConfigError(
-                f"--out={folder} is being written to by another process; wait for it, or pass "
-                "another folder"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folder_lock.hold(folder, f"--out={folder}"))
+            self._open(setting, source)
+            self._held = stack.pop_all()
+
+    def _open(self, setting: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        """Compares what is there with what is to come, and opens the files."""
+        folder = self.folder
         about = json.loads(json.dumps({"setting": dict(setting), "source": dict(source)}))
         if (folder / ABOUT).exists():
             found = _read_about(folder)
@@ -162,8 +161,9 @@ class Writer:
         return self
 
     def __exit__(self, *unused_error: object) -> None:
-        for file in (*self._files.values(), self._lock):
+        for file in self._files.values():
             file.close()
+        self._held.close()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

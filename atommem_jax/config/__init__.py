@@ -12,7 +12,14 @@ from atommem_jax.config.errors import (
     list_paths,
     suggest,
 )
-from atommem_jax.config.experiment import Experiment, differences, flatten, parse, to_config_dict
+from atommem_jax.config.experiment import (
+    Experiment,
+    differences,
+    flatten,
+    parse,
+    parse_field,
+    to_config_dict,
+)
 from atommem_jax.config.files import find_config, load_config
 from atommem_jax.config.sections import (
     EVICTION_POLICIES,
@@ -66,6 +73,7 @@ __all__ = [
     "list_paths",
     "load_config",
     "parse",
+    "parse_field",
     "suggest",
     "to_config_dict",
     "upgrade",

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import flax.traverse_util
 from ml_collections import ConfigDict
 
+from atommem_jax.config import paths
 from atommem_jax.config.errors import ConfigError, check, check_path, is_section
 from atommem_jax.config.sections import (
     CheckpointConfig,
@@ -24,6 +25,7 @@ from atommem_jax.config.sections import (
     LoraConfig,
     MemoryConfig,
     MeshConfig,
+    Path,
     ProtocolConfig,
     RlConfig,
     RolloutConfig,
@@ -32,6 +34,7 @@ from atommem_jax.config.sections import (
     TaskConfig,
     TeacherConfig,
     TokenizerConfig,
+    check_value,
     read_hints,
 )
 from atommem_jax.config.upgrade import upgrade
@@ -43,7 +46,7 @@ class Experiment(Section):
 
     seed: Count
     workflow: str  # "learned", or one of `tasks.workflows`: what it is compared with
-    init_from: str  # a checkpoint whose parameters training starts from; '' for new ones
+    init_from: Path  # a checkpoint whose parameters training starts from; '' for new ones
     profile: bool  # trace the second step of each stage to <workdir>/profile
     prompt: Annotated[str, Choices("compact", "chat")]  # "chat": the format of a pretrained model
     mesh: MeshConfig
@@ -148,8 +151,18 @@ def _parse_section(kind: type, values: Any, path: str) -> Any:
     return kind(**parsed)
 
 
+def parse_field(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type of a field, in its range. Raises ConfigError, naming `path`."""
+    parsed = _parse_value(hint, value, path)
+    for item in parsed if isinstance(parsed, tuple) else (parsed,):
+        check_value(path, item, hint)
+    return parsed
+
+
 def _parse_value(hint: Any, value: Any, path: str) -> Any:
     """`value` as the type of a field. Raises ConfigError where it is of another."""
+    if hint == Path:
+        return _parse_path(value, path)
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if hint is TaskConfig:
@@ -182,6 +195,14 @@ def _parse_scalar(hint: type, value: Any, path: str) -> Any:
         f"set --config.{path}",
     )
     return value
+
+
+def _parse_path(value: Any, path: str) -> str:
+    text = _parse_scalar(str, value, path)
+    try:
+        return paths.expand(text)
+    except ConfigError as error:
+        raise ConfigError(f"--config.{path}={error}") from error
 
 
 def _parse_tuple(hint: type, value: Any, path: str) -> tuple[Any, ...]:

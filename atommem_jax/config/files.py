@@ -1,8 +1,11 @@
 """Config files: Python files with `get_config()`, found from here or in the checkout."""
 
+import contextlib
 import importlib.util
 import inspect
 import pathlib
+import traceback
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
@@ -22,7 +25,8 @@ def load_config(spec: str) -> ConfigDict:
             f"--config={spec}: {path} is no Python file; pass a file.py that defines get_config()."
         )
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    with _explain(spec, path):
+        module_spec.loader.exec_module(module)
     check(
         hasattr(module, "get_config"),
         f"--config={spec}: {path} does not define get_config(); it must return a ConfigDict.",
@@ -34,7 +38,24 @@ def load_config(spec: str) -> ConfigDict:
             f"--config={spec}: get_config{inspect.signature(module.get_config)}: {error}; what "
             "follows the colon is its argument."
         ) from error
-    return module.get_config(*arguments)
+    with _explain(spec, path):
+        return module.get_config(*arguments)
+
+
+@contextlib.contextmanager
+def _explain(spec: str, path: pathlib.Path) -> Iterator[None]:
+    """What goes wrong in a config file is a mistake in it: a sentence that names the line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = path if line is None else f"{path}, line {line}"
+        raise ConfigError(f"--config={spec}: {where}: {type(error).__name__}: {error}") from error
 
 
 def find_config(name: str) -> pathlib.Path:

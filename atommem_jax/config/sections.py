@@ -68,6 +68,11 @@ class Choices(tuple[str, ...]):
         return ", ".join(map(repr, self))
 
 
+class AnyPath:
+    """Marks a field that is a path: `parse` spells it out, see `paths.expand`."""
+
+
+Path = Annotated[str, AnyPath()]
 Positive = Annotated[int, Range(least=1)]
 Count = Annotated[int, Range(least=0)]
 Share = Annotated[float, Range(least=0.0, most=1.0)]
@@ -98,14 +103,14 @@ class Section:
             if isinstance(value, Section):
                 value.validate(path)
             else:
-                _check_value(path, value, hints[field.name])
+                check_value(path, value, hints[field.name])
         self._check_together(prefix)
 
     def _check_together(self, prefix: str) -> None:
         """Raises ConfigError where fields of this section disagree."""
 
 
-def _check_value(path: str, value: Any, hint: Any) -> None:
+def check_value(path: str, value: Any, hint: Any) -> None:
     """Raises ConfigError for a value that its annotation does not allow."""
     limits = getattr(hint, "__metadata__", (Range(),))[0]
     if isinstance(limits, Choices):
@@ -404,7 +409,7 @@ class PPOConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on a teacher's trajectories."""
 
-    data: str  # a folder of collect.py to learn from; '' for the scripted teacher
+    data: Path  # a folder of collect.py to learn from; '' for the scripted teacher
     steps: Count
     episodes: Positive  # a step
     min_reward: Share  # of a trajectory that is learned from

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from atommem_jax.config import ConfigError, MemoryConfig, check
+from atommem_jax.config import ConfigError, MemoryConfig, check, paths
 from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.learning import rollout
 from atommem_jax.memory import slot_table
@@ -53,7 +53,7 @@ class Memory:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes it to a file; one that is there is replaced when the new one is whole."""
-        save(pathlib.Path(path), self)
+        save(paths.locate(path), self)
 
     def __repr__(self) -> str:
         read = ", ".join(self.documents) or "nothing"

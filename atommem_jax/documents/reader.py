@@ -15,7 +15,7 @@ import jax
 
 from atommem_jax.agent import load
 from atommem_jax.agent import play as play_lib
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.documents import memory_file, session, transcript
 from atommem_jax.documents import split as split_lib
 from atommem_jax.documents.memory_file import Memory
@@ -188,7 +188,7 @@ class Reader:
     def load_memory(self, path: str | pathlib.Path) -> Memory:
         """What `Memory.save` wrote. Raises ConfigError for a memory of another kind of agent."""
         setting = self._loaded.parts.setting(self._shape())
-        return memory_file.load(pathlib.Path(path), setting, self.tokenizer)
+        return memory_file.load(paths.locate(path), setting, self.tokenizer)
 
     def begin(
         self,

@@ -1,22 +1,22 @@
 """A person's documents: text files, split into the parts that an agent reads one by one.
 
-Any UTF-8 text will do: prose, Markdown, what is extracted from a PDF. Nothing of it is lost or
+Any text will do: prose, Markdown, what is extracted from a PDF. Nothing of it is lost or
 moved: the words of all parts, in order, are the words of the text.
 """
 
 import dataclasses
 import itertools
-import pathlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from atommem_jax.config import ConfigError, check
+from atommem_jax import text_files
+from atommem_jax.config import check
 from atommem_jax.language import sentences
 
 Measure = Callable[[str], int]
 """Tokens of a text, wherever in a part it stands."""
 
-_BOM = b"\xef\xbb\xbf"
 _LONGEST_TOKEN = 16  # characters, about: what is longer is not measured before it is cut
 
 
@@ -31,26 +31,15 @@ class Part:
 def read(path: str) -> str:
     """The text of a file, with `\\n` for line ends and page breaks.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, see `text_files.read_text`.
     """
-    flag, file = f"--document={path}", pathlib.Path(path)
-    check(not file.is_dir(), f"{flag}: is a folder; pass a text file, one flag for each of several")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{flag}: {error.strerror}; pass the path of a text file") from error
+    flag = f"--document={path}"
     check(
-        not data.startswith(b"%PDF"),
-        f"{flag}: is a PDF; allowed is UTF-8 text: extract it first, as with pdftotext",
+        not os.path.isdir(path),
+        f"{flag}: is a folder; pass a text file, one flag for each of several",
     )
-    try:
-        text = data.removeprefix(_BOM).decode()
-    except UnicodeDecodeError as error:
-        at = error.start + len(data) - len(data.removeprefix(_BOM))
-        raise ConfigError(
-            f"{flag}: byte {data[at]:#04x} at offset {at} is not UTF-8 ({error.reason}); allowed "
-            "is UTF-8 text: convert it, as with iconv --from-code=LATIN1 --to-code=UTF-8"
-        ) from None
+    data = text_files.read_bytes(path, flag)
+    text = text_files.decode(data, flag)
     check(
         bool(text.strip()),
         f"{flag}: holds no text, but {len(data)} bytes of white space; pass a file with some",

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -220,6 +220,17 @@ def main_first(function: Callable[[], T]) -> T:
     if failed:
         raise ConfigError(f"process 0: {failed}")
     return outcome[0] if outcome else function()
+
+
+@contextlib.contextmanager
+def main_holds(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within it process 0 holds something for all, such as the lock of a folder.
+
+    Raises, on the others, ConfigError with the message of an error of process 0.
+    """
+    with contextlib.ExitStack() as stack:
+        main_first(lambda: stack.enter_context(enter()) if is_main() else None)
+        yield
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,15 +3,17 @@
 Without flags of its own, so that any script can make a report when its work is done.
 """
 
-import json
 import pathlib
+import shlex
 from typing import Any
 
 import jax
 import numpy as np
 
+from atommem_jax import text_files
 from atommem_jax.agent import build, load
-from atommem_jax.config import ConfigError, Experiment, check, parse
+from atommem_jax.agent.score import read_summary
+from atommem_jax.config import ConfigError, Experiment, check, parse, paths
 from atommem_jax.learning import evaluation
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import host_batches
@@ -51,6 +53,8 @@ def make(
     """
     folders = [workdir, *(compare or [])]
     names = name_runs(folders)
+    out = out or workdir / "report"
+    paths.try_folder(out, f"--out={out}")
     runs = [read_run(*pair) for pair in zip(names, folders, strict=True)]
     missing = find_missing(workdir, runs[0])
     traces = None
@@ -60,9 +64,9 @@ def make(
         except ConfigError as error:
             if split or step != "last":  # what was asked for by name is not left out
                 raise
-            command = f"python experiments/train.py --workdir={workdir}"
+            command = f"python experiments/train.py {_spell_flag('workdir', workdir)}"
             missing.append(page_lib.Missing(f"Memory traces: {error}.", command))
-    page = page_lib.write(out or workdir / "report", runs, traces, missing)
+    page = page_lib.write(out, runs, traces, missing)
     for part in missing:
         print(f"not in the report: {part.what} {part.command}")
     print(f"report: {page}")
@@ -142,22 +146,44 @@ def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str
     """Method -> scale -> score, from `eval/` and `results.json`; the latter has the last word."""
     scores: dict[str, dict[str, Any]] = {}
     for path in sorted((workdir / "eval").glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_summary(path)
+        if summary is None:
+            text_files.warn(f"{path}: is no summary of evaluate.py and is left out")
+            continue
         method = page_lib.name_method(summary["step"], summary["temperature"], records, workflow)
-        cell = {key: summary[key] for key in ("em", "ci_low", "ci_high", "episodes")}
+        cell = {key: summary[key] for key in _CELL}
         scores.setdefault(method, {})[summary["split"].removeprefix("test_")] = cell
     results = workdir / "results.json"
     if results.is_file():
-        methods = json.loads(results.read_text(encoding="utf-8"))["methods"]
-        for method, row in methods.items():
+        for method, row in _read_methods(results).items():
             scores[method] = scores.get(method, {}) | row
     return scores
+
+
+def _read_methods(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Method -> scale -> score of a `results.json`; nothing, with a warning, of another file."""
+    content = text_files.read_json(path)
+    methods = content.get("methods") if isinstance(content, dict) else None
+    if isinstance(methods, dict) and all(
+        isinstance(row, dict) and all(_is_cell(cell) for cell in row.values())
+        for row in methods.values()
+    ):
+        return methods
+    text_files.warn(f"{path}: holds no results of demo.py and is left out")
+    return {}
+
+
+_CELL = ("em", "ci_low", "ci_high", "episodes")
+
+
+def _is_cell(cell: Any) -> bool:
+    return isinstance(cell, dict) and all(isinstance(cell.get(k), (int, float)) for k in _CELL)
 
 
 def find_missing(workdir: pathlib.Path, run: page_lib.Run) -> list[page_lib.Missing]:
     """Parts that the run has nothing for yet, with the commands that make them."""
     missing = []
-    train = f"python experiments/train.py --workdir={workdir}"
+    train = f"python experiments/train.py {_spell_flag('workdir', workdir)}"
     stages = {record["stage"] for record in run.records}
     if not stages:
         missing.append(page_lib.Missing("Curves: no metrics.jsonl in the workdir.", train))
@@ -166,9 +192,14 @@ def find_missing(workdir: pathlib.Path, run: page_lib.Run) -> list[page_lib.Miss
         missing.append(page_lib.Missing(what, f"{train} --config.rl.steps=36"))
     if not run.scores:
         what = "Exact match on test splits: nothing was evaluated."
-        command = f"python experiments/evaluate.py --checkpoint={workdir}"
+        command = f"python experiments/evaluate.py {_spell_flag('checkpoint', workdir)}"
         missing.append(page_lib.Missing(what, command))
     return missing
+
+
+def _spell_flag(name: str, value: Any) -> str:
+    """A flag that can be pasted into a shell."""
+    return shlex.quote(f"--{name}={value}")
 
 
 # ---------------------------------------------------------------------------------------------

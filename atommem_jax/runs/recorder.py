@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from atommem_jax.config import Experiment
 from atommem_jax.metrics import BucketWriter, MetricWriter, SilentWriter
@@ -55,7 +57,7 @@ class Recorder:
 
         Returns whether the run was asked to stop, by SIGTERM; it is saved then.
 
-        Raises TrainingError where parameters are broken.
+        Raises TrainingError where parameters are broken; such are never saved.
         """
         check_progress(state["train"], metrics, self.config, stage.name, step)
         is_last = done == stage.steps
@@ -70,6 +72,7 @@ class Recorder:
             processes.say(f"{stage.name} step {done}: EM {results['em']:.3f}")
         stopping = processes.preempted(step)
         if results is not None or stopping or done % stage.config.save_every == 0:
+            check_finite(state["train"].params, stage.name, step)
             self.checkpointer.save(
                 step,
                 state,
@@ -87,6 +90,22 @@ class Recorder:
         if stopping:
             self.checkpointer.wait()
         return stopping
+
+
+@jax.jit
+def _all_finite(params: Any) -> Bool[Array, ""]:
+    leaves = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+
+
+def check_finite(params: Any, stage: str, step: int) -> None:
+    """Raises TrainingError where a parameter is no finite number: a run could not go on from it."""
+    if not bool(jax.device_get(_all_finite(params))):
+        raise TrainingError(
+            f"{stage} step {step}: a parameter is not finite, and no checkpoint is written of it. "
+            f"Lower {stage}.optimizer.learning_rate or {stage}.optimizer.clip_norm; the same "
+            "command goes on from the checkpoint before, with another --workdir from the start"
+        )
 
 
 def check_progress(state, metrics: Metrics, config: Experiment, stage: str, step: int) -> None:

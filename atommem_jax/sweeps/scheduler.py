@@ -10,21 +10,17 @@ the lines that a user sees are the same for all of them. Nothing here knows of t
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shlex
 import signal
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-import filelock
 import tqdm
 
-from atommem_jax.config import check
+from atommem_jax import folder_lock
 
 STATUS_FILE, LOG_FILE = "status.json", "log.txt"
 STARTED, DONE, FAILED = "started", "done", "failed"  # states of a job; PENDING has no file
@@ -415,33 +411,11 @@ def lock(folder: pathlib.Path, patience: float = 10.0) -> Iterator[int]:
     """Holds a folder for this process; yields the file descriptor that holds it.
 
     Commands that inherit the descriptor hold the folder too, so that what a killed scheduler has
-    left behind keeps the next one out, until it ends. That is why the descriptor is ours and not
-    hidden in a `filelock.FileLock`, and why it is closed and not unlocked.
+    left behind keeps the next one out, until it ends.
 
     Raises ConfigError, which names the holder, where another still holds it after `patience`
     seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + patience
-        while not filelock.lock_descriptor(descriptor, blocking=False):
-            holder = os.pread(descriptor, 2000, 0).decode("utf-8", "replace").strip()
-            check(
-                time.monotonic() < deadline,
-                f"--workdir={folder} is in use by {holder or 'another sweep'}; it, or a run that "
-                "it has left behind, is still at work there: wait for it or end it, or choose "
-                "another --workdir",
-            )
-            time.sleep(_POLL_SECONDS)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _name_this_process().encode(), 0)
+    with folder_lock.hold(folder, f"--workdir={folder}", patience, inherited=True) as descriptor:
+        assert descriptor is not None, folder  # a local one
         yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _name_this_process() -> str:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    command = shlex.join(sys.argv)[:1000]
-    return f"process {os.getpid()} on {socket.gethostname()} since {now} ({command})\n"

@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
+from atommem_jax import text_files
+from atommem_jax.config import paths
 from atommem_jax.tasks import builders
 
 _STEMS = {
@@ -86,6 +88,7 @@ class BabiConfig:
     validation_every: int = 10  # every so many-th training story goes to validation instead
 
     def __post_init__(self):
+        object.__setattr__(self, "data_dir", paths.expand(self.data_dir))
         if self.task not in _STEMS:
             raise ValueError(f"config.task.task is {self.task!r}; allowed: 1, 2 or 3.")
         if self.facts_per_chunk < 1:
@@ -144,23 +147,27 @@ def data_file(config: BabiConfig, part: str) -> str:
 def read_stories(path: str) -> list[list[_Line]]:
     """Reads a published file: 'ID text', or 'ID question<TAB>answer<TAB>supporting IDs'.
 
-    Copies of the files in circulation separate the fields with '|' instead, which is read too.
+    Copies of the files in circulation separate the fields with '|' instead, which is read too, and
+    have blank lines, which are passed over.
     Raises ValueError, naming file and line, where a line has neither form.
     """
     stories: list[list[_Line]] = []
-    with open(path, encoding="utf-8") as file:
-        for row, raw in enumerate(file, start=1):
-            matched = _LINE.fullmatch(raw.strip())
-            if matched is None or (not stories and matched["number"] != "1"):
-                raise ValueError(
-                    f"{path}, line {row}: {raw.strip()!r} is neither 'ID sentence.' nor "
-                    f"'ID question?<TAB>answer<TAB>supporting IDs'; {_SOURCE}."
-                )
-            if matched["number"] == "1":
-                stories.append([])
-            supporting = tuple(map(int, (matched["supporting"] or "").split()))
-            text = matched["sentence"] or matched["question"]
-            stories[-1].append(_Line(int(matched["number"]), text, matched["answer"], supporting))
+    for row, raw in enumerate(text_files.read_text(path).split("\n"), start=1):
+        if not raw.strip():
+            continue
+        matched = _LINE.fullmatch(raw.strip())
+        if matched is None or (not stories and matched["number"] != "1"):
+            raise ValueError(
+                f"{path}, line {row}: {raw.strip()!r} is neither 'ID sentence.' nor "
+                f"'ID question?<TAB>answer<TAB>supporting IDs'; {_SOURCE}."
+            )
+        if matched["number"] == "1":
+            stories.append([])
+        supporting = tuple(map(int, (matched["supporting"] or "").split()))
+        text = matched["sentence"] or matched["question"]
+        stories[-1].append(_Line(int(matched["number"]), text, matched["answer"], supporting))
+    if not stories:
+        raise ValueError(f"{path}: holds no story; {_SOURCE}.")
     return stories
 
 

@@ -8,12 +8,13 @@ import dataclasses
 import itertools
 import json
 import os
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
 
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, parse_field, paths
 from atommem_jax.tasks import user_functions
 from atommem_jax.tasks.schema import Example
 
@@ -75,18 +76,10 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
     """
     import tensorflow_datasets as tfds  # half a second that readers of plain examples can save
 
-    fields = dict(task)
-    name = fields.pop("name", None)
-    if reward := fields.pop("reward", ""):
-        user_functions.find(reward, "config.task.reward")  # now, not in the middle of training
-    make_config, make_builder = _family(name)
-    known = [field.name for field in dataclasses.fields(make_config)]
-    for field in fields:
-        if field not in known:
-            allowed = ", ".join(known)
-            raise ValueError(f"config.task.{field} is no field of task {name!r}; it has {allowed}.")
-    os.makedirs(data_root, exist_ok=True)
-    config = make_config(**fields)
+    data_root = paths.expand(data_root)
+    name = task.get("name")
+    config, make_builder = parse_task(task)
+    paths.make_folder(data_root, f"--data_root={data_root}")
     with _lock(data_root, name):
         # Made under the lock too: a builder looks for prepared data only when it is made.
         builder = make_builder(config, os.fspath(data_root))
@@ -97,6 +90,23 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
         directory=str(builder.data_dir),
         splits={split: Split(builder.as_data_source(split=split)) for split in builder.info.splits},
     )
+
+
+def parse_task(task: Mapping[str, Any]) -> tuple[Any, Callable[[Any, str], Any]]:
+    """The config of a task's family, and what makes its builder; see `prepare`."""
+    fields = dict(task)
+    name = fields.pop("name", None)
+    reward = fields.pop("reward", "")
+    if parse_field(str, reward, "task.reward"):
+        user_functions.find(reward, "config.task.reward")  # now, not in the middle of training
+    make_config, make_builder = _family(name)
+    hints = typing.get_type_hints(make_config)
+    for field in fields:
+        if field not in hints:
+            allowed = ", ".join(hints)
+            raise ValueError(f"config.task.{field} is no field of task {name!r}; it has {allowed}.")
+        fields[field] = parse_field(hints[field], fields[field], f"task.{field}")
+    return make_config(**fields), make_builder
 
 
 def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:

@@ -19,14 +19,15 @@ Other documents may.
 import collections
 import dataclasses
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
+from atommem_jax import text_files
+from atommem_jax.config import paths
 from atommem_jax.language import sentences
 
 _SOURCES = {
@@ -68,6 +69,7 @@ class MultihopQaConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "questions", tuple(self.questions))
+        object.__setattr__(self, "data_file", paths.expand(self.data_file))
         if self.dataset not in _SOURCES:
             _refuse("dataset", self.dataset, ", ".join(map(repr, _SOURCES)))
         if not (len(self.questions) == 2 and 1 <= self.questions[0] <= self.questions[1]):
@@ -164,7 +166,7 @@ def read(config: MultihopQaConfig) -> Corpus:
     where it is of another kind.
     """
     path = data_file(config)
-    records = _read_lines(path) if config.dataset == "musique" else _read_list(path)
+    records = text_files.read_records(path)
     make = _read_musique if config.dataset == "musique" else _read_listed
     left_out: collections.Counter[str] = collections.Counter()
     questions = []
@@ -179,28 +181,6 @@ def read(config: MultihopQaConfig) -> Corpus:
     for reason, count in left_out.items():
         logging.info("%s: %d questions left out: %s", path, count, reason)
     return Corpus(splits, left_out)
-
-
-def _read_list(path: str) -> Iterable[Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            records = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON ({error}); allowed: a JSON list.") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} holds a JSON {type(records).__name__}; allowed: a list.")
-    return records
-
-
-def _read_lines(path: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, record {number} is no JSON ({error}); allowed: JSON lines."
-                ) from error
 
 
 @dataclasses.dataclass(frozen=True)

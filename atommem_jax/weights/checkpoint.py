@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from atommem_jax.config import paths
 from atommem_jax.parallel import processes
 from atommem_jax.weights import fingerprint
 from atommem_jax.weights.records import decode, encode
@@ -126,12 +127,12 @@ class Checkpointer:
                 f"keep_last={keep_last}, keep_best={keep_best}: keep_last must be at least 1 and "
                 "keep_best at least 0; a run that keeps no checkpoint cannot resume."
             )
-        name = os.fspath(directory)
-        self.directory = name if "://" in name else os.path.abspath(os.path.expanduser(name))
+        name = paths.expand(directory)
+        self.directory = name if paths.is_remote(name) else os.path.abspath(name)
         self._best_metric = best_metric
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
-        if not read_only or os.path.isdir(self.directory) or "://" in name:
+        if not read_only or os.path.isdir(self.directory) or paths.is_remote(name):
             self._manager = ocp.CheckpointManager(
                 self.directory, options=self._make_options(keep_last, keep_best, keep_steps)
             )

@@ -9,11 +9,13 @@ four words (`atommem_jax/tasks/babi.py`), and the whole table is shown at every 
 
 from ml_collections import ConfigDict
 
+from atommem_jax.config import check
 from experiments.configs import synthetic
 
 
 def get_config(task: str = "1") -> ConfigDict:
     """`task` is 1, 2 or 3."""
+    check(task in ("1", "2", "3"), f"--config=babi.py:{task}: allowed is babi.py:1, :2 or :3")
     number = int(task)
     config = synthetic.get_config()
     config.task = ConfigDict()

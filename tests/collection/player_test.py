@@ -5,6 +5,7 @@ No server is asked but one in a thread of this process (`stub_endpoint`).
 
 import itertools
 import json
+import os
 import time
 
 import jax
@@ -423,7 +424,7 @@ def test_a_folder_belongs_to_one_collection_and_one_writer(tmp_path):
     setting = store.describe_setting(tiny.make_parts())
     with (
         store.Writer(tmp_path, setting, {"model": "a"}),
-        pytest.raises(ConfigError, match="is being written to by another process"),
+        pytest.raises(ConfigError, match=rf"--out=.* is in use by process {os.getpid()} on "),
     ):
         store.Writer(tmp_path, setting, {"model": "a"})
     for changed, source, message in (

@@ -16,6 +16,7 @@ from atommem_jax.config import (
     to_config_dict,
     upgrade,
 )
+from atommem_jax.tasks import datasets
 from experiments.configs import babi, published, synthetic
 
 CONFIGS = (
@@ -127,6 +128,31 @@ def test_whatever_a_field_holds_is_taken_or_refused_in_a_sentence(spec):
     assert refused > 0.7 * tried
 
 
+@pytest.mark.parametrize("spec", ["synthetic.py", "babi.py:2", "hotpotqa.py"])
+def test_whatever_a_field_of_a_task_holds_is_taken_or_refused_in_a_sentence(spec):
+    task = parse(load_config(f"experiments/configs/{spec}")).task.to_dict()
+    whole, _ = datasets.parse_task(task)
+    names = [field.name for field in dataclasses.fields(whole)]
+    refused = 0
+    for name in names:
+        for value in (*WRONG, "nope:x", (1, math.nan), 0.5, (2, 1), ((1,),), [1], 2**31):
+            message = explain_task(task | {name: value})
+            refused += bool(message)
+            assert not message or name in message, (name, value, message)
+    assert refused > 8 * len(names)
+    for value in WRONG:
+        explain_task(task | {"reward": value})
+
+
+def explain_task(task: dict) -> str:
+    """Why a task is refused; '' where it is not."""
+    try:
+        datasets.parse_task(task)
+    except ValueError as error:  # what `build.load_dataset` expects
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -146,6 +172,52 @@ def test_a_mistake_reads_like_a_sentence(path, value, words):
     with pytest.raises(ConfigError) as caught:
         parse(synthetic.get_config()).replace({path: value})
     assert words in str(caught.value)
+
+
+def test_a_mistake_in_a_task_reads_like_a_sentence():
+    for task, words in [
+        (
+            {"name": "synthetic", "questions": (1, "x")},
+            "task.questions[1]='x' is a str: allowed is",
+        ),
+        (
+            {"name": "synthetic", "two_hop": math.nan},
+            "task.two_hop=nan: allowed are finite numbers",
+        ),
+        ({"name": "synthetic", "seed": 10**30}, "task.seed=10"),
+        ({"name": "babi", "data_dir": 3}, "task.data_dir=3 is a int: allowed is a text"),
+        (
+            {"name": "multihop_qa", "documents": "ten"},
+            "task.documents='ten' is a str: allowed is a",
+        ),
+        ({"name": "synthetic", "reward": 3}, "task.reward=3 is a int: allowed is a text"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            datasets.parse_task(task)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["4", "x", "", "1 "])
+def test_a_task_of_babi_that_there_is_not_is_refused(argument):
+    with pytest.raises(ConfigError, match=r"--config=babi\.py:.*: allowed is babi\.py:1, :2 or :3"):
+        load_config(f"experiments/configs/babi.py:{argument}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError: "),
+        ("import nowhere_to_be_found\n", "line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return {}['a']\n", "line 2: KeyError: 'a'"),
+    ],
+)
+def test_an_error_in_a_config_file_is_named_by_its_line(tmp_path, source, message):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(ConfigError) as caught:
+        load_config(f"{tmp_path}/mine.py")
+    assert str(caught.value).startswith(
+        f"--config={tmp_path}/mine.py: {tmp_path}/mine.py, {message}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------

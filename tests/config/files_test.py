@@ -107,7 +107,7 @@ from atommem_jax.config import check
 def get_config(size="small"):
     check(size in ("small", "big"), f"argument {size!r}: choose small or big.")
     return ConfigDict({"seed": 0, "model": {"width": 64 if size == "small" else 128, "deep": False},
-                       "rate": 0.1, "mesh": (1, 8)})
+                       "rate": 0.1, "mesh": (1, 8), "names": ("key", "value")})
 """
 
 _SCRIPT = """
@@ -123,7 +123,8 @@ def main(argv):
     assert config.is_locked
     if config.seed == 13:
         raise RuntimeError("a bug, not a mistake of the user")
-    print(config.seed, config.model.width, config.model.deep, config.rate, config.mesh, argv[1:])
+    print(config.seed, config.model.width, config.model.deep, config.rate, config.mesh, argv[1:],
+          *([config.names] if config.names != ("key", "value") else []))
 
 if __name__ == "__main__":
     flags.run(main)
@@ -149,6 +150,18 @@ def run_script(tmp_path_factory):
             "0 64 True 2.0 (2, 4) []",
         ),
         (["--config", "tiny.py", "--config.seed", "4"], "4 64 False 0.1 (1, 8) []"),
+        # Of what is given twice the last counts, tuples included.
+        (["--config.mesh=(1, 2)", "--config.mesh=(4, 8)"], "0 64 False 0.1 (4, 8) []"),
+        (["--config.mesh", "(1, 2)", "x", "--config.mesh=3,4"], "0 64 False 0.1 (3, 4) ['x']"),
+        (["--config.seed=1", "--config.seed=2"], "2 64 False 0.1 (1, 8) []"),
+        (["--config.model.deep", "--noconfig.model.deep"], "0 64 False 0.1 (1, 8) []"),
+        (["--config.names=query,key"], "0 64 False 0.1 (1, 8) [] ('query', 'key')"),
+        (["--config.names=(query, key)"], "0 64 False 0.1 (1, 8) [] ('query', 'key')"),
+        (["--config.names=('query',)"], "0 64 False 0.1 (1, 8) [] ('query',)"),
+        (
+            ["--config.names=value", "--", "--config.seed=3"],
+            "0 64 False 0.1 (1, 8) ['--config.seed=3'] ('value',)",
+        ),
     ],
 )
 def test_overrides_reach_the_config(run_script, arguments, output):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
 from atommem_jax.agent import load
 from atommem_jax.config import ConfigError
@@ -244,6 +245,29 @@ def test_longer_sentences_are_cut_with_a_note_and_questions_can_be_left_out(
     assert {turn["phase"] for turn in episode["turns"]} == {"reading"}
 
 
+def test_a_page_that_cannot_be_written_costs_no_memory(checkpoint, document, tmp_path, monkeypatch):
+    """And the reverse; both are said, and the status is 1."""
+    from experiments import answer
+
+    def fail(*unused_arguments, **unused_named):
+        raise OSError(30, "Read-only file system")
+
+    kept, out = tmp_path / "kept.npz", tmp_path / "out"
+    arguments = [
+        "answer.py", f"--checkpoint={checkpoint}", f"--document={document}", f"--out={out}",
+        f"--question={make_questions()[0]}", f"--save_memory={kept}",
+    ]  # fmt: skip
+    for broken, there in ((answer.page_lib, kept), (answer.Memory, out / "index.html")):
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, "write" if broken is answer.page_lib else "save", fail)
+            absl_flags.FLAGS.unparse_flags()
+            absl_flags.FLAGS(arguments)
+            with pytest.raises(SystemExit) as ended:
+                answer.main(arguments[:1])
+        assert ended.value.code == 1
+        assert there.is_file()
+
+
 def test_what_cannot_be_is_refused_before_anything_is_played(checkpoint, document, tmp_path):
     given = {
         "checkpoint": [checkpoint], "document": [document], "question": [make_questions()[0]],
@@ -253,6 +277,11 @@ def test_what_cannot_be_is_refused_before_anything_is_played(checkpoint, documen
         (r"--document is missing: .* --load_memory", {"document": []}),
         (r"--question is missing: .* --interactive", {"question": []}),
         (r"--out=.*notes.txt: is a file; pass a folder", {"out": [document]}),
+        (r"--out=/proc/self/x: cannot be written to \(No such file", {"out": ["/proc/self/x"]}),
+        (
+            r"--save_memory=/proc/self/m.npz: cannot be written \(",
+            {"save_memory": ["/proc/self/m.npz"]},
+        ),
         (r"--document=.*: is a folder", {"document": [str(tmp_path)]}),
         (r"--save_memory=.*: is a folder", {"save_memory": [str(tmp_path)]}),
         (

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shlex
 import shutil
 
 import pytest
@@ -146,6 +147,53 @@ def test_a_run_without_rl_says_how_to_get_its_curves(trained, data_root, tmp_pat
     page = run_lib.make(bare, str(data_root), episodes=0)
     assert "--config.rl.steps" in "".join(page_test.Page(page).text)
     assert {path.stem for path in page.parent.glob("*.png")} == {"sft"}
+
+
+@pytest.mark.long
+def test_side_files_that_are_broken_are_left_out_with_a_warning(
+    trained, data_root, tmp_path, caplog
+):
+    bare = copy_run(trained, tmp_path / "run", "metrics.jsonl", "eval")
+    sound = run_lib.read_run("run", bare)
+    assert sound.scores
+    whole = json.loads(next((bare / "eval").glob("*.json")).read_text())
+    stray = {
+        "note": '{"note": 1}', "empty": "", "torn": '{"split": "te', "list": "[]",
+        "text": json.dumps(whole | {"em": "high"}), "binary": "\udcff",
+    }  # fmt: skip
+    for name, content in stray.items():
+        (bare / "eval" / f"{name}.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    (bare / "eval" / "folder.json").mkdir()
+    for content in ("", "[1]", '{"methods": 3}', '{"methods": {"a": {"1x": {"em": 1}}}}'):
+        (bare / "results.json").write_text(content)
+        assert run_lib.read_run("run", bare).scores == sound.scores
+    lines = (bare / "metrics.jsonl").read_text().splitlines()
+    lines[1] = '{"step": 1, "sta'
+    (bare / "metrics.jsonl").write_text("\n".join([*lines, "", ""]))
+    page = run_lib.make(bare, str(data_root), episodes=0)
+    assert page.is_file()
+    for name in (*stray, "folder"):
+        assert f"{name}.json: is no summary of evaluate.py and is left out" in caplog.text
+    assert f"{bare / 'results.json'}: holds no results of demo.py" in caplog.text
+    assert f"{bare / 'metrics.jsonl'}, line 2: is no record of a run" in caplog.text
+
+
+@pytest.mark.long
+def test_commands_can_be_pasted(trained, data_root, tmp_path, capsys):
+    bare = copy_run(trained, tmp_path / "it's a run; rm", "metrics.jsonl")
+    run_lib.make(bare, str(data_root), episodes=0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" in line]
+    command = line[line.index("python experiments/") :]
+    assert shlex.split(command)[2] == f"--checkpoint={bare}"
+
+
+@pytest.mark.long
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_played(
+    trained, data_root, tmp_path
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out=.*file: is a file; pass a folder"):
+        run_lib.make(trained, str(data_root), out=tmp_path / "file")
 
 
 @pytest.mark.long

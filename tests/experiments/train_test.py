@@ -1,5 +1,6 @@
 """A training run from the outside: refused, logged, kept; and odd settings of RL."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build, validate
 from atommem_jax.config import ConfigError, load_config, parse
 from atommem_jax.metrics import read_metrics
@@ -229,6 +231,63 @@ def test_a_corrupt_checkpoint_is_refused_and_the_one_before_offered(
     assert {path.name for path in checkpoints.iterdir()} >= {f"{broken}.corrupt", str(broken)}
 
 
+def test_a_broken_line_of_metrics_does_not_keep_a_run_from_going_on(
+    tmp_path, reference, run_here, caplog
+):
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(END))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = '{"step": 1, "sta'
+    path.write_text("\n".join([*lines, "", ""]))
+    whole = len(runs.read_repeatable(reference))
+    run_here(runs.make_config(), tmp_path)
+    assert f"{path}, line 2: is no record of a run and is left out" in caplog.text
+    assert END in runs.list_steps(tmp_path)
+    assert len(runs.read_repeatable(tmp_path)) == whole - 1
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_the_first_goes_on(tmp_path, data_root, reference):
+    arguments = [f"--data_root={data_root}", *runs.make_flags(sft__steps=2, rl__steps=0)]
+    shutil.copytree(reference, tmp_path / "run")
+    with folder_lock.hold(tmp_path / "run", "--workdir=run"):
+        before = snapshot(tmp_path / "run")
+        output = runs.run("train.py", f"--workdir={tmp_path / 'run'}", *arguments, status=2)
+        assert snapshot(tmp_path / "run") == before
+    assert f"--workdir={tmp_path / 'run'} is in use by process {os.getpid()} on " in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_parameter_that_is_not_finite_is_never_saved(tmp_path, run_here, monkeypatch, kind):
+    """One number of one leaf, of the step that would be saved first."""
+    update = stages.Sft.update
+
+    def break_one(self, state, *arguments):
+        state, metrics = update(self, state, *arguments)
+        params = state["train"].params
+        leaves, tree = jax.tree.flatten(params)
+        # Of another leaf than the trainer looks at.
+        leaves[-1] = jax.device_put(
+            np.where(np.arange(leaves[-1].size) == 0, float(kind), np.asarray(leaves[-1]).ravel())
+            .reshape(leaves[-1].shape)
+            .astype(leaves[-1].dtype),
+            leaves[-1].sharding,
+        )
+        train_state = state["train"].replace(params=jax.tree.unflatten(tree, leaves))
+        return state | {"train": train_state}, metrics
+
+    monkeypatch.setattr(stages.Sft, "update", break_one)
+    monkeypatch.setattr(train.jax, "transfer_guard", lambda level: contextlib.nullcontext())
+    config = runs.make_config(sft__steps=2, sft__save_every=1, sft__eval_every=2, rl__steps=0)
+    with pytest.raises(
+        recorder.TrainingError,
+        match=r"sft step 1: a parameter is not finite, and no checkpoint is written of it",
+    ):
+        run_here(config, tmp_path)
+    assert runs.list_steps(tmp_path) == []
+
+
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -239,10 +298,24 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
         (["--config.sft.step=3", "--workdir=unused"], "did you mean 'sft.steps'?"),
         (["--config.memory.shown=9", "--workdir=unused"], "memory.slots=5"),
         ([], "--workdir is missing"),
+        (["--workdir=setup.py"], "--workdir=setup.py: is a file; pass a folder"),
+        (["--workdir=/proc/self/x"], "--workdir=/proc/self/x: cannot be written to (No such file"),
+        (["--workdir=~nobody-here/x"], "there is no home folder of ~nobody-here"),
+        (
+            ["--config=experiments/configs/babi.py:4", "--workdir=unused"],
+            "allowed is babi.py:1, :2",
+        ),
     ],
 )
 def test_a_mistake_ends_with_status_2_before_anything_is_computed(arguments, message):
     assert message in forks.refuse("train.py", *arguments)
+    assert not pathlib.Path(runs.ROOT, "unused").exists()
+
+
+def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path, run_here):
+    with pytest.raises(ConfigError, match=r"eval\.split=nope: split is 'nope'; .* has: .*test_1x"):
+        run_here(runs.make_config(eval__split="nope"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

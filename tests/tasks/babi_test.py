@@ -1,5 +1,8 @@
 """bAbI is read from small files written here by hand, and from the published ones where present."""
 
+import gzip
+import pathlib
+
 import pytest
 
 from atommem_jax.tasks import babi
@@ -340,3 +343,30 @@ def test_published_files_can_be_answered_from_what_is_kept(shared_data, task):
             assert needed == about[-1]
     training = 10_000 if task < 3 else 1_000
     assert counts == {"train": training * 9 // 10, "validation": training // 10, "test": 1000}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data + b"\n",
+        lambda data: data.replace(b"\n", b"\n \n"),
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data.replace(b"\n", b"\r\n") + b"\x1a",
+        lambda data: data.decode().encode("utf-16"),
+        gzip.compress,
+    ],
+    ids=["blank line at the end", "blank lines", "BOM", "DOS", "UTF-16", "gzip"],
+)
+def test_a_file_that_went_through_many_hands_is_read_as_it_was(tmp_path, change):
+    config = write(tmp_path, 1, TASK1)
+    path = pathlib.Path(babi.data_file(config, "train"))
+    plain = babi.read_stories(str(path))
+    path.write_bytes(change(path.read_bytes()))
+    assert babi.read_stories(str(path)) == plain
+
+
+def test_a_file_without_a_story_is_refused(tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.txt: holds no story"):
+        babi.read_stories(str(path))

@@ -169,13 +169,38 @@ def test_records_of_another_kind_are_refused(tmp_path, dataset, record, message)
 @pytest.mark.parametrize(
     ("dataset", "text", "message"),
     [
-        ("hotpotqa", '{"data": []}', "holds a JSON dict; allowed: a list"),
-        ("hotpotqa", '{"_id": 1}\n{"_id": 2}\n', "is no JSON .*; allowed: a JSON list"),
-        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "record 2 is no JSON"),
+        ("hotpotqa", '{"data": []}', "record 1 has no field 'context'; allowed: a list"),
+        ("hotpotqa", '[{"_id": 1},\n{"_id": 2\n', r"published, line 3, column 1: is no JSON"),
+        ("hotpotqa", "[1, 2]", "record 1 is a JSON int, no object"),
+        ("musique", json.dumps(MUSIQUE) + "\n<html>\n", "published, line 2, column 1: is no JSON"),
+        ("musique", " \n", "published: is empty; allowed are records of JSON"),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path, dataset, text, message):
     config = write(tmp_path, [], dataset)
     (tmp_path / "published").write_text(text)
     with pytest.raises(ValueError, match=message):
+        multihop_files.read(config)
+
+
+@pytest.mark.parametrize("dataset", ["hotpotqa", "musique"])
+def test_lists_and_lines_are_the_same_data(tmp_path, dataset):
+    records = [make_record(0), make_record(1)] if dataset == "hotpotqa" else [MUSIQUE]
+    config = write(tmp_path, records, dataset)
+    plain = multihop_files.read(config)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    for text in (
+        lines,
+        lines + "\n",
+        "\ufeff" + json.dumps(records),
+        json.dumps(records, indent=1),
+    ):
+        (tmp_path / "published").write_text(text)
+        assert multihop_files.read(config) == plain
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    config = write(tmp_path, [], "hotpotqa")
+    (tmp_path / "published").write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(ValueError, match="published: is a Parquet file; allowed is text"):
         multihop_files.read(config)

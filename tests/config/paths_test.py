@@ -1,0 +1,99 @@
+"""Paths are spelled out the same way wherever one is given, and tried before they count."""
+
+import pathlib
+
+import pytest
+
+from atommem_jax.config import ConfigError, parse, paths
+from atommem_jax.metrics import MetricWriter
+from atommem_jax.tasks import babi, multihop_files
+from experiments.configs import synthetic
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("~/mine", "HOME/mine"),
+        ("~", "HOME"),
+        (" runs/mine ", "runs/mine"),
+        ("runs/mine/", "runs/mine"),
+        ("runs/mine//", "runs/mine"),
+        ("/", "/"),
+        ("", ""),
+        ("a b/ü", "a b/ü"),
+        ("gs://bucket/run/", "gs://bucket/run"),
+        (" gs://bucket ", "gs://bucket"),
+        ("file:///runs/mine", "/runs/mine"),
+        ("x/~/y", "x/~/y"),
+    ],
+)
+def test_a_path_is_what_is_meant_and_stays_so(home, typed, meant):
+    meant = meant.replace("HOME", str(home))
+    assert paths.expand(typed) == meant
+    assert paths.expand(meant) == meant
+    assert paths.expand(pathlib.Path(typed)) == paths.expand(str(pathlib.Path(typed)))
+
+
+def test_a_path_that_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="~nobody-here/x: there is no home folder of ~nobody-"):
+        paths.expand("~nobody-here/x")
+    with pytest.raises(ConfigError, match="has a NUL character"):
+        paths.expand("a\0b")
+
+
+def test_fields_of_a_config_and_of_tasks_are_spelled_out(home):
+    changes = {"init_from": "~/base/", "sft.data": " teacher "}
+    config = parse(synthetic.get_config()).replace(changes)
+    assert (config.init_from, config.sft.data) == (f"{home}/base", "teacher")
+    assert parse(config.to_dict()) == config
+    assert babi.BabiConfig(data_dir="~/en-10k/").data_dir == f"{home}/en-10k"
+    assert multihop_files.MultihopQaConfig(data_file="~/a.json").data_file == f"{home}/a.json"
+    with pytest.raises(ConfigError, match=r"--config.init_from=~nobody-here: there is no home"):
+        config.replace({"init_from": "~nobody-here"})
+
+
+def test_metrics_go_where_checkpoints_go(home):
+    with MetricWriter("~/mine") as writer:
+        writer.write(1, "sft", {})
+    assert (home / "mine" / "metrics.jsonl").is_file()
+    assert not (home / "~").exists()
+
+
+def test_a_folder_is_tried_and_nothing_is_left(tmp_path):
+    paths.try_folder(tmp_path / "a" / "b", "--out=x")
+    paths.try_folder(tmp_path, "--out=x")
+    assert list(tmp_path.iterdir()) == []
+    paths.make_folder(tmp_path / "a" / "b", "--out=x")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    paths.try_folder("gs://bucket/run", "--out=x")  # costs no request
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "^--out=x: is a file; pass a folder"),
+        ("file/inside", "^--out=x: .*/file is a file; pass a folder"),
+        ("name" * 100, r"^--out=x: cannot be written to \(File name too long\); pass a folder"),
+        # A folder in which nobody, not even root, can make anything.
+        ("/proc/self/out", r"^--out=x: cannot be written to \(No such file .*; pass a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=message):
+        paths.try_folder(tmp_path / name, "--out=x")
+
+
+def test_a_file_is_tried_and_stays_as_it_was(tmp_path):
+    (tmp_path / "m.npz").write_text("kept")
+    paths.try_file(tmp_path / "m.npz", "--save_memory=m")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(ConfigError, match=r"--save_memory=m: cannot be written \("):
+        paths.try_file("/proc/self/m.npz", "--save_memory=m")
