@@ -19,6 +19,7 @@ import pathlib
 import shlex
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -91,7 +92,8 @@ def _describe_this_process(beats: int = 0) -> str:
         "since": _SINCE,
         "beats": beats,
     }
-    return f"{_name(facts)} ({shlex.join(sys.argv)[:1000]})\n{json.dumps(facts)}\n"
+    command = textwrap.shorten(shlex.join(sys.argv), 200, placeholder=" ...")
+    return f"{_name(facts)} ({command})\n{json.dumps(facts)}\n"
 
 
 _SINCE = time.strftime("%Y-%m-%d %H:%M:%S")
