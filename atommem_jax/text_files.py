@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,9 @@ _PACKAGES = (  # what a zip holds, what it then is, and what to do
     ("META-INF/container.xml", "an e-book (EPUB)", "convert it first: pandoc --to=plain FILE"),
     ("content.xml", "an OpenDocument file", "save it as plain text, or: pandoc --to=plain FILE"),
 )
+
+
+_ICONV = "iconv --from-code={} --to-code=UTF-8 FILE"
 
 
 def warn(message: str) -> None:
@@ -147,11 +151,16 @@ def _refuse_others(data: bytes, name: str) -> None:
     for signature, kind, advice in _SIGNATURES:
         check(
             not start.startswith(signature),
-            f"{name}: is {kind}; allowed is text: {advice}",
+            f"{name}: is {kind}; allowed is text: {_spell(advice, name)}",
         )
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         kind, advice = _describe_zip(data)
-        raise ConfigError(f"{name}: is {kind}; allowed is text: {advice}")
+        raise ConfigError(f"{name}: is {kind}; allowed is text: {_spell(advice, name)}")
+
+
+def _spell(advice: str, name: str) -> str:
+    """Advice with a command that can be pasted: it names the file itself."""
+    return advice.replace("FILE", shlex.quote(name.partition("=")[2] or name))
 
 
 def _describe_zip(data: bytes) -> tuple[str, str]:
@@ -181,10 +190,11 @@ def _explain(name: str, data: bytes, at: int, encoding: str, error: UnicodeDecod
         except UnicodeDecodeError:
             return (
                 f"{found}: convert it with iconv --to-code=UTF-8 --from-code=X, where X is the "
-                "encoding that it was written in (file --mime-encoding FILE guesses)"
+                f"encoding that it was written in ({_spell('file --mime-encoding FILE', name)} "
+                "guesses)"
             )
-        return f"{found}: convert it, as with iconv --from-code=WINDOWS-1252 --to-code=UTF-8"
-    return f"{found}: convert it, as with iconv --from-code=LATIN1 --to-code=UTF-8"
+        return f"{found}: convert it, as with {_spell(_ICONV.format('WINDOWS-1252'), name)}"
+    return f"{found}: convert it, as with {_spell(_ICONV.format('LATIN1'), name)}"
 
 
 def _without_surrogates(text: str, name: str) -> str:

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import zipfile
 
 import pytest
@@ -79,6 +80,16 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, data, message):
     file = write(tmp_path, data)
     with pytest.raises(ConfigError, match=f"^--document=notes: {message}"):
         text_files.read_text(file, "--document=notes")
+
+
+def test_advice_names_the_file_as_a_shell_takes_it(tmp_path):
+    file = tmp_path / "my report.docx"
+    file.write_bytes(make_zip("word/document.xml"))
+    with pytest.raises(ConfigError, match=f"pandoc --to=plain '{re.escape(str(file))}'$"):
+        text_files.read_text(file, f"--document={file}")
+    file.write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ConfigError, match=f"LATIN1 --to-code=UTF-8 '{re.escape(str(file))}'$"):
+        text_files.read_text(file, f"--document={file}")
 
 
 def test_advice_for_another_encoding_leads_to_the_text(tmp_path):
