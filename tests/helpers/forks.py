@@ -100,7 +100,19 @@ def _main() -> None:
     signal.alarm(_PATIENCE)  # which ends it, so that no test waits for ever
     sys.argv = [script, *arguments]
     sys.path[0] = str(pathlib.Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error.code, str):  # as the interpreter does
+            print(error.code, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking all that was imported apart is half a second
 
 
 if __name__ == "__main__":
