@@ -59,7 +59,11 @@ def test_a_run_that_is_compiled_as_users_do_comes_to_the_same(tmp_path, data_roo
     arguments = [
         f"--workdir={tmp_path}",
         f"--data_root={data_root}",
-        *runs.make_flags(sft__eval_every=SFT_END),  # before it SFT is the only program
+        *runs.make_flags(
+            mesh__data=processes.DEVICES,
+            mesh__cpu_devices=processes.DEVICES,
+            sft__eval_every=SFT_END,  # before it SFT is the only program
+        ),
     ]
     reached = runs.has_logged(tmp_path, last, "sft")
     process = runs.start("train.py", *arguments, as_users=True)

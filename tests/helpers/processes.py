@@ -19,6 +19,7 @@ import pytest
 from tests.conftest import LEAST_EFFORT, ROOT
 from tests.helpers import runs
 
+DEVICES = 4  # of a run, in all its processes
 HEARTBEAT = 10  # seconds of silence after which a process counts as lost
 PATIENCE = 240  # for anything; a loaded machine with an empty compilation cache is slow
 
@@ -137,10 +138,10 @@ def start_training(
 ) -> Group:
     """Starts `count` processes that train the tiny config in a workdir.
 
-    They have two devices together, as one process has, unless `settings` say otherwise. With
-    options of a `supervisor` each is started by one.
+    They have `DEVICES` together, however many they are, unless `settings` say otherwise: so they
+    share compiled programs. With options of a `supervisor` each is started by one.
     """
-    settings = {"mesh__cpu_devices": max(1, 2 // count)} | settings
+    settings = {"mesh__data": DEVICES, "mesh__cpu_devices": DEVICES // count} | settings
     arguments = [f"--workdir={workdir}", f"--data_root={data_root}", *runs.make_flags(**settings)]
     commands = train_commands(count, arguments, each)
     if supervisor:

@@ -1,6 +1,6 @@
 """Training in several processes: like in one, one writes, and what is refused.
 
-Real processes on loopback, of which every run has two devices, so that all share compiled
+Real processes on loopback, of which every run has four devices, so that all share compiled
 programs. Each waits for conditions, not for a time, and is killed when its test ends. Stopped,
 killed and resumed they are in tests/runs/resume_test.py.
 """
@@ -13,7 +13,6 @@ from tests.helpers import processes, runs
 
 pytestmark = pytest.mark.processes
 
-DEVICES = 2
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
 # Largest difference of a metric between topologies, relative to the larger of it and one: sums over
@@ -63,7 +62,7 @@ def test_two_processes_train_like_one(alone, pair):
 
 def test_only_the_first_process_writes(pair):
     workdir, _, printed = pair
-    assert printed.count(f"{DEVICES} cpu devices") == 1
+    assert printed.count(f"{processes.DEVICES} cpu devices") == 1
     assert printed.count(f"sft step {SFT_END}: EM") == 1
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert runs.list_steps(workdir)[-1] == END
