@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags as absl_flags
 
 from atommem_jax.agent import load
 from atommem_jax.config import ConfigError
@@ -110,35 +109,44 @@ def test_the_script_reads_answers_and_is_asked_more(checkpoint, document, tmp_pa
         assert kept["valid"].sum() == len(fold(asked))
 
 
-# The script several times in one process, which compiles once: [{arguments, lines}] comes in, and
-# [{printed, error}] goes out.
+# The script several times in one process, which compiles once: [{arguments, lines, broken}] comes
+# in, and [{printed, error, status}] goes out. What is `broken` cannot be written.
 _SEVERAL = """
 import contextlib, io, json, sys
+from unittest import mock
 from absl import flags
 from atommem_jax.config import ConfigError
 from atommem_jax.documents import transcript
 from experiments import answer
 
+written = {"page": (answer.page_lib, "write"), "memory": (answer.Memory, "save")}
 results = []
 for call in json.load(sys.stdin):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     flags.FLAGS(["answer.py", *call["arguments"]])
-    sys.stdin, printed, error = io.StringIO(call["lines"]), io.StringIO(), ""
-    with contextlib.redirect_stdout(printed):
+    sys.stdin, printed, error, status = io.StringIO(call["lines"]), io.StringIO(), "", 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        if call["broken"]:
+            fault = OSError(30, "Read-only file system")
+            stack.enter_context(mock.patch.object(*written[call["broken"]], side_effect=fault))
         try:
             answer.main(["answer.py"])
         except ConfigError as caught:
             error = str(caught)
-    results.append({"printed": printed.getvalue(), "error": error})
+        except SystemExit as ended:
+            status = ended.code
+    results.append({"printed": printed.getvalue(), "error": error, "status": status})
 print(json.dumps(results))
 """
 
 
-def call(*calls: list[str], lines: str = "") -> list[dict]:
+def call(*calls: list[str], lines: str = "", broken: str = "") -> list[dict]:
     """What each call printed, and the mistake that it ended with; `lines` is typed in the first."""
     told = [
-        {"arguments": arguments, "lines": "" if i else lines} for i, arguments in enumerate(calls)
+        {"arguments": arguments, "lines": "" if i else lines, "broken": broken}
+        for i, arguments in enumerate(calls)
     ]
     done = subprocess.run(
         [sys.executable, "-c", _SEVERAL],
@@ -245,26 +253,17 @@ def test_longer_sentences_are_cut_with_a_note_and_questions_can_be_left_out(
     assert {turn["phase"] for turn in episode["turns"]} == {"reading"}
 
 
-def test_a_page_that_cannot_be_written_costs_no_memory(checkpoint, document, tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_costs_no_memory(checkpoint, document, tmp_path):
     """And the reverse; both are said, and the status is 1."""
-    from experiments import answer
-
-    def fail(*unused_arguments, **unused_named):
-        raise OSError(30, "Read-only file system")
-
     kept, out = tmp_path / "kept.npz", tmp_path / "out"
     arguments = [
-        "answer.py", f"--checkpoint={checkpoint}", f"--document={document}", f"--out={out}",
+        f"--checkpoint={checkpoint}", f"--document={document}", f"--out={out}",
         f"--question={make_questions()[0]}", f"--save_memory={kept}",
     ]  # fmt: skip
-    for broken, there in ((answer.page_lib, kept), (answer.Memory, out / "index.html")):
-        with monkeypatch.context() as patch:
-            patch.setattr(broken, "write" if broken is answer.page_lib else "save", fail)
-            absl_flags.FLAGS.unparse_flags()
-            absl_flags.FLAGS(arguments)
-            with pytest.raises(SystemExit) as ended:
-                answer.main(arguments[:1])
-        assert ended.value.code == 1
+    for broken, there in (("page", kept), ("memory", out / "index.html")):
+        there.unlink(missing_ok=True)
+        (done,) = call(arguments, broken=broken)
+        assert done["status"] == 1
         assert there.is_file()
 
 
