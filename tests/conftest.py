@@ -14,7 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # 104 s in place of 199. tests/experiments/train_test.py holds that users'
 # runs come to the same.
 LEAST_EFFORT = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib") < "0.12":  # newer ones do not know it, and end the process
+# Newer versions of XLA do not know this flag, and end the process.
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 12):
     LEAST_EFFORT += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -44,6 +45,27 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# A minute or more each: they start first, so that no process is left alone with one at the end.
+LONGEST = (
+    *(
+        "resume_test",
+        "scripts_test",
+        "train_test",
+        "parity_test",
+        "distributed_test",
+        "report_test",
+    ),
+    *("api_test", "sweep_test", "answer_test", "benchmark_test", "program_test", "collect_test"),
+    *("lora_run_test", "lora_test", "decode_suite_test", "readme_test", "transformer_test"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the rest as collected."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 # What test-all must not leave out: with ATOMMEM_NO_SKIPS, as in CI, a skip of one of these fails.

@@ -1,6 +1,7 @@
-"""Configs of older versions, in today's names: the only place that knows of the older ones.
+"""Configs of older versions, in today's names and with today's fields.
 
-A field that an older config lacks gets the value that it had when there was no such field, which
+The older names stand in `errors.RENAMED`, which an older flag on the command line is answered from;
+nothing else knows of them. A field that an older config lacks gets the value that it had when there was no such field, which
 need not be the default of today.
 """
 
