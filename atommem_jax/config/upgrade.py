@@ -1,8 +1,8 @@
 """Configs of older versions, in today's names and with today's fields.
 
 The older names stand in `errors.RENAMED`, which an older flag on the command line is answered from;
-nothing else knows of them. A field that an older config lacks gets the value that it had when there was no such field, which
-need not be the default of today.
+nothing else knows of them. A field that an older config lacks gets the value that it had when there
+was no such field, which need not be the default of today.
 """
 
 from collections.abc import Mapping
