@@ -5,7 +5,8 @@
 #
 # It may be called again at any time: what is ready stays, what waits in the queue is waited for,
 # and what was preempted or has failed is deleted and asked for anew. A lack of capacity is tried
-# again RETRIES times; a quota or a permission that is missing ends it, for time does not help.
+# again RETRIES times; a quota or a permission that is missing ends it, for time does not help. Why a
+# request has failed in the queue is printed before it is deleted.
 #
 # --no-wait leaves after the request has been queued.
 
@@ -47,8 +48,8 @@ remove() {
   fi
 }
 
-# judge FILE: whether gcloud's message is of a kind that passes; ends the script if it is not.
-judge() {
+# end_if_lasting FILE: ends the script where what the message says does not pass with time.
+end_if_lasting() {
   if grep -qiE 'per minute|rate limit' "$1"; then return; fi
   if grep -qi 'quota' "$1"; then
     fail "the quota of project $PROJECT is not enough for $ACCELERATOR_TYPE (spot: $SPOT) in $ZONE." \
@@ -59,9 +60,24 @@ judge() {
     explain_access
     fail "access was refused; gcloud's message is above. Not tried again."
   fi
+}
+
+# judge FILE: whether gcloud's message is of a kind that passes; ends the script if it is not.
+judge() {
+  end_if_lasting "$1"
+  if grep -qiE 'per minute|rate limit' "$1"; then return; fi
   grep -qE 'o more capacity|ot enough resources|tockout|ry again|RESOURCE_EXHAUSTED|UNAVAILABLE' "$1" ||
     grep -qE 'INTERNAL|DEADLINE_EXCEEDED|ALREADY_EXISTS' "$1" ||
     fail "gcloud refused the request; its message is above. Not tried again."
+}
+
+# tell_failure: prints why the request has failed in the queue, which is gone once it is deleted;
+# ends the script where asking anew would not help.
+tell_failure() {
+  if [[ $CREATE_WITH != queued ]]; then return; fi
+  describe queued-resources "$TPU_NAME" state.failedData.error >"$ERRORS"
+  say "$TPU_NAME has failed: $(cat "$ERRORS")"
+  end_if_lasting "$ERRORS"
 }
 
 # ask: requests the TPU, again while there is no capacity.
@@ -99,6 +115,7 @@ if [[ $DRY_RUN == true ]]; then
   say "# where there is nothing"
   request
   say "# where it was preempted, or has failed"
+  tell_failure >/dev/null
   remove
   request
   exit 0
@@ -117,6 +134,7 @@ while true; do
     DELETING | SUSPENDING) ;;
     *)
       if is_gone "$state"; then
+        if [[ $state == FAILED ]]; then tell_failure; fi
         say "$TPU_NAME is $state: it is deleted and asked for anew"
         # A request that failed in the queue counts as a try; a preemption does not.
         if [[ $state == FAILED ]]; then again "the request has failed in the queue"; fi

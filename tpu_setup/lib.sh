@@ -110,8 +110,8 @@ load_settings() {
   local variable
   [[ -f $ENV_FILE ]] || mistake "there is no $ENV_FILE: copy tpu_setup/env.sh.example to it and" \
     "fill it in, or name another file with --env=FILE"
-  # shellcheck source=env.sh.example
-  source "$ENV_FILE"
+  # Not by `source`: an editor on Windows ends lines in CR LF, which would be part of every value.
+  eval "$(tr -d '\r' <"$ENV_FILE")"
   if [[ -n $NAME ]]; then TPU_NAME="$NAME"; fi
   check_match PROJECT '([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]' 'project ids such as my-project-1' \
     "'gcloud projects list' shows yours"

@@ -194,6 +194,35 @@ def test_after_the_last_try_it_fails_and_says_what_else_there_is(cloud):
     assert len(cloud.calls_of("create")) == 3
 
 
+def test_why_a_request_failed_in_the_queue_is_told_before_it_is_deleted(cloud):
+    cloud.answer("value(state.failedData.error)", "code=8;message=No more capacity in the zone")
+    cloud.answer(QUEUE, "FAILED")
+    cloud.ready()
+    printed = cloud.run("create.sh")
+    assert "atommem has failed: code=8;message=No more capacity in the zone" in printed
+    calls = [call for call in cloud.calls if "failedData" in call or "delete" in call]
+    assert ["failedData" in call for call in calls] == [True, False], "asked first, then deleted"
+    assert "try 1 of 2" in printed
+
+
+def test_a_request_that_failed_for_want_of_quota_is_not_asked_for_again(cloud):
+    cloud.answer("failedData", "Quota 'TPUV5sLitepodPerProjectPerZone' exhausted", keep=True)
+    cloud.answer(QUEUE, "FAILED", keep=True)
+    printed = cloud.run("create.sh", status=1)
+    assert "has failed: Quota 'TPUV5s" in printed
+    assert "https://console.cloud.google.com/iam-admin/quotas?project=stub-project" in printed
+    assert not cloud.calls_of("delete")
+    assert not cloud.calls_of("queued-resources create")
+
+
+def test_settings_of_an_editor_on_windows_are_read(cloud):
+    content = cloud.env_file.read_bytes()
+    cloud.env_file.write_bytes(content.replace(b"\n", b"\r\n"))
+    cloud.ready()
+    assert "is ready" in cloud.run("create.sh")
+    assert all("\r" not in call for call in cloud.calls)
+
+
 def test_what_gcloud_refuses_for_another_reason_is_not_tried_again(cloud):
     cloud.answer(QUEUE, "NOT_FOUND", 1)
     cloud.answer("create", "INVALID_ARGUMENT: --internal-ips and so on", 1)
