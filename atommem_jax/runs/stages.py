@@ -43,7 +43,8 @@ Metrics = dict[str, Any]
 class Reward(NamedTuple):
     """What the host says of the trajectories of its rows."""
 
-    scores: Float[np.ndarray, "B Q"]  # of each question, in [0, 1]
+    scores: Float[np.ndarray, "B Q"]  # of each question, in [0, 1]: what is learned from
+    exact: Float[np.ndarray, "B Q"]  # its exact match, which is logged
     counts: Float[np.ndarray, " B"]  # questions there are
 
 
@@ -147,9 +148,18 @@ class Stage:
 
         Exact match, where the task has none of its own.
         """
+        return evaluation.score_answers(self._decode(trajectories), aliases, self.metric)
+
+    def _judge(self, trajectories, aliases, counts) -> Reward:
+        """Scores and exact matches, which are the same where the task has no reward of its own."""
+        scores = exact = self.score(trajectories, aliases)
+        if self.metric is not reward_lib.exact_match:
+            exact = evaluation.score_answers(self._decode(trajectories), aliases)
+        return Reward(scores, exact, counts)
+
+    def _decode(self, trajectories: Trajectory) -> list[list[str]]:
         answers, lengths = host_batches.fetch((trajectories.answers, trajectories.answer_lengths))
-        texts = evaluation.decode_answers(answers, lengths, self.parts.tokenizer.decode)
-        return evaluation.score_answers(texts, aliases, self.metric)
+        return evaluation.decode_answers(answers, lengths, self.parts.tokenizer.decode)
 
     def ids(self, step: int, count: int) -> jax.Array:
         """Trajectory ids of a step with `count` trajectories in all, never used by another."""
@@ -189,18 +199,17 @@ class Sft(Stage):
         return self.play(episodes, self.ids(step, self.config.episodes), self.seed)
 
     def reward(self, trajectories: Trajectory, batch) -> Reward:
-        """Questions that the teacher answers right, of how many."""
+        """What the teacher's answers are worth, and how many questions there are."""
         if self.lessons is not None:
-            return Reward(batch.rewards[:, None], batch.counts)
+            return Reward(batch.rewards[:, None], batch.rewards[:, None], batch.counts)
         counts = np.array([len(accepted) for accepted in batch.aliases], np.float32)
-        return Reward(self.score(trajectories, batch.aliases), counts)
+        return self._judge(trajectories, batch.aliases, counts)
 
     def update(
         self, state: State, trajectories: Trajectory, reward: Reward, step: int
     ) -> tuple[State, Metrics]:
         """One optimiser step on the trajectories that are good enough."""
-        rewards, counts = reward.scores.sum(axis=1), reward.counts
-        keep = rewards / counts >= self.config.min_reward
+        keep = reward.scores.sum(axis=1) / reward.counts >= self.config.min_reward
         train, metrics = trainer.sft_step(
             self.agent,
             state["train"],
@@ -212,8 +221,9 @@ class Sft(Stage):
             length_buckets=self.config.length_buckets,
             mesh=self.mesh,
         )
-        rewards, counts = host_batches.gather_rows((rewards, counts), self.mesh)
-        em = rewards.sum() / counts.sum()
+        exact = reward.exact.sum(axis=1)
+        exact, counts = host_batches.gather_rows((exact, reward.counts), self.mesh)
+        em = exact.sum() / counts.sum()
         return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
 
 
@@ -255,10 +265,10 @@ class Rl(Stage):
         return self.play(self.params(state), episodes, ids, self.seed, self.temperature)
 
     def reward(self, trajectories: Trajectory, batch) -> Reward:
-        """Exact match of each question, and how many questions there are."""
+        """What the answer to each question is worth, and how many questions there are."""
         aliases = [batch.aliases[i] for i in self._chosen()]
         counts = np.array([len(accepted) for accepted in aliases], np.int32)
-        return Reward(self.score(trajectories, aliases), counts)
+        return self._judge(trajectories, aliases, counts)
 
     def update(
         self, state: State, trajectories: Trajectory, reward: Reward, step: int
@@ -279,9 +289,9 @@ class Rl(Stage):
             mesh=self.mesh,
         )
         metrics = jax.device_get(metrics)
-        scores, counts = host_batches.gather_rows((reward.scores, reward.counts), self.mesh)
+        scores, exact, counts = host_batches.gather_rows(tuple(reward), self.mesh)
         return {**state, "train": train}, {
-            "em": scores.sum() / counts.sum(),
+            "em": exact.sum() / counts.sum(),
             "reward": float((scores.sum(axis=1) / counts).mean()),
             **metrics,
             **statistics,
