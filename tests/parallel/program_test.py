@@ -180,6 +180,8 @@ def test_an_update_is_the_same_on_any_mesh(shape):
         np.testing.assert_allclose(
             metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
         )
+    if shape == (8, 1, 1):  # no product is summed in parts
+        assert_close(metrics, expected_metrics, rtol=5e-5)
 
 
 def test_parameters_come_back_where_they_lay():
