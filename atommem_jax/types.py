@@ -173,6 +173,25 @@ class Response:
     log_probs: Float[Array, "B R"]  # 0 on padding
     values: Float[Array, " B"]
     scripted: Bool[Array, " B"]  # written by a fixed program in the policy's place: not learned
+    passes: Int[Array, " B"]  # forward passes of a model that it took, the prompt's included
+    lanes: Int[Array, " B"]  # passes of all lanes of its group, which one row of the group tells
+    width: Int[Array, " B"]  # columns that the prompt was read at; 0 where no model read it
+
+    @classmethod
+    def of_program(
+        cls, tokens: Int[Array, "B R"], lengths: Int[Array, " B"], **others: Array
+    ) -> "Response":
+        """What no model has written: all that a model would tell of it is 0."""
+        none = jnp.zeros(lengths.shape, jnp.int32)
+        fields = {
+            "log_probs": jnp.zeros(tokens.shape, jnp.float32),
+            "values": jnp.zeros(lengths.shape, jnp.float32),
+            "scripted": jnp.zeros(lengths.shape, bool),
+            "passes": none,
+            "lanes": none,
+            "width": none,
+        }
+        return cls(tokens=tokens, lengths=lengths, **(fields | others))
 
 
 @flax.struct.dataclass
@@ -185,6 +204,7 @@ class View:
     phase: Int[Array, ""]
     chunk: Int[Array, ""]  # index of the chunk shown, or EMPTY
     question: Int[Array, ""]  # index of the question put, or EMPTY
+    width: Int[Array, ""] | None = None  # that the prompt must be computed at, to replay a turn
 
 
 Policy = Callable[[View, Episode, PRNGKeyArray], Response]
@@ -206,6 +226,9 @@ class Turns:
     log_probs: Float[Array, "T R"]  # behaviour log-probs of the response; 0 on padding
     values: Float[Array, " T"]  # of the value head at the end of the prompt
     scripted: Bool[Array, " T"]  # the response was written by a fixed program: not learned
+    passes: Int[Array, " T"]  # forward passes of a model that it took, the prompt's included
+    lanes: Int[Array, " T"]  # passes of all lanes of its group, which one row of the group tells
+    width: Int[Array, " T"]  # columns that the prompt was read at; 0 where no model read it
     actions: Actions  # fields lead with T
     report: Report  # fields lead with T
     shown: Int[Array, "T K"]  # slots shown

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from atommem_jax.config import ConfigError, Experiment
+from atommem_jax.config import ConfigError, Experiment, check
 from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
@@ -148,6 +148,11 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
     workflow = workflows.find(config.workflow)
     protocol = find_protocol(config).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
+    check(
+        not (r.cache_prefix and config.model.match_features),
+        "rollout.cache_prefix=True: allowed is False with model.match_features=True, whose flags "
+        "tell of the whole prompt, so that nothing of it stays the same; set one of them to False",
+    )
     features = prompting.NUM_FEATURES if config.model.match_features else 0
     model = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -162,6 +167,11 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         top_p=r.top_p,
         score_chunk=r.score_chunk,
         cpu_decode=r.cpu_decode,
+        cache_prefix=r.cache_prefix,
+        draft=r.draft,
+        group=r.microbatch,
+        prompt_buckets=r.prompt_buckets,
+        least_rows=r.least_rows,
     )
     return Parts(
         config=config,

@@ -2,49 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from atommem_jax.agent.build import Parts
-from atommem_jax.config import ConfigError
 from atommem_jax.learning import rollout
 from atommem_jax.model import lora
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import rules as rules_lib
 from atommem_jax.tasks import encoding, teacher
-from atommem_jax.types import Episode, Trajectory
-
-
-def in_microbatches(
-    play: Callable[[Episode, jax.Array], Trajectory], microbatch: int
-) -> Callable[[Episode, jax.Array], Trajectory]:
-    """Plays a batch `microbatch` trajectories at a time, each micro-batch to its own end.
-
-    On a CPU smaller ones are faster per trajectory (caches), and one whose episodes are over does
-    not wait for the others. On an accelerator use the whole batch.
-    """
-
-    def in_turn(episodes: Episode, ids: jax.Array) -> Trajectory:
-        size = ids.shape[0]
-        if microbatch <= 0 or microbatch >= size:
-            return play(episodes, ids)
-        if size % microbatch:
-            raise ConfigError(
-                f"rollout.microbatch={microbatch} does not divide the batch of {size} "
-                "trajectories; choose a divisor, or 0 for the whole batch"
-            )
-
-        def split(x):
-            return x.reshape(size // microbatch, microbatch, *x.shape[1:])
-
-        played = jax.lax.map(lambda pair: play(*pair), (jax.tree.map(split, episodes), split(ids)))
-        return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), played)
-
-    return in_turn
 
 
 def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh):
@@ -66,17 +35,15 @@ def make_program(parts: Parts, mesh: Mesh):
     A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
     those of another policy than the one that learns.
     """
-    microbatch = parts.config.rollout.microbatch
     model = parts.agent.model.config
     layout = model.layout
     dtype = parts.config.rollout.param_dtype
     merges = model.dtype == "float32"
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
-        policy = rollout.model_policy(agent, params, temperature)
+        policy = rollout.model_policy(agent, params, temperature, episodes)
         policy = parts.workflow.apply(policy, parts.script)
-        play = in_microbatches(lambda e, i: rollout.run(setting, policy, e, i, seed), microbatch)
-        return play(episodes, ids)
+        return rollout.run(setting, policy, episodes, ids, seed)
 
     play_shares = program.data_parallel(
         play_local,

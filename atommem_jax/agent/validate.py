@@ -77,12 +77,6 @@ def validate_devices(config: Experiment, data: int, fsdp: int = 1) -> None:
             f"{field} does not divide over {devices}; choose a multiple, or set mesh.data"
             f"{' or mesh.fsdp' if fsdp > 1 else ''}",
         )
-    share, microbatch = trajectories // shares, config.rollout.microbatch
-    check(
-        microbatch == 0 or microbatch >= share or share % microbatch == 0,
-        f"rollout.microbatch={microbatch} does not divide the {share} trajectories of a device "
-        f"({rollout} over {devices}); choose a divisor, or 0 for all at once",
-    )
 
 
 def validate_parameters(parts: build.Parts, mesh: Mesh) -> None:

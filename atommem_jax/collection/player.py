@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -225,13 +224,7 @@ class Player:
             replies.append(turn | ({"thoughts": said.thoughts} if said.thoughts else {}))
             tokens = np.full((1, width), tokenizer.pad_id, np.int32)
             tokens[0, : len(ids)] = ids
-            return Response(
-                tokens=jnp.asarray(tokens),
-                lengths=jnp.asarray([len(ids)], jnp.int32),
-                log_probs=jnp.zeros(tokens.shape, jnp.float32),
-                values=jnp.zeros((1,), jnp.float32),
-                scripted=jnp.zeros((1,), bool),
-            )
+            return Response.of_program(*jax.device_put((tokens, np.asarray([len(ids)], np.int32))))
 
         return respond
 

@@ -373,6 +373,9 @@ class Collection:
             log_probs=np.zeros((size, limit), np.float32),
             values=np.zeros(size, np.float32),
             scripted=np.pad(~learnable, (0, size - len(turns))),
+            passes=np.zeros(size, np.int32),
+            lanes=np.zeros(size, np.int32),
+            width=np.zeros(size, np.int32),
             **counters,
             **unread,
         )

@@ -22,6 +22,10 @@ EVICTION_POLICIES = ("lru", "oldest", "reject")
 LENGTH_BUCKETS = (5, 8)
 """Eighths of the full width at which rows are scored, by default; each is compiled once."""
 
+PROMPT_BUCKETS = (4, 6, 8)
+"""Eighths of the prompt's full width at which prompts are read, by default; each is compiled once.
+"""
+
 LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
 """Names of the matrices of a layer: the default targets of adapters."""
 
@@ -201,10 +205,17 @@ class RolloutConfig(Section):
     answer_read_budget: Count  # turns a question that may read, not answer
     constrained: bool  # only tokens that the grammar allows
     top_p: Annotated[float, Range(above=0.0, most=1.0)]
-    microbatch: Count  # trajectories played at a time on a device; 0 for all
+    microbatch: Count  # trajectories whose turns are written at a time on a device; 0 for all
     param_dtype: Annotated[str, Choices(*DTYPES)] = "float32"
     cpu_decode: bool = False  # decode with the layers apart: faster on a CPU, longer compiled
     score_chunk: Count = 0  # response tokens scored at a time; 0 for all
+    cache_prefix: bool = False  # read instructions and questions once, see `model.prefix`
+    draft: Count = 0  # tokens guessed and checked in a forward pass, see `model.drafts`
+    prompt_buckets: tuple[int, ...] = PROMPT_BUCKETS
+    least_rows: Count = 0  # what a micro-batch is halved down to as its turns end; 0: never halved
+
+    def _check_together(self, prefix: str) -> None:
+        check_length_buckets(self.prompt_buckets, f"{prefix}.prompt_buckets")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax.learning import rollout
-from atommem_jax.model import attention
+from atommem_jax.model import attention, groups
 from atommem_jax.model.sampling import Agent
 from atommem_jax.types import Episode, MemoryState, Phase, Response, Trajectory, Turns, View
 
-WIDTHS = 4
-"""Into how many prompt widths `model_responder` sorts prompts."""
+BUCKETS = (2, 4, 6, 8)
+"""Eighths of the prompt's width into which `model_responder` sorts prompts."""
 
 Respond = Callable[[View, jax.Array], Response]
 """(view [1], key [1]) -> response [1] of one turn."""
@@ -100,6 +100,9 @@ def model_responder(agent: Agent, params, temperature: float) -> Respond:
     of a few widths, each of which is compiled when it is first needed.
     """
     heat = jnp.asarray(temperature, jnp.float32)
+    # Chosen here, so that a width that no prompt needs is not compiled.
+    sampler = dataclasses.replace(agent.sampler, prompt_buckets=(8,), group=0)
+    agent = dataclasses.replace(agent, sampler=sampler)
 
     def respond(view: View, keys: jax.Array) -> Response:
         width = choose_width(agent, view.prompt.shape[1], int(view.prompt_length[0]))
@@ -110,14 +113,10 @@ def model_responder(agent: Agent, params, temperature: float) -> Respond:
 
 
 def choose_width(agent: Agent, prompt_width: int, length: int) -> int:
-    """The least of `WIDTHS` even parts of `prompt_width` that holds `length` tokens."""
+    """The least of the widths that holds `length` tokens."""
     multiple = attention.row_multiple(agent.model.config.attention, prompt_width)
-    for part in range(1, WIDTHS):
-        width = -(-prompt_width * part // WIDTHS)
-        width = -(-width // multiple) * multiple
-        if length <= width <= prompt_width:
-            return width
-    return prompt_width
+    widths = groups.list_widths(prompt_width, multiple, BUCKETS)
+    return next((width for width in widths if length <= width <= prompt_width), prompt_width)
 
 
 @jax.jit

@@ -18,6 +18,7 @@ that has no place where it stands ends the action unclosed, so no reserved id is
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from atommem_jax.language.automaton import DEAD
@@ -32,6 +33,8 @@ class Grammar:
     """A protocol compiled for a tokenizer. S base states, C classes of tokens, V tokens."""
 
     classes: Int[Array, " V"]
+    class_sizes: Int[Array, " C"]  # tokens in it
+    class_tokens: Int[Array, " C"]  # one of them
     step: Int[Array, "S C"]  # next base state + S * actions opened
     need: Int[Array, "3 S C"]  # tokens needed after this one; row: actions left, 2 for more
     starts: Int[Array, " phases"]
@@ -80,6 +83,12 @@ class Grammar:
         masked turn with a budget of at least `min_tokens` never meets) it holds eos alone.
         """
         return self._allowed_classes(state, remaining)[self.classes]
+
+    def forced(self, state: Int[Array, ""], remaining: int | Int[Array, ""]) -> Int[Array, ""]:
+        """The only token that `allowed` admits; -1 where there are several."""
+        admitted = self._allowed_classes(state, remaining)
+        alone = jnp.sum(jnp.where(admitted, self.class_sizes, 0)) == 1
+        return jnp.where(alone, self.class_tokens[jnp.argmax(admitted)], -1)
 
     def _allowed_classes(
         self, state: Int[Array, ""], remaining: int | Int[Array, ""]
@@ -249,9 +258,12 @@ def compile_grammar(
     spent = strict.step.shape[0] * (max_actions - 1)
     single = (Phase.ANSWERING, Phase.FINAL)
     starts = [base + spent * (phase in single) for phase, base in enumerate(strict.starts)]
+    _, tokens, sizes = np.unique(strict.classes, return_index=True, return_counts=True)
     targeted = {tag.kind for tag in protocol.tags if tag.target is not None}
     return Grammar(
         classes=jnp.asarray(strict.classes, jnp.int32),
+        class_sizes=jnp.asarray(sizes, jnp.int32),
+        class_tokens=jnp.asarray(tokens, jnp.int32),
         step=jnp.asarray(strict.step, jnp.int32),
         need=jnp.asarray(strict.need, jnp.int32),
         starts=jnp.asarray(starts, jnp.int32),

@@ -141,17 +141,38 @@ def assemble(
     """
     chex.assert_rank([observation.questions, observation.shown, observation.chunk], [2, 2, 1])
     pieces, valid = [template.prefix], [template.prefix != template.pad_id]
-    for header, text, lengths in _segments(template, observation):
-        put = (lengths > 0)[:, None]
-        pieces.append(jnp.concatenate([header, text], axis=1).reshape(-1))
-        in_text = jnp.arange(text.shape[1])[None, :] < lengths[:, None]
-        valid.append(
-            jnp.concatenate([(header != template.pad_id) & put, in_text], axis=1).reshape(-1)
-        )
+    for segment in _segments(template, observation):
+        row, real = _lay_out(template, *segment)
+        pieces.append(row)
+        valid.append(real)
     suffix = template.suffix[jnp.minimum(observation.phase, int(Phase.FINAL))]
     tokens = jnp.concatenate([*pieces, suffix])
     real = jnp.concatenate([*valid, suffix != template.pad_id])
     return join(tokens, real, width=prompt_width, pad_id=template.pad_id, left_pad=True)
+
+
+def assemble_questions(
+    template: Template,
+    questions: Int[Array, "Q w"],
+    lengths: Int[Array, " Q"],
+    count: Int[Array, ""],
+) -> tuple[Int[Array, " n"], Int[Array, ""]]:
+    """What follows the prefix of all prompts while a document is read: the first `count` questions.
+
+    Right-padded, and its length.
+    """
+    header = jnp.broadcast_to(template.question, (questions.shape[0], template.question.shape[0]))
+    lengths = jnp.where(jnp.arange(questions.shape[0]) < count, lengths, 0)
+    tokens, real = _lay_out(template, header, questions, lengths)
+    return join(tokens, real, width=tokens.shape[0], pad_id=template.pad_id, left_pad=False)
+
+
+def _lay_out(template: Template, header: Array, text: Array, lengths: Array) -> tuple[Array, Array]:
+    """Segments of one kind in a row, with gaps, and which of it is real: no header without text."""
+    put = (lengths > 0)[:, None]
+    in_text = jnp.arange(text.shape[1])[None, :] < lengths[:, None]
+    real = jnp.concatenate([(header != template.pad_id) & put, in_text], axis=1)
+    return jnp.concatenate([header, text], axis=1).reshape(-1), real.reshape(-1)
 
 
 def join(

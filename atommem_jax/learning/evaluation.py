@@ -63,7 +63,7 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
     turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
-    policy wrote, not those of a fixed program. `well_formed` is a share of the actions begun, and
+    policy wrote, not those of a fixed program, and `tokens_per_pass` is 1 where none is guessed. `well_formed` is a share of the actions begun, and
     `ended` of the turns: those that were shorter than they might have been.
     """
     turns = trajectories.turns
@@ -72,6 +72,7 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     turn_count = jnp.maximum(live.sum(), 1.0)
     written = jnp.where(turns.scripted, 0, turns.response_lengths).astype(jnp.float32)
     tokens = jnp.maximum(written.sum(), 1.0)
+    passes = turns.passes.sum().astype(jnp.float32)
     responses = jnp.maximum((turns.live & ~turns.scripted).astype(jnp.float32).sum(), 1.0)
     reading = turns.live & (turns.phase == Phase.READING)
     places = jnp.arange(turns.actions.kind.shape[2], dtype=jnp.int32)[None, None]
@@ -88,6 +89,9 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
         "tokens": tokens,
         "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum().astype(jnp.float32)
         / turn_count,
+        # Of what decoding computed: rows that have ended, and lanes without a row, are the rest.
+        "lane_utilisation": passes / jnp.maximum(turns.lanes.sum().astype(jnp.float32), 1.0),
+        "tokens_per_pass": tokens / jnp.maximum(passes, 1.0),
         "sampled_nll": -turns.log_probs.sum() / tokens,
         "unanswered": jnp.sum(put & ~answered).astype(jnp.float32)
         / jnp.maximum(put.sum().astype(jnp.float32), 1.0),

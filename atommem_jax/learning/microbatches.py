@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from atommem_jax.config import LENGTH_BUCKETS
-from atommem_jax.model import sampling
+from atommem_jax.model import groups, sampling
 from atommem_jax.parallel import program, rules
 from atommem_jax.types import Batch
 
@@ -44,7 +44,7 @@ def accumulate_gradients(
     lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
     lengths = jnp.where(active, lengths, -1)
     order = jnp.argsort(-lengths, stable=True)
-    widths = list_widths(
+    widths = groups.list_widths(
         batch.prompt.shape[1] + batch.response.shape[1] - 1, multiple, length_buckets
     )
     # The last slice may reach past the end: repeat row order, with weights of zero.
@@ -104,16 +104,6 @@ def accumulate_gradients(
         grads = place(grads, leading_data_axis=False)
         maxima = jax.tree.map(lambda x: x.max(axis=0), maxima)
     return grads, sums, maxima
-
-
-def list_widths(
-    full: int, multiple: int = 1, length_buckets: tuple[int, ...] = LENGTH_BUCKETS
-) -> list[int]:
-    """The widths that rows are scored at: some eighths of `full`, each compiled once.
-
-    They divide by `multiple`; the greatest is at least `full`.
-    """
-    return sorted({-(-full * part // (8 * multiple)) * multiple for part in length_buckets})
 
 
 def over_devices(tree: PyTree) -> PyTree:

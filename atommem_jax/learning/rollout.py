@@ -15,7 +15,8 @@ Phases (paper, section 3; exact rules in docs/memory.md):
                                +-- next question --+-- none left --> DONE
 
 Randomness is fold_in(fold_in(fold_in(seed, trajectory id), turn), position): a trajectory can
-be replayed from (params, seed, trajectory id) whoever else is in the batch.
+be replayed from (params, seed, trajectory id) whoever else is in the batch: the same tokens, up to
+rounding, and the same bits with the widths that its turns were computed at (`Turns.width`).
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ from atommem_jax.config import MemoryConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.memory import slot_table
-from atommem_jax.model.sampling import Agent, generate
+from atommem_jax.model import groups, prefix, sampling
+from atommem_jax.model.sampling import Agent
 from atommem_jax.types import (
     EDITS,
     EMPTY,
@@ -93,20 +95,32 @@ class Setting:
         return self.template.pad_id
 
 
-def model_policy(agent: Agent, params, temperature: Float[Array, ""]) -> Policy:
-    """Samples from the transformer. `temperature` is traced; 0 is greedy."""
+def model_policy(
+    agent: Agent, params, temperature: Float[Array, ""], episodes: Episode | None = None
+) -> Policy:
+    """Samples from the transformer. `temperature` is traced; 0 is greedy.
+
+    With 0, log-probs are those at temperature 1.
+
+    episodes: that all turns will be of; with `SamplerConfig.cache_prefix` what their prompts begin
+      with is read here, and not again. None reads whole prompts.
+    """
+    decoder = sampling.make_decoder(agent, params, temperature)
+    prefixes = None
+    if episodes is not None and agent.sampler.cache_prefix:
+        prefixes = prefix.read(decoder, agent.template, episodes)
 
     def respond(view: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
         del episodes
-        return generate(
-            agent,
-            params,
+        return groups.respond(
+            decoder,
             view.prompt,
             view.prompt_length,
             view.phase,
             keys,
-            temperature,
             skip=view.phase == Phase.DONE,
+            width=view.width,
+            prefix=None if prefixes is None else prefixes.of(view.phase),
         )
 
     return respond
@@ -306,6 +320,9 @@ def act(
         log_probs=response.log_probs,
         values=response.values,
         scripted=response.scripted,
+        passes=response.passes,
+        lanes=response.lanes,
+        width=response.width,
         actions=actions,
         report=report,
         shown=seen.env.memory.shown,
@@ -317,10 +334,11 @@ def act(
     return jax.tree.map(where_live, new, env), record
 
 
-def _one_turn(setting, policy, env, episodes, keys):
+def _one_turn(setting, policy, env, episodes, keys, width):
     """A turn of a batch: (environments, record)."""
     seen = look(setting, env, episodes)
-    return act(setting, env, seen, episodes, policy(seen.view, episodes, keys))
+    view = seen.view.replace(width=width)
+    return act(setting, env, seen, episodes, policy(view, episodes, keys))
 
 
 def trajectory_keys(seed: PRNGKeyArray, ids: Int[Array, " B"]) -> PRNGKeyArray:
@@ -339,6 +357,7 @@ def run(
     episodes: Episode,
     ids: Int[Array, " B"],
     seed: PRNGKeyArray,
+    widths: Int[Array, "B T"] | None = None,
 ) -> Trajectory:
     """Plays a batch of episodes to their end.
 
@@ -348,6 +367,8 @@ def run(
       episodes: leaves lead with B.
       ids: trajectory ids; with `seed` they determine all randomness.
       seed: a scalar PRNG key.
+      widths: `Turns.width` of a recorded rollout of the same trajectories, to play them again with
+        the same bits; None lets the policy choose.
 
     Returns:
       Trajectory with leaves [B, ...]; turns past an episode's end are zero, `live` False.
@@ -358,7 +379,8 @@ def run(
     env = jax.vmap(start, in_axes=(None, 0))(setting, episodes)
 
     def step(env, turn):
-        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn))
+        width = None if widths is None else widths[:, turn]
+        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn), width)
 
     record = jax.eval_shape(step, env, jnp.zeros((), jnp.int32))[1]
     records = jax.tree.map(lambda x: jnp.zeros((max_turns, *x.shape), x.dtype), record)

@@ -29,19 +29,31 @@ _SHARE, _LEAST = 8, 128  # plain: at most so many blocks of queries, of at least
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
 
 
+Before = tuple[
+    Float[Array, "B kv_heads F depth"], Float[Array, "B kv_heads F depth"], Bool[Array, "B 1 F"]
+]
+"""Keys and values that all columns may attend to, and which of them there are."""
+
+
 def attend(
     queries: Float[Array, "B heads T depth"],
     keys: Sequence[Float[Array, "B kv_heads _ depth"]],
     values: Sequence[Float[Array, "B kv_heads _ depth"]],
     mask: Bool[Array, "B T S"],
+    before: Before | None = None,
     *,
     key_axes: str = "sd",
 ) -> Float[Array, "B heads T depth"]:
     """Softmax attention; each key/value head serves heads / kv_heads query heads.
 
     keys, values: in one or more pieces, which have S slots together.
+    before: a piece more, before them.
     key_axes: "ds" where the keys are [B kv_heads depth _].
     """
+    if before is not None:
+        there = jnp.broadcast_to(before[2], (*mask.shape[:2], before[2].shape[2]))
+        keys, values = (before[0], *keys), (before[1], *values)
+        mask = jnp.concatenate([there, mask], axis=2)
     batch, heads, length, depth = queries.shape
     kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
@@ -61,12 +73,14 @@ def causal(
     keys: Float[Array, "B kv_heads T depth"],
     values: Float[Array, "B kv_heads T depth"],
     start: Int[Array, " B"],
+    before: Before | None = None,
     *,
     implementation: str = "auto",
     interpret: bool = False,
 ) -> Float[Array, "B heads T depth"]:
     """Attention of whole rows to themselves and what came before, from column `start` on.
 
+    before: what stands before the rows.
     implementation: "splash" never holds T x T scores and needs T to be a multiple of `LANES`;
       "plain" computes scores in blocks of queries, each with the keys up to its end: half of the
       work, in pieces that stay in a CPU's cache; "auto" takes "splash" on a TPU for rows of 1,024
@@ -83,10 +97,15 @@ def causal(
                 f"found {length}; pad them, or set model.attention='plain'"
             )
         kernel = functools.partial(_splash, interpret=interpret)
-        heads = ("rows", "heads", None, None)
-        shared = ("rows", "kv_heads", None, None)
-        run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows",)), out=heads)
-        return run(queries, keys, values, start)
+        real = jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]
+        if before is not None:
+            keys, values = (
+                jnp.concatenate(x, axis=2) for x in ((before[0], keys), (before[1], values))
+            )
+            real = jnp.concatenate([before[2][:, 0], real], axis=1)
+        heads, shared = ("rows", "heads", None, None), ("rows", "kv_heads", None, None)
+        run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows", None)), out=heads)
+        return run(queries, keys, values, real)
     blocks = []
     for first in range(0, length, block := max(-(-length // _SHARE), _LEAST)):
         last = min(first + block, length)
@@ -95,7 +114,7 @@ def causal(
             columns[None, None, :] >= start[:, None, None]
         )
         seen = (keys[:, :, :last],), (values[:, :, :last],)
-        blocks.append(attend(queries[:, :, first:last], *seen, mask))
+        blocks.append(attend(queries[:, :, first:last], *seen, mask, before))
     return jnp.concatenate(blocks, axis=2)
 
 
@@ -110,12 +129,13 @@ def _use_splash(implementation: str, length: int) -> bool:
     return implementation == "splash"
 
 
-def _splash(queries, keys, values, start, *, interpret):
-    """The kernel on one device's rows and heads."""
+def _splash(queries, keys, values, real, *, interpret):
+    """The kernel on one device's rows and heads; `real` says which keys there are [B F + T]."""
     from jax.experimental.pallas.ops.tpu import splash_attention  # slow to import, seldom needed
 
     _, heads, length, depth = queries.shape
-    block = next(b for b in (_BLOCK, 256, LANES) if length % b == 0)
+    count = keys.shape[2]
+    block = next(b for b in (_BLOCK, 256, LANES) if length % b == 0 and count % b == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -127,12 +147,14 @@ def _splash(queries, keys, values, start, *, interpret):
         block_kv_dq=block,
     )
     mask = splash_attention.MultiHeadMask(
-        [splash_attention.CausalMask((length, length)) for _ in range(heads)]
+        [splash_attention.CausalMask((length, count), count - length) for _ in range(heads)]
     )
     kernel = splash_attention.make_splash_mha_single_device(
         mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=interpret
     )
     # Padding attends to padding: no row is without anything to attend to.
-    segments = (jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]).astype(jnp.int32)
-    run = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash_attention.SegmentIds(s, s)))
+    segments = real.astype(jnp.int32)
+    run = jax.vmap(
+        lambda q, k, v, s: kernel(q, k, v, splash_attention.SegmentIds(s[count - length :], s))
+    )
     return run(queries * jnp.asarray(depth**-0.5, queries.dtype), keys, values, segments)

@@ -6,8 +6,9 @@ a few rows are multiplied nearly twice as fast there if what they meet lies in c
 [out, in] come first in the product, and keys are kept [head_width, slots].
 
 So before the loop `arrange_params` and `arrange_cache` put both so, and `forward` and `logits` take
-the place of `Transformer.__call__` and `Transformer.logits` for one token a row. The mathematics is
-that of `transformer`; nothing of it is written here again. `SamplerConfig.cpu_decode` turns it on.
+the place of `Transformer.__call__` and `Transformer.logits` for a few tokens a row. The mathematics
+is that of `transformer`; nothing of it is written here again. `SamplerConfig.cpu_decode` turns it
+on.
 """
 
 from typing import Any
@@ -22,11 +23,14 @@ from atommem_jax.model import attention
 from atommem_jax.model.transformer import (
     Block,
     Cache,
+    Prefix,
     Transformer,
     count_positions,
     dot_general,
+    list_slots,
     mask_slots,
     multiply,
+    write_slots,
 )
 
 
@@ -46,6 +50,7 @@ class CpuLayer:
     values: Float[Array, "B kv_heads slots head_width"]
     later_keys: Float[Array, "B kv_heads head_width more"]
     later_values: Float[Array, "B kv_heads more head_width"]
+    prefix: Prefix | None  # with its keys in columns
 
 
 @flax.struct.dataclass
@@ -54,6 +59,11 @@ class CpuCache:
 
     layers: tuple[CpuLayer, ...]
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots that are only read."""
+        return self.layers[0].values.shape[2]
 
 
 def arrange_params(params: Any) -> CpuParams:
@@ -70,31 +80,34 @@ def _transpose_matrices(params: Any) -> Any:
 
 def arrange_cache(cache: Cache) -> CpuCache:
     keys, later_keys = jnp.swapaxes(cache.keys, 3, 4), jnp.swapaxes(cache.later_keys, 3, 4)
-    layers = zip(keys, cache.values, later_keys, cache.later_values, strict=True)
+    prefixes: list[Prefix | None] = [None] * len(keys)
+    if cache.prefix is not None:
+        columns = cache.prefix.replace(keys=jnp.swapaxes(cache.prefix.keys, 3, 4))
+        prefixes = [columns.of_layer(i) for i in range(len(keys))]
+    layers = zip(keys, cache.values, later_keys, cache.later_values, prefixes, strict=True)
     return CpuCache(tuple(CpuLayer(*layer) for layer in layers), cache.recent)
 
 
 def forward(
     model: Transformer,
     params: CpuParams,
-    tokens: Int[Array, "B 1"],
+    tokens: Int[Array, "B T"],
     start: Int[Array, " B"],
     *,
-    features: Bool[Array, "B 1 F"] | None,
+    features: Bool[Array, "B T F"] | None,
     cache: CpuCache,
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "B 1 width"], CpuCache]:
+    index: Int[Array, "*B"],
+) -> tuple[Float[Array, "B T width"], CpuCache]:
     """`Transformer.__call__` with a cache, one layer after the other instead of in a scan."""
 
-    prompt_slots, more = (
-        x.shape[2] for x in (cache.layers[0].values, cache.layers[0].later_values)
-    )
+    prompt_slots, prefix = cache.prompt_slots, cache.layers[0].prefix
+    more = cache.layers[0].later_values.shape[2]
 
     def run(model: Transformer) -> tuple[Array, CpuCache]:
         window = jnp.concatenate([cache.recent, tokens], axis=1)
         x = model.embed(window, features)
-        slots = index + jnp.arange(1, dtype=jnp.int32)
-        positions = count_positions(start, slots)
+        slots = list_slots(index, tokens.shape[1])
+        positions = count_positions(start, slots, prefix)
         mask = mask_slots(start, slots, prompt_slots + more)
         block = _CpuBlock(model.config, True, multiply_rows, parent=None)
         layers = []
@@ -104,7 +117,7 @@ def forward(
                 variables, x, own, start, positions, mask, index - prompt_slots
             )
             layers.append(own.replace(later_keys=keys, later_values=values))
-        return model.final_norm(x), CpuCache(tuple(layers), window[:, 1:])
+        return model.final_norm(x), CpuCache(tuple(layers), window[:, tokens.shape[1] :])
 
     return model.apply({"params": params.whole}, method=run)
 
@@ -114,12 +127,11 @@ class _CpuBlock(Block):
 
     @nn.nowrap
     def attend_cached(self, q, k, v, cache, mask, index):
-        k = jax.lax.dynamic_update_slice_in_dim(
-            cache.later_keys, jnp.swapaxes(k, 2, 3), index, axis=3
-        )
-        v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
+        k = write_slots(cache.later_keys, jnp.swapaxes(k, 2, 3), index, axis=3)
+        v = write_slots(cache.later_values, v, index, axis=2)
         pieces = (cache.keys, k), (cache.values, v)
-        return attention.attend(q, *pieces, mask, key_axes="ds"), (k, v)
+        before = None if cache.prefix is None else cache.prefix.before
+        return attention.attend(q, *pieces, mask, before, key_axes="ds"), (k, v)
 
 
 def logits(
@@ -133,7 +145,7 @@ def logits(
 
 
 def multiply_rows(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """`transformer.dot_general` of rows [B, in] or [B, 1, in] and a matrix, which comes first.
+    """`transformer.dot_general` of rows [B, in] or [B, T, in] and a matrix, which comes first.
 
     The matrix should be the transpose of one that lies [out, in]. The barriers keep the compiler
     from turning the product round.

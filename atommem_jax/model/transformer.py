@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -38,6 +39,33 @@ _CHAIN = 32  # terms that are added one after the other where exactness is asked
 
 
 @flax.struct.dataclass
+class Prefix:
+    """Keys and values of what a row begins with, for all layers; within a layer, its own.
+
+    They stand before the row's first slot, and may be those of several rows that begin alike.
+    """
+
+    keys: Float[Array, "*layers B kv_heads F head_width"]
+    values: Float[Array, "*layers B kv_heads F head_width"]
+    length: Int[Array, " B"]  # tokens: the first of the F
+
+    @property
+    def before(self) -> attention.Before:
+        """What attention gets of one layer."""
+        there = jnp.arange(self.values.shape[-2])[None, None] < self.length[:, None, None]
+        return self.keys, self.values, there
+
+    def repeat_length(self) -> "Prefix":
+        """The length once for each layer, as a scan over layers wants it."""
+        layers = self.keys.shape[0]
+        return self.replace(length=jnp.broadcast_to(self.length, (layers, *self.length.shape)))
+
+    def of_layer(self, i: int | Int[Array, ""]) -> "Prefix":
+        """What one layer has of it."""
+        return self.replace(keys=self.keys[i], values=self.values[i])
+
+
+@flax.struct.dataclass
 class Cache:
     """Keys and values of the slots written so far, for all layers; within a layer, its own.
 
@@ -50,6 +78,7 @@ class Cache:
     later_keys: Float[Array, "*layers B kv_heads more head_width"]
     later_values: Float[Array, "*layers B kv_heads more head_width"]
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
+    prefix: Prefix | None = None  # before the first slot
 
     @property
     def prompt_slots(self) -> int:
@@ -212,19 +241,40 @@ def rotate(
     return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
 
 
-def count_positions(start: Int[Array, " B"], slots: Int[Array, " T"]) -> Int[Array, "B T"]:
-    """Rotary positions of the tokens at `slots`: a row's first token has 0."""
-    return jnp.maximum(slots[None, :] - start[:, None], 0)
+def list_slots(index: int | Int[Array, "*B"], length: int) -> Int[Array, "#B T"]:
+    """The slots index .. index + length - 1, of every row or of each row."""
+    return jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
+
+
+def count_positions(
+    start: Int[Array, " B"], slots: Int[Array, "#B T"], prefix: Prefix | None = None
+) -> Int[Array, "B T"]:
+    """Rotary positions of the tokens at `slots`: a row's first token has 0, or follows a prefix."""
+    before = 0 if prefix is None else prefix.length[:, None]
+    return jnp.maximum(slots - start[:, None], 0) + before
 
 
 def mask_slots(
-    start: Int[Array, " B"], slots: Int[Array, " T"], count: int
+    start: Int[Array, " B"], slots: Int[Array, "#B T"], count: int
 ) -> Bool[Array, "B T count"]:
     """Which of a cache's `count` slots the tokens at `slots` attend to: none later than theirs."""
     key_slots = jnp.arange(count, dtype=jnp.int32)
-    return (key_slots[None, None, :] <= slots[None, :, None]) & (
+    return (key_slots[None, None, :] <= slots[:, :, None]) & (
         key_slots[None, None, :] >= start[:, None, None]
     )
+
+
+def write_slots(old: Array, new: Array, index: int | Int[Array, "*B"], *, axis: int) -> Array:
+    """`old` [B, ...] with `new` at `index` of an axis, the same in every row or one for each."""
+    if jnp.ndim(index) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return jax.vmap(write)(old, new, index)
+
+
+def _count_copies(config: ModelConfig) -> int:
+    """Of each key/value head: with fewer than devices on `tensor`, each has what it needs."""
+    return max(program.partition_size("heads") // config.num_kv_heads, 1)
 
 
 class Block(nn.Module):
@@ -233,19 +283,19 @@ class Block(nn.Module):
     config: ModelConfig
     keep_cache: bool
     product: Callable[..., Array] = dot_general  # of activations and a matrix
+    last_only: bool = False  # what comes out is of the last column alone; keys and values of all
 
     @nn.compact
     def __call__(self, x, cache, start, positions, mask, index):
         c = self.config
         x = constrain(x, "rows", None, None)
         norm = functools.partial(nn.RMSNorm, epsilon=c.norm_epsilon, dtype=c.dtype)
-        batch, length, _ = x.shape
+        batch = x.shape[0]
 
         def heads(y, count):  # [B heads T depth]: faster on CPU than [B T heads depth]
-            return y.reshape(batch, length, count, c.head_width).transpose(0, 2, 1, 3)
+            return y.reshape(batch, y.shape[1], count, c.head_width).transpose(0, 2, 1, 3)
 
-        # With fewer key/value heads than devices on the tensor axis, each holds the one it needs.
-        copies = max(program.partition_size("heads") // c.num_kv_heads, 1)
+        copies = _count_copies(c)
 
         def place(y, copies=1):
             y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
@@ -257,19 +307,26 @@ class Block(nn.Module):
             return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
-        q = heads(dense(c.num_heads * c.head_width, "query")(h), c.num_heads)
+        asks, at = (h[:, -1:], positions[:, -1:]) if self.last_only else (h, positions)
+        q = heads(dense(c.num_heads * c.head_width, "query")(asks), c.num_heads)
         k = heads(dense(c.num_kv_heads * c.head_width, "key")(h), c.num_kv_heads)
         v = heads(dense(c.num_kv_heads * c.head_width, "value")(h), c.num_kv_heads)
         if c.qk_norm:
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
         frequencies = rotary_frequencies(c)
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q, k = rotate(q, at, frequencies), rotate(k, positions, frequencies)
         q, k, v = place(q), place(k, copies), place(v, copies)
-        if cache is None:
-            attended = attention.causal(q, k, v, start, implementation=c.attention)
-        else:
+        before = cache.before if isinstance(cache, Prefix) else None
+        if not isinstance(cache, Prefix | None):
             attended, (k, v) = self.attend_cached(q, k, v, cache, mask, index)
-        attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        elif self.last_only:
+            end = k.shape[2] - 1
+            mask = mask_slots(start, list_slots(end, 1), end + 1)
+            attended = attention.attend(q, (k,), (v,), mask, before)
+        else:
+            attended = attention.causal(q, k, v, start, before, implementation=c.attention)
+        attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, q.shape[2], -1)
+        x = x[:, -1:] if self.last_only else x
         x = x + dense(c.width, "out")(attended)
 
         h = norm(name="mlp_norm")(x)
@@ -281,9 +338,10 @@ class Block(nn.Module):
     @nn.nowrap
     def attend_cached(self, q, k, v, cache, mask, index):
         """Attention to all slots of the cache once k and v lie in theirs; and its later slots."""
-        k = jax.lax.dynamic_update_slice_in_dim(cache.later_keys, k, index, axis=2)
-        v = jax.lax.dynamic_update_slice_in_dim(cache.later_values, v, index, axis=2)
-        return attention.attend(q, (cache.keys, k), (cache.values, v), mask), (k, v)
+        k = write_slots(cache.later_keys, k, index, axis=2)
+        v = write_slots(cache.later_values, v, index, axis=2)
+        before = None if cache.prefix is None else cache.prefix.before
+        return attention.attend(q, (cache.keys, k), (cache.values, v), mask, before), (k, v)
 
 
 class Transformer(nn.Module):
@@ -341,38 +399,85 @@ class Transformer(nn.Module):
         *,
         features: Bool[Array, "B T F"] | None = None,
         cache: Cache | None = None,
-        index: int | Int[Array, ""] = 0,
-        keep_cache: bool = False,
+        index: int | Int[Array, "*B"] = 0,
     ) -> tuple[Float[Array, "B T width"], Cache | None]:
         """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
 
         With `cache` the tokens attend to its slots too, and the cache comes back with them
-        written among its later slots. Without, `keep_cache=True` returns a cache of just these T
-        slots.
+        written among its later slots, whose index may differ from row to row.
+        """
+        length = tokens.shape[1]
+        window = self._with_recent(tokens, None if cache is None else cache.recent)
+        x = self.embed(window, features)
+        slots = list_slots(index, length)
+        layered: Any = None
+        mask, offset, prefix = None, index, None
+        if cache is not None:
+            prefix = cache.prefix
+            every = None if prefix is None else prefix.repeat_length()
+            layered = cache.replace(recent=None, prefix=every)
+            mask, offset = mask_slots(start, slots, cache.slots), index - cache.prompt_slots
+        positions = count_positions(start, slots, prefix)
+        x, written = self._layers(cache is not None, x, layered, start, positions, mask, offset)
+        x = self.final_norm(x)
+        if cache is None:
+            return x, None
+        keys, values = written
+        cache = cache.replace(later_keys=keys, later_values=values, recent=window[:, length:])
+        return x, cache
+
+    @nn.nowrap
+    def _with_recent(self, tokens: Array, recent: Array | None) -> Int[Array, "B shifted_T"]:
+        """The tokens behind the `token_shift` before them; padding where there are none."""
+        if recent is None:
+            shape = (tokens.shape[0], self.config.token_shift)
+            recent = jnp.full(shape, self.config.pad_id, tokens.dtype)
+        return jnp.concatenate([recent, tokens], axis=1)
+
+    def read(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        *,
+        features: Bool[Array, "B T F"] | None = None,
+        recent: Int[Array, "B token_shift"] | None = None,
+        prefix: Prefix | None = None,
+    ) -> tuple[Float[Array, "B 1 width"], Cache]:
+        """The hidden state of the last of T tokens, and a cache of all: what `__call__` gives.
+
+        Nothing but the keys and values of the last layer is computed of the others there.
+
+        recent: tokens before the first column; None for padding.
+        prefix: what stands before each row.
         """
         c = self.config
         batch, length = tokens.shape
-        recent = jnp.full((batch, c.token_shift), c.pad_id, tokens.dtype)
-        window = jnp.concatenate([recent if cache is None else cache.recent, tokens], axis=1)
-        x = self.embed(window, features)
-        slots = index + jnp.arange(length, dtype=jnp.int32)
-        if cache is None:
-            layered, mask, offset = None, None, index
-        else:
-            layered, mask = cache.replace(recent=None), mask_slots(start, slots, cache.slots)
-            offset = index - cache.prompt_slots
-        keep = keep_cache or cache is not None
-        positions = count_positions(start, slots)
-        x, written = self._layers(keep, x, layered, start, positions, mask, offset)
-        x = self.final_norm(x)
-        if not keep:
-            return x, None
-        k, v = written
-        recent = window[:, window.shape[1] - c.token_shift :]
-        if cache is not None:
-            return x, cache.replace(later_keys=k, later_values=v, recent=recent)
+        window = self._with_recent(tokens, recent)
+        positions = count_positions(start, list_slots(0, length), prefix)
+        stacked = self.variables["params"]["layers"]
+
+        def run(i, x, cache, **how):
+            block = Block(c, True, parent=None, **how)
+            own = jax.tree.map(lambda p: p[i], stacked)
+            # Outside of a loop XLA leaves out roundings to bfloat16 that a loop makes.
+            x = jax.lax.optimization_barrier(x)
+            before = None if prefix is None else prefix.of_layer(i)
+            x, new = block.apply({"params": own}, x, before, start, positions, None, 0)
+            x = jax.lax.optimization_barrier(x)
+            write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+            return x, tuple(write(old, part) for old, part in zip(cache, new, strict=True))
+
+        kv_heads = c.num_kv_heads * _count_copies(c)
+        room = jnp.zeros((c.num_layers, batch, kv_heads, length, c.head_width), c.dtype)
+        # Written layer by layer where it lies: pieces that are joined in the end would be copied.
+        x, cache = self.embed(window, features), (room, room)
+        with jax.named_scope("layers"):
+            x, cache = jax.lax.fori_loop(
+                0, c.num_layers - 1, lambda i, carry: run(i, *carry), (x, cache)
+            )
+        x, (k, v) = run(c.num_layers - 1, x, cache, last_only=True)
         none = jnp.zeros((*k.shape[:3], 0, c.head_width), k.dtype)
-        return x, Cache(k, v, none, none, recent)
+        return self.final_norm(x), Cache(k, v, none, none, window[:, length:], prefix)
 
     def embed(
         self, window: Int[Array, "B shifted_T"], features: Bool[Array, "B T F"] | None

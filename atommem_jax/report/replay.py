@@ -96,6 +96,9 @@ def _replay(
             log_probs=row.log_probs,
             values=row.values,
             scripted=row.scripted,
+            passes=row.passes,
+            lanes=row.lanes,
+            width=row.width,
         )
         ended, actions, report = rollout.end_turn(setting, seen, episode, response)
         again = dataclasses.replace(

@@ -354,12 +354,6 @@ def policy(config: TeacherConfig, script: Script) -> Policy:
 
     def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
         tokens, lengths = jax.vmap(respond_one)(views, episodes, keys)
-        return Response(
-            tokens=tokens,
-            lengths=lengths,
-            log_probs=jnp.zeros(tokens.shape, jnp.float32),
-            values=jnp.zeros(lengths.shape, jnp.float32),
-            scripted=jnp.zeros(lengths.shape, bool),
-        )
+        return Response.of_program(tokens, lengths)
 
     return respond

@@ -237,23 +237,35 @@ def prefill(config: ModelConfig, rows: Iterable[Rows], *, blocked: bool = False)
     total = Flops()
     for row in rows:
         width = row.prompt_width or row.prompt
+        pairs = computed_pairs(width, blocked=blocked)
         total += row.count * Flops(
             forward(config, row.prompt, causal_pairs(row.prompt), 0),
-            forward(config, width, computed_pairs(width, blocked=blocked), 0),
+            forward(config, width, pairs, 0) - _left_out(config, width, pairs),
         )
     return total
+
+
+def _left_out(config: ModelConfig, width: int, pairs: float) -> float:
+    """FLOPs of a prompt that `Transformer.read` leaves out: the last layer's, but for one column.
+
+    Its keys and values are computed of all.
+    """
+    c = config
+    keys_and_values = 2 * c.width * c.num_kv_heads * c.head_width
+    products = 2 * (_layer_matrices(c) - keys_and_values) * (width - 1)
+    return products + (pairs - width) * _per_pair(c) / c.num_layers
 
 
 def decode(config: ModelConfig, rows: Iterable[Rows], *, steps: int | None = None) -> Flops:
     """The responses of a rollout, one token at a time.
 
-    Every step reads logits, draws a token and feeds it; all rows take part, ended or not, and each
-    query is multiplied with every slot of the cache.
+    Every step reads logits and draws a token, and all but the first feed the one before; all rows
+    take part, ended or not, and each query is multiplied with every slot of the cache.
 
     Args:
       config: of the model.
       rows: their `prompt_width` and `limit` say how many slots the cache has.
-      steps: that the loop takes; None for as many as the longest response has tokens.
+      steps: tokens of the longest response, or None to take them from `rows`.
     """
     rows = list(rows)
     steps = max((row.response for row in rows), default=0) if steps is None else steps
@@ -264,7 +276,7 @@ def decode(config: ModelConfig, rows: Iterable[Rows], *, steps: int | None = Non
         slots = (row.prompt_width or row.prompt) + (row.limit or row.response)
         total += row.count * Flops(
             forward(config, fed, attended, row.response),
-            forward(config, steps, steps * slots, steps),
+            forward(config, steps - 1, (steps - 1) * slots, steps),
         )
     return total
 

@@ -6,8 +6,7 @@ from jax.sharding import Mesh
 
 from atommem_jax.agent import build
 from atommem_jax.config import Experiment, check
-from atommem_jax.learning import microbatches
-from atommem_jax.model import attention
+from atommem_jax.model import attention, groups
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules
@@ -74,7 +73,7 @@ class Workload:
         full = self.limits.prompt_width + self.config.rollout.response_length - 1
         section = self.config.sft if name == "sft" else self.config.rl.ppo
         multiple = attention.row_multiple(self.model.attention, full)
-        widths = microbatches.list_widths(full, multiple, section.length_buckets)
+        widths = groups.list_widths(full, multiple, section.length_buckets)
         fed = self.prompt + self.response - 1
         width = next(w for w in widths if w >= fed)
         return [
@@ -98,9 +97,14 @@ class Workload:
 
     @property
     def groups(self) -> int:
-        """Groups that a share of the batch plays one after the other."""
+        """Groups that a share of the batch answers one after the other."""
         share, group = self.rows // self.shares, self.config.rollout.microbatch
-        return share // group if 0 < group < share else 1
+        return -(-share // group) if 0 < group < share else 1
+
+    @property
+    def passes(self) -> int:
+        """Of a turn, after the prompt's, which gives the first token."""
+        return max(self.steps - 1, 1)
 
     def microbatches(self, name: str) -> int:
         """Of a step, that all devices take part in."""
@@ -109,7 +113,7 @@ class Workload:
     def trips(self, name: str) -> dict[str, int]:
         """How often loops run whose number of rounds the program does not say."""
         if name == "rollout":
-            return {"turns": self.turns, "decode": self.steps}
+            return {"turns": self.turns, "decode": self.passes}
         return {"microbatches": self.microbatches(name)}
 
     def flops(self, name: str) -> flops_lib.Flops:
@@ -196,7 +200,7 @@ class Workload:
                         placement,
                         self.rows / self.groups,
                         slots,
-                        self.steps,
+                        self.passes,
                         param_dtype=dtype,
                     ),
                     roofline.traffic_of(traffic, inside=["decode"]),

@@ -112,16 +112,16 @@ class Ours:
 
 
 @jax.jit
-def _prefill(agent: Agent, params, tokens) -> tuple[Any, DecodeState]:
-    """Logits of the last token [B, V], and where decoding goes on."""
-    state = sampling.prefill(agent, params, *_ask(tokens))
-    return agent.model.apply({"params": params}, state.hidden, method="logits"), state
+def _prefill(agent: Agent, params, tokens) -> DecodeState:
+    """The first token, and where decoding goes on."""
+    decoder = sampling.make_decoder(agent, params, jnp.zeros((), jnp.float32))
+    return sampling.prefill(decoder, *_ask(tokens))
 
 
 @jax.jit
 def _generate(agent: Agent, params, tokens) -> jax.Array:
-    asked, temperature = _ask(tokens), jnp.zeros((), jnp.float32)
-    return sampling.generate(agent, params, *asked[:4], temperature, asked[4]).tokens
+    decoder = sampling.make_decoder(agent, params, jnp.zeros((), jnp.float32))
+    return sampling.generate(decoder, *_ask(tokens)).tokens
 
 
 def _ask(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:

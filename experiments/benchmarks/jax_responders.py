@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atommem_jax.learning import rollout
-from atommem_jax.model import sampling
+from atommem_jax.model import attention, groups, sampling
 from atommem_jax.model.sampling import Agent, Decoder, DecodeState
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import Phase, Response
@@ -22,27 +22,14 @@ PROMPTS = ("prompt", "lengths", "phase", "keys")
 """What of the arguments of these functions has a row for every prompt."""
 
 
-def prefill(agent: Agent, params, prompt, lengths, phase, keys) -> DecodeState:
-    """`sampling.prefill`; rows in Phase.DONE are padding.
-
-    What shares of a batch return has rows: the position, which has none, is left out.
-    """
-    skip = phase == Phase.DONE
-    state = sampling.prefill(agent, params, prompt, lengths, phase, keys, skip)
-    return state.replace(position=None)
+def prefill(decoder: Decoder, prompt, lengths, phase, keys) -> DecodeState:
+    """`sampling.prefill`; rows in Phase.DONE are padding."""
+    return sampling.prefill(decoder, prompt, lengths, phase, keys, phase == Phase.DONE)
 
 
-def decode_step(decoder: Decoder, state: DecodeState, position):
-    """`sampling.decode_step` at `position`: (state, tokens [B], log-probs [B])."""
-    state = sampling.decode_step(decoder, state.replace(position=position))
-    column = (state.tokens[:, position], state.log_probs[:, position])
-    return state.replace(position=None), *column
-
-
-def generate(agent: Agent, params, prompt, lengths, phase, keys, temperature) -> Response:
+def generate(decoder: Decoder, prompt, lengths, phase, keys) -> Response:
     """`sampling.generate`; rows in Phase.DONE are padding."""
-    skip = phase == Phase.DONE
-    return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
+    return sampling.generate(decoder, prompt, lengths, phase, keys, phase == Phase.DONE)
 
 
 class _Responder:
@@ -50,9 +37,11 @@ class _Responder:
 
     def __init__(self, agent: Agent, params: Any, mesh: Mesh, *, rows: int, width: int):
         """rows: of a batch, over all devices; width: P."""
-        self._mesh, self._rows, self._width = mesh, rows, width
+        self._mesh, self._rows = mesh, rows
+        multiple = attention.row_multiple(agent.model.config.attention, width)
+        self._widths = groups.list_widths(width, multiple, agent.sampler.prompt_buckets)
         self._agent, self._params = host_batches.replicate((agent, params), mesh)
-        self._pad, self._limit = agent.grammar.pad_id, agent.sampler.response_length
+        self._pad = agent.grammar.pad_id
         self._fold = jax.jit(
             lambda seed, ids, turn: rollout.turn_keys(rollout.trajectory_keys(seed, ids), turn)
         )
@@ -60,7 +49,8 @@ class _Responder:
     def play_with(self, ids: np.ndarray, seed: Any, temperature: float) -> "_Responder":
         """Sets the trajectory ids, the key and the temperature of the episodes to come."""
         self._ids, self._seed = ids, seed
-        self._temperature = host_batches.replicate(np.float32(temperature), self._mesh)
+        heat = host_batches.replicate(np.float32(temperature), self._mesh)
+        self._decoder = jax.jit(sampling.make_decoder)(self._agent, self._params, heat)
         return self
 
     def __call__(
@@ -73,13 +63,14 @@ class _Responder:
         return replies
 
     def _answer(self, prompts, phases, ids, turn) -> list[Reply]:
-        count = len(prompts)
-        prompt = np.full((self._rows, self._width), self._pad, np.int32)
+        count, longest = len(prompts), max(map(len, prompts))
+        width = next(width for width in self._widths if width >= longest)
+        prompt = np.full((self._rows, width), self._pad, np.int32)
         lengths, phase = np.zeros(self._rows, np.int32), np.full(self._rows, int(Phase.DONE))
         padded = np.zeros(self._rows, np.int32)
         for row, tokens in enumerate(prompts):
             lengths[row] = len(tokens)
-            prompt[row, self._width - len(tokens) :] = tokens
+            prompt[row, width - len(tokens) :] = tokens
         phase[:count], padded[:count] = phases, ids
         keys = self._fold(self._seed, padded, np.int32(turn))
         inputs = host_batches.shard((prompt, lengths, phase.astype(np.int32), keys), self._mesh)
@@ -99,28 +90,21 @@ class HostLoop(_Responder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._make_decoder = jax.jit(sampling.make_decoder)
         self._prefill = jax.jit(
             program.data_parallel(prefill, self._mesh, rows=PROMPTS, out=program.ROWS)
         )
         self._step = jax.jit(
-            program.data_parallel(decode_step, self._mesh, rows=("state",), out=program.ROWS),
+            program.data_parallel(
+                sampling.decode_step, self._mesh, rows=("state",), out=program.ROWS
+            ),
             donate_argnames="state",
         )
 
     def _generate(self, prompt, lengths, phase, keys):
-        state = self._prefill(self._agent, self._params, prompt, lengths, phase, keys)
-        decoder = self._make_decoder(self._agent, self._params, self._temperature)
-        tokens = np.full((self._rows, self._limit), self._pad, np.int32)
-        log_probs = np.zeros((self._rows, self._limit), np.float32)
-        for position in range(self._limit):
-            state, token, chosen = self._step(decoder, state, np.int32(position))
-            tokens[:, position], log_probs[:, position], done = jax.device_get(
-                (token, chosen, state.done)
-            )
-            if done.all():
-                break
-        return tokens, log_probs
+        state = self._prefill(self._decoder, prompt, lengths, phase, keys)
+        while not jax.device_get((state.tokens, state.log_probs, state.done))[2].all():
+            state = self._step(self._decoder, state)
+        return jax.device_get((state.tokens, state.log_probs))
 
 
 class WholeGenerate(_Responder):
@@ -133,7 +117,5 @@ class WholeGenerate(_Responder):
         )
 
     def _generate(self, prompt, lengths, phase, keys):
-        response = self._run(
-            self._agent, self._params, prompt, lengths, phase, keys, self._temperature
-        )
+        response = self._run(self._decoder, prompt, lengths, phase, keys)
         return jax.device_get((response.tokens, response.log_probs))

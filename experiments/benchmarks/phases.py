@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax.language import prompt as prompting
-from atommem_jax.learning import microbatches, rollout, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
+from atommem_jax.learning import rollout, trainer
 from atommem_jax.memory import slot_table
-from atommem_jax.model import attention, sampling
+from atommem_jax.model import attention, groups, sampling
 from atommem_jax.model.sampling import Agent
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import Batch, Phase
@@ -60,23 +60,18 @@ def _summarise(seconds: dict[str, float], whole: list[float]) -> timing.Result:
 def measure_rollout(scene: Scene, whole: list[float]) -> timing.Result:
     """Seconds of each phase over a rollout of the scene.
 
-    Plays the first `scene.group` episodes and scales up to all of them.
-
     Args:
       scene: what is played.
       whole: seconds of the jitted rollout of the whole scene, for comparison.
     """
-    rows = scene.group
     programs = _TurnPrograms(scene)
-    episodes = host_batches.shard(jax.tree.map(lambda x: x[:rows], scene.episodes), scene.mesh)
-    ids = host_batches.shard(scene.ids[:rows], scene.mesh)
+    episodes, ids = host_batches.shard((scene.episodes, scene.ids), scene.mesh)
     programs.play(episodes, ids, _Clock())  # compiles
     clock = _Clock()
     programs.play(episodes, ids, clock)
     seconds = clock.seconds
     seconds["decode"] = max(seconds.pop("generate") - seconds["prefill"], 0.0)
-    share = len(scene.aliases) / rows
-    return _summarise({name: seconds[name] * share for name in TURN}, whole)
+    return _summarise({name: seconds[name] for name in TURN}, whole)
 
 
 class _TurnPrograms:
@@ -97,8 +92,10 @@ class _TurnPrograms:
         self._act = self._jit(rollout.act, "env", "seen", "episodes", "response")
         self._retrieve = self._jit(_retrieve, "tables")
         self._assemble = self._jit(_assemble, "observation")
-        self._prefill = self._jit(jax_responders.prefill, *jax_responders.PROMPTS)
-        self._generate = self._jit(jax_responders.generate, *jax_responders.PROMPTS)
+        make_decoder = jax.jit(sampling.make_decoder)
+        self._decoder = make_decoder(self._agent, self._params, self._temperature)
+        self._prefill = self._jit(_read, *jax_responders.PROMPTS)
+        self._generate = self._jit(_respond, *jax_responders.PROMPTS)
         self._parse = self._jit(_parse, "response")
         self._transition = self._jit(_transition, "tables", "actions", "phase")
 
@@ -107,7 +104,7 @@ class _TurnPrograms:
 
     def play(self, episodes, ids, clock: _Clock) -> None:
         """Plays to the end as `rollout.run` does, timing the phases of every turn."""
-        setting, agent, params = self._setting, self._agent, self._params
+        setting, decoder = self._setting, self._decoder
         env = self._start(setting, episodes)
         for turn in range(self._max_turns):
             if (jax.device_get(env.phase) == Phase.DONE).all():
@@ -117,9 +114,9 @@ class _TurnPrograms:
             seen = jax.block_until_ready(self._look(setting, env, episodes))
             view = seen.view
             clock("assemble", self._assemble, setting, view.observation)
-            inputs = (agent, params, view.prompt, view.prompt_length, view.phase, keys)
-            clock("prefill", self._prefill, *inputs)
-            response = clock("generate", self._generate, *inputs, self._temperature)
+            inputs = (view.prompt, view.prompt_length, view.phase, keys)
+            clock("prefill", self._prefill, decoder, *inputs)
+            response = clock("generate", self._generate, decoder, *inputs)
             actions = clock("parse", self._parse, setting, response)
             clock("transition", self._transition, setting, seen.env.memory, actions, env.phase)
             env, _ = jax.block_until_ready(self._act(setting, env, seen, episodes, response))
@@ -142,6 +139,19 @@ def _assemble(setting, observation):
         return prompting.assemble(template, o, prompt_width=setting.limits.prompt_width)
 
     return jax.vmap(one, in_axes=(None, 0))(setting.template, observation)
+
+
+def _respond(decoder, prompt, lengths, phase, keys, **how):
+    return groups.respond(decoder, prompt, lengths, phase, keys, phase == Phase.DONE, **how)
+
+
+def _read(decoder, prompt, lengths, phase, keys):
+    """`_respond`, which stops at the first token."""
+
+    def begin(*inputs):
+        return sampling.make_response(sampling.prefill(*inputs))
+
+    return _respond(decoder, prompt, lengths, phase, keys, generate=begin)
 
 
 def _parse(setting, response):
@@ -235,7 +245,7 @@ def _pack(lesson: Lesson, agent: Agent, devices: int) -> list[tuple[Batch, int]]
     active = active[np.argsort(-lengths[active], kind="stable")]
     full = batch.prompt.shape[1] + batch.response.shape[1] - 1
     multiple = attention.row_multiple(agent.model.config.attention, full)
-    widths = microbatches.list_widths(full, multiple, tuple(ppo.length_buckets))
+    widths = groups.list_widths(full, multiple, tuple(ppo.length_buckets))
     parts = []
     for first in range(0, len(active), size):
         rows = active[first : first + size]

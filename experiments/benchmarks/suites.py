@@ -180,12 +180,11 @@ class Benchmark:
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
         ppo, devices = self.config.rl.ppo, self.mesh.shape[rules.DATA]
-        share, group = count // devices, self.config.rollout.microbatch
-        unit = math.lcm(ppo.group_size, ppo.minibatches, group if 0 < group < share else 1)
+        unit = math.lcm(ppo.group_size, ppo.minibatches)
         check(
             count % (devices * unit) == 0,
             f"--trajectories={count}: must be a multiple of {devices * unit}, for {devices} "
-            f"devices with rollout.microbatch={group}, rl.ppo.group_size={ppo.group_size} and "
+            f"devices with rl.ppo.group_size={ppo.group_size} and "
             f"rl.ppo.minibatches={ppo.minibatches}",
         )
 

@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
     config.rollout.answer_length = 24
     config.rollout.microbatch = 0
     config.rollout.cpu_decode = True
+    config.rollout.cache_prefix = True
+    config.rollout.draft = 4
+    config.rollout.prompt_buckets = (5, 8)
 
     config.teacher.store_support = 1.0
     config.teacher.store_distractor = 0.0

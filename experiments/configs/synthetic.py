@@ -61,12 +61,16 @@ def get_config() -> ConfigDict:
     config.rollout.answer_read_budget = 1
     config.rollout.constrained = True
     config.rollout.top_p = 1.0
-    config.rollout.microbatch = 64  # trajectories played at a time on a device; 0 for all
+    config.rollout.microbatch = 64  # turns written at a time on a device; 0 for all
     config.rollout.param_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"
     config.rollout.cpu_decode = (
         False  # decode with the layers apart: faster on a CPU, longer compiled
     )
     config.rollout.score_chunk = 0  # response tokens scored at a time; 0 for all
+    config.rollout.cache_prefix = False  # read instructions and questions once a trajectory
+    config.rollout.draft = 0  # tokens guessed and checked in a forward pass
+    config.rollout.prompt_buckets = (4, 6, 8)  # eighths of the prompt's width; each is compiled
+    config.rollout.least_rows = 0  # a micro-batch is halved down to so many as turns end; 0: never
 
     config.model = ConfigDict()
     config.model.width = 64

@@ -360,7 +360,6 @@ def test_fields_that_cannot_be_are_named(changed, named):
         ({"sft__episodes": 9}, 2, ["sft.episodes=9", "mesh.data=2"]),
         ({"rl__episodes": 6}, 4, ["rl.episodes=6", "mesh.data=4"]),
         ({"eval__batch_size": 5}, 2, ["eval.batch_size=5", "mesh.data=2"]),
-        ({"rollout__microbatch": 3}, 2, ["rollout.microbatch=3", "8 trajectories", "rl.episodes"]),
     ],
 )
 def test_batches_that_do_not_divide_over_devices_are_named(changed, devices, named):

@@ -21,7 +21,7 @@ from tests.helpers import runs
 
 DEVICES = 4  # of a run, in all its processes
 HEARTBEAT = 10  # seconds of silence after which a process counts as lost
-PATIENCE = 240  # for anything; a loaded machine with an empty compilation cache is slow
+PATIENCE = 600  # for anything; a loaded machine with an empty compilation cache is slow
 
 _CHILD = str(ROOT / "tests" / "helpers" / "child.py")
 _TRAIN = str(ROOT / "experiments" / "train.py")

@@ -118,18 +118,22 @@ def make_episodes(indices):
 
 
 @jax.jit
-def _play(agent, setting, params, episodes, ids, seed, temperature):
+def _play(agent, setting, params, episodes, ids, seed, temperature, widths):
     policy = rollout.model_policy(agent, params, temperature)
-    return rollout.run(setting, policy, episodes, ids, seed)
+    return rollout.run(setting, policy, episodes, ids, seed, widths)
 
 
-def play(params, episodes, ids, seed, temperature=1.0):
-    """Trajectories of the tiny model; one program for each number of episodes."""
+def play(params, episodes, ids, seed, temperature=1.0, widths=None):
+    """Trajectories of the tiny model; one program for each number of episodes.
+
+    widths: of a rollout to be repeated.
+    """
     parts = make_parts()
     setting = parts.setting(make_shape())
     ids = jnp.asarray(ids, jnp.int32)
     temperature = jnp.asarray(temperature, jnp.float32)
-    return _play(parts.agent, setting, params, episodes, ids, jax.random.key(seed), temperature)
+    seed = jax.random.key(seed)
+    return _play(parts.agent, setting, params, episodes, ids, seed, temperature, widths)
 
 
 def make_params(seed: int = 0, scale: float = 0.0):

@@ -132,12 +132,11 @@ def play(setting, episodes, ids, seed, table, responses, lengths):
         size = lengths.reshape(-1)[line]
         real = jnp.arange(RESPONSE)[None] < size[:, None]
         log_prob = jnp.where(found, -0.5 * (turn + 1).astype(jnp.float32), jnp.nan)
-        return Response(
-            tokens=responses.reshape(-1, RESPONSE)[line],
-            lengths=size,
+        return Response.of_program(
+            responses.reshape(-1, RESPONSE)[line],
+            size,
             log_probs=jnp.where(real, log_prob[:, None], 0.0),
             values=turn.astype(jnp.float32),
-            scripted=jnp.zeros(size.shape, bool),
         )
 
     return rollout.run(setting, respond, episodes, ids, seed)
@@ -474,12 +473,14 @@ def test_a_trajectory_cut_off_keeps_the_answers_it_gave():
 # With a model
 
 
-def sample(params, indices, ids, seed=0, temperature=1.0):
+def sample(params, indices, ids, seed=0, temperature=1.0, widths=None):
     episodes, _ = tiny.make_episodes(indices)
-    return tiny.play(params, episodes, ids, seed, temperature)
+    return tiny.play(params, episodes, ids, seed, temperature, widths)
 
 
 def assert_same_row(one, i, other, j):
+    """Equal in every bit, but for which row tells how many lanes its group had."""
+    one, other = (x.replace(turns=x.turns.replace(lanes=None)) for x in (one, other))
     leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
     for (path, ours), theirs in leaves:
         np.testing.assert_array_equal(
@@ -490,12 +491,19 @@ def assert_same_row(one, i, other, j):
 def test_a_trajectory_is_replayed_exactly_whoever_else_is_in_the_batch():
     params = tiny.make_params(scale=0.3)
     first = sample(params, [0, 1, 2, 3], [7, 8, 9, 10])
-    again = sample(params, [3, 5, 0, 11], [10, 99, 7, 100])
+    widths = np.asarray(first.turns.width)
+    assert len(np.unique(widths[first.turns.live])) > 1
+    elsewhere = widths[[3, 1, 0, 2]]
+    again = sample(params, [3, 5, 0, 11], [10, 99, 7, 100], widths=elsewhere)
     assert_same_row(first, 0, again, 2)
     assert_same_row(first, 3, again, 0)
+    # Without them the policy chooses by the company, and rounding is all that changes.
+    free = sample(params, [3, 5, 0, 11], [10, 99, 7, 100])
+    np.testing.assert_array_equal(free.turns.response[2], first.turns.response[0])
+    np.testing.assert_allclose(free.turns.log_probs[2], first.turns.log_probs[0], atol=1e-5)
 
     # One episode under several ids, as in a group: each has its own randomness.
-    group = sample(params, [0, 0, 0, 0], [7, 8, 9, 10])
+    group = sample(params, [0, 0, 0, 0], [7, 8, 9, 10], widths=widths)
     assert_same_row(first, 0, group, 0)
     responses = np.asarray(group.turns.response)
     assert len({row.tobytes() for row in responses}) == ROWS

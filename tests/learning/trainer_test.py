@@ -80,19 +80,6 @@ def test_packed_gradients_equal_those_of_all_rows(rows):
         np.testing.assert_allclose(maxima["largest"], all_maxima["largest"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("full", "multiple", "buckets", "expected"),
-    [
-        (85, 1, (5, 8), [54, 85]),
-        (85, 1, (8,), [85]),
-        (15_103, 128, (4, 5, 8), [7_552, 9_472, 15_104]),
-        (3, 1, (1, 2, 8), [1, 3]),
-    ],
-)
-def test_widths_are_eighths_rounded_up(full, multiple, buckets, expected):
-    assert microbatches.list_widths(full, multiple, buckets) == expected
-
-
 def test_idle_rows_are_not_looked_at():
     batch = trainer.make_batch(sample())
     live = np.flatnonzero(batch.response_lengths)[:6]

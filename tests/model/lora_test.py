@@ -364,7 +364,8 @@ def test_so_it_does_in_bfloat16():
         heat,
     )
     gap = np.where(rows.weights > 0, scores.log_probs - rows.old_log_probs, 0.0)
-    assert 0 < np.abs(gap).max() < 1e-5
+    assert np.any(rows.weights > 0)
+    assert np.abs(gap).max() < 1e-5
 
 
 @pytest.mark.parametrize("step", [fine_tune, update])

@@ -81,10 +81,10 @@ def make_tokens(vocab_size, length=TOKENS):
     return tokens
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep_cache"))
-def forward(config, params, tokens, keep_cache=False):
+@functools.partial(jax.jit, static_argnames=("config", "method"))
+def forward(config, params, tokens, method=None):
     model, start = Transformer(config), jnp.zeros(tokens.shape[0], jnp.int32)
-    hidden, cache = model.apply({"params": params}, tokens, start, keep_cache=keep_cache)
+    hidden, cache = model.apply({"params": params}, tokens, start, method=method)
     return model.apply({"params": params}, hidden, method="logits"), cache
 
 
@@ -98,7 +98,7 @@ def decode(config, params, token, cache, index):
 
 def continue_ours(config, params, tokens):
     """The greedy continuation, with a cache."""
-    logits, cache = forward(config, params, tokens, keep_cache=True)
+    logits, cache = forward(config, params, tokens, method="read")
     token = np.asarray(logits)[:, -1:].argmax(-1).astype(np.int32)
     cache = cache.extend(CONTINUED)
     found = [int(token[0, 0])]

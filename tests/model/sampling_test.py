@@ -18,8 +18,8 @@ ROWS, PROMPT, RESPONSE = 6, 12, 12
 
 
 @functools.cache
-def make_agent(constrained=True, top_p=1.0):
-    sampler = SamplerConfig(RESPONSE, constrained=constrained, top_p=top_p)
+def make_agent(constrained=True, top_p=1.0, **how):
+    sampler = SamplerConfig(RESPONSE, constrained=constrained, top_p=top_p, **how)
     return tiny.make_parts().agent.replace(sampler=sampler)
 
 
@@ -47,7 +47,8 @@ def make_prompts():
 
 @jax.jit
 def generate(agent, params, prompt, lengths, phase, keys, temperature, skip):
-    return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
+    decoder = sampling.make_decoder(agent, params, temperature)
+    return sampling.generate(decoder, prompt, lengths, phase, keys, skip)
 
 
 @jax.jit
@@ -124,9 +125,7 @@ def test_learner_log_probs_equal_the_samplers(constrained, temperature):
 
 
 def test_decoding_as_a_cpu_wants_it_changes_nothing():
-    agent = make_agent()
-    arranged = agent.replace(sampler=dataclasses.replace(agent.sampler, cpu_decode=True))
-    expected, found = answer(agent), answer(arranged)
+    expected, found = answer(make_agent()), answer(make_agent(cpu_decode=True))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Two programs, each with its own order of sums: a few units in the last place of what they add.
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
@@ -227,12 +226,12 @@ make_decoder = jax.jit(sampling.make_decoder)
 decode_step = jax.jit(sampling.decode_step)
 
 
-def step_through(agent, steps=RESPONSE, temperature=1.0, skip=None):
-    """The states of a loop on the host: after the prompt, and after each token."""
+def step_through(agent, temperature=1.0, skip=None):
+    """The states of a loop on the host: after the prompt, and after each pass that followed."""
     skip = np.zeros(ROWS, bool) if skip is None else skip
-    states = [prefill(agent, make_params(), *make_prompts(), make_keys(), skip)]
     decoder = make_decoder(agent, make_params(), jnp.float32(temperature))
-    for _ in range(steps):
+    states = [prefill(decoder, *make_prompts(), make_keys(), skip)]
+    while not np.asarray(states[-1].done).all():
         states.append(decode_step(decoder, states[-1]))
     return states
 
@@ -240,12 +239,11 @@ def step_through(agent, steps=RESPONSE, temperature=1.0, skip=None):
 @pytest.mark.parametrize("cpu_decode", [False, True])
 @pytest.mark.parametrize("constrained", [True, False])
 def test_a_loop_on_the_host_writes_what_generate_writes(constrained, cpu_decode):
-    agent = make_agent(constrained)
-    agent = agent.replace(sampler=dataclasses.replace(agent.sampler, cpu_decode=cpu_decode))
+    agent = make_agent(constrained, cpu_decode=cpu_decode)
     skip = np.array([False, True, False, False, False, False])
-    found = sampling.make_response(agent, step_through(agent, temperature=0.7, skip=skip)[-1])
+    found = sampling.make_response(step_through(agent, temperature=0.7, skip=skip)[-1])
     expected = answer(agent, temperature=0.7, skip=skip)
-    for name in ("tokens", "lengths", "scripted"):
+    for name in ("tokens", "lengths", "scripted", "passes", "lanes", "width"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     # Two programs, each with its own order of sums.
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)
@@ -257,18 +255,19 @@ def test_a_state_says_where_every_row_stands():
     _, lengths, phases = make_prompts()
     response = answer(agent)
     states = step_through(agent)
-    for position, state in enumerate(states):
-        assert int(state.position) == position
+    for position, state in enumerate(states, start=1):
+        np.testing.assert_array_equal(state.written, np.minimum(response.lengths, position))
+        np.testing.assert_array_equal(state.passes, state.written)
         so_far = np.where(np.arange(RESPONSE) < position, response.tokens, agent.grammar.pad_id)
         np.testing.assert_array_equal(state.tokens, so_far)
         np.testing.assert_array_equal(state.done, np.asarray(response.lengths) <= position)
         assert not np.asarray(state.log_probs)[:, position:].any()
         np.testing.assert_array_equal(state.start, PROMPT - lengths)
     automaton = jax.vmap(agent.grammar.states)(phases, response.tokens)
-    for position in range(RESPONSE):
-        live = ~np.asarray(states[position].done)
+    for position, state in enumerate(states[:-1], start=1):
+        live = ~np.asarray(state.done)
         np.testing.assert_array_equal(
-            np.asarray(states[position].automaton)[live], np.asarray(automaton)[live, position]
+            np.asarray(state.automaton)[live], np.asarray(automaton)[live, position]
         )
 
 
@@ -285,12 +284,15 @@ def test_decoding_goes_on_from_a_state_that_was_put_aside():
         np.testing.assert_array_equal(state.log_probs, expected.log_probs)
 
 
-def test_rows_that_have_ended_only_get_padding():
-    agent = make_agent()
-    final = step_through(agent, skip=np.ones(ROWS, bool))[-1]
-    np.testing.assert_array_equal(final.tokens, agent.grammar.pad_id)
-    np.testing.assert_array_equal(final.log_probs, 0.0)
-    assert np.asarray(final.done).all()
+@pytest.mark.parametrize("draft", [0, 3])
+def test_a_pass_changes_nothing_of_rows_that_have_ended(draft):
+    agent = make_agent(draft=draft)
+    states = step_through(agent)
+    decoder = make_decoder(agent, make_params(), jnp.float32(1.0))
+    before, after = states[-1], decode_step(decoder, states[-1])
+    assert np.asarray(before.done).all()
+    for name in ("tokens", "log_probs", "written", "passes", "done"):
+        np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
 
 
 CALLS: list[int] = []
@@ -302,6 +304,10 @@ class CountingTransformer(Transformer):
     def __call__(self, tokens, *args, **kwargs):
         jax.debug.callback(CALLS.append, tokens.shape[1])
         return super().__call__(tokens, *args, **kwargs)
+
+    def read(self, tokens, *args, **kwargs):
+        jax.debug.callback(CALLS.append, tokens.shape[1])
+        return super().read(tokens, *args, **kwargs)
 
 
 def test_decoding_stops_when_every_row_has_ended():
@@ -335,9 +341,11 @@ def test_decoding_stops_when_every_row_has_ended():
         return response, sorted(CALLS, reverse=True)
 
     response, calls = passes([False] * ROWS)
-    # <answer>, one word, <end>, end of sequence: four steps of the twelve allowed.
+    # <answer>, one word, <end>, end of sequence: four tokens of the twelve allowed, of which the
+    # prompt gives the first and the last is fed to nothing.
     np.testing.assert_array_equal(response.lengths, 4)
-    assert calls == [PROMPT, 1, 1, 1, 1]
+    np.testing.assert_array_equal(response.passes, 4)
+    assert calls == [PROMPT, 1, 1, 1]
 
     response, calls = passes([True] * ROWS)
     np.testing.assert_array_equal(response.lengths, 0)

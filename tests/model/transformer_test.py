@@ -58,10 +58,17 @@ def make_rows(config, seed=0):
     return tokens.astype(np.int32), features, (LENGTH - LENGTHS).astype(np.int32), real
 
 
-@functools.partial(jax.jit, static_argnames=("config", "keep_cache"))
-def forward(config, params, tokens, start, features, keep_cache=False):
+@functools.partial(jax.jit, static_argnames="config")
+def forward(config, params, tokens, start, features):
+    hidden, _ = Transformer(config).apply({"params": params}, tokens, start, features=features)
+    return read_out(config, params, hidden)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read(config, params, tokens, start, features):
+    """Of the last token, with a cache of all."""
     hidden, cache = Transformer(config).apply(
-        {"params": params}, tokens, start, features=features, keep_cache=keep_cache
+        {"params": params}, tokens, start, features=features, method="read"
     )
     return (*read_out(config, params, hidden), cache)
 
@@ -145,9 +152,8 @@ def oracle(config, params, tokens, features):
 def test_forward_equals_numpy_row_by_row(name):
     config, params = make(name)
     tokens, features, start, real = make_rows(config)
-    logits, values, cache = forward(config, params, tokens, start, features)
+    logits, values = forward(config, params, tokens, start, features)
 
-    assert cache is None
     assert (logits.dtype, values.dtype) == (jnp.float32, jnp.float32)
     for b in range(ROWS):
         row = None if features is None else features[b, real[b]]
@@ -168,15 +174,15 @@ def test_forward_equals_numpy_row_by_row(name):
 def test_incremental_decode_equals_full_forward(name, dtype, atol):
     config, params = make(name, dtype=dtype)
     tokens, features, start, real = make_rows(config)
-    full, values, _ = forward(config, params, tokens, start, features)
+    full, values = forward(config, params, tokens, start, features)
 
     # Every row has its last token at the end, so a prefix up to slot 6 leaves one row empty.
     def part(x, *where):
         return None if x is None else x[:, slice(*where)]
 
     prefill = LENGTH - 3
-    logits, first_values, cache = forward(
-        config, params, tokens[:, :prefill], start, part(features, prefill), keep_cache=True
+    logits, first_values, cache = read(
+        config, params, tokens[:, :prefill], start, part(features, prefill)
     )
     steps, step_values = [logits], [first_values]
     cache = cache.extend(3)
@@ -194,6 +200,7 @@ def test_incremental_decode_equals_full_forward(name, dtype, atol):
         steps.append(logits)
         step_values.append(value)
 
+    full, values, real = (x[:, prefill - 1 :] for x in (full, values, real))
     np.testing.assert_allclose(np.concatenate(steps, 1)[real], full[real], atol=atol)
     np.testing.assert_allclose(np.concatenate(step_values, 1)[real], values[real], atol=atol)
 
@@ -202,9 +209,9 @@ def test_incremental_decode_equals_full_forward(name, dtype, atol):
 def test_bfloat16_stays_near_float32_and_reads_out_in_float32():
     config, params = make("rich")
     tokens, features, start, real = make_rows(config)
-    exact, _, _ = forward(config, params, tokens, start, features)
+    exact, _ = forward(config, params, tokens, start, features)
     half = dataclasses.replace(config, dtype="bfloat16")
-    logits, values, _ = forward(half, params, tokens, start, features)
+    logits, values = forward(half, params, tokens, start, features)
 
     assert (logits.dtype, values.dtype) == (jnp.float32, jnp.float32)
     gap = np.abs(logits - exact)[real]
@@ -239,7 +246,7 @@ def test_the_id_of_padding_is_a_token_like_any_other_without_token_shift():
     """Published models give it a meaning: Qwen3-Embedding reads its vector there."""
     config, params = make("plain")
     tokens = np.array([[5, config.pad_id, 9, config.pad_id]], np.int32)
-    logits, _, _ = forward(config, params, tokens, np.zeros(1, np.int32), None)
+    logits, _ = forward(config, params, tokens, np.zeros(1, np.int32), None)
     expected, _ = oracle(config, params, tokens[0], None)
     np.testing.assert_allclose(logits[0], expected, atol=1e-4)
 
@@ -247,12 +254,12 @@ def test_the_id_of_padding_is_a_token_like_any_other_without_token_shift():
 def test_more_left_padding_changes_nothing():
     config, params = make("rich")
     tokens, features, start, real = make_rows(config)
-    logits, values, _ = forward(config, params, tokens, start, features)
+    logits, values = forward(config, params, tokens, start, features)
 
     wider = np.pad(tokens, [(0, 0), (4, 0)], constant_values=config.pad_id)
     # Flags of padding are noise here: they must not matter.
     more = np.concatenate([np.ones((ROWS, 4, FEATURES), bool), features], axis=1)
-    padded_logits, padded_values, _ = forward(config, params, wider, start + 4, more)
+    padded_logits, padded_values = forward(config, params, wider, start + 4, more)
     np.testing.assert_allclose(padded_logits[:, 4:][real], logits[real], atol=1e-5)
     np.testing.assert_allclose(padded_values[:, 4:][real], values[real], atol=1e-5)
 
@@ -260,11 +267,11 @@ def test_more_left_padding_changes_nothing():
 def test_a_token_does_not_see_what_follows_or_other_rows():
     config, params = make("rich")
     tokens, features, start, _ = make_rows(config)
-    logits, _, _ = forward(config, params, tokens, start, features)
+    logits, _ = forward(config, params, tokens, start, features)
     changed = tokens.copy()
     changed[0, -1] = changed[0, -1] % (config.vocab_size - 1) + 1
     changed[1:] = tokens[1:] % (config.vocab_size - 1) + 1
-    other, _, _ = forward(config, params, changed, start, features)
+    other, _ = forward(config, params, changed, start, features)
 
     np.testing.assert_array_equal(logits[0, :-1], other[0, :-1])
     assert np.abs(logits[0, -1] - other[0, -1]).max() > 1e-3
@@ -301,7 +308,7 @@ def test_rematerialised_gradients_are_the_same():
     def gradient(params, remat):
         def total(params):
             c = dataclasses.replace(config, remat=remat)
-            logits, values, _ = forward(c, params, tokens, start, features)
+            logits, values = forward(c, params, tokens, start, features)
             return jnp.where(real, jnp.square(logits).sum(-1) + values, 0.0).sum()
 
         return jax.grad(total)(params)
@@ -331,7 +338,7 @@ def test_parameters_are_float32_and_counted():
 def test_an_extended_cache_keeps_what_was_written():
     config, params = make("plain")
     tokens, features, start, _ = make_rows(config)
-    _, _, cache = forward(config, params, tokens, start, features, keep_cache=True)
+    _, _, cache = read(config, params, tokens, start, features)
     assert cache.keys.shape == cache.values.shape == (2, ROWS, 2, LENGTH, 8)
     assert cache.slots == LENGTH
     longer = cache.extend(3)

@@ -40,13 +40,7 @@ def _play(setting, episodes, rows, length):
         at = jnp.where(views.chunk >= 0, views.chunk, chunks + jnp.maximum(views.question, 0))
         tokens = jnp.take_along_axis(rows, at[:, None, None], axis=1)[:, 0]
         size = tokens.shape[0]
-        return Response(
-            tokens=tokens,
-            lengths=jnp.full(size, length, jnp.int32),
-            log_probs=jnp.zeros(tokens.shape, jnp.float32),
-            values=jnp.zeros(size, jnp.float32),
-            scripted=at % 2 == 1,
-        )
+        return Response.of_program(tokens, jnp.full(size, length, jnp.int32), scripted=at % 2 == 1)
 
     ids = jnp.arange(7, 7 + rows.shape[0], dtype=jnp.int32)
     return rollout.run(setting, policy, episodes, ids, jax.random.key(0))

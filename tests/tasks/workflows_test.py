@@ -174,12 +174,11 @@ def shout(views, episodes, keys) -> Response:
     del episodes, keys
     rows = views.phase.shape[0]
     asked = views.phase != Phase.DONE
-    return Response(
-        tokens=jnp.full((rows, 14), tiny.make_tokenizer().reserved["<answer>"], jnp.int32),
-        lengths=jnp.where(asked, 14, 0),
+    return Response.of_program(
+        jnp.full((rows, 14), tiny.make_tokenizer().reserved["<answer>"], jnp.int32),
+        jnp.where(asked, 14, 0),
         log_probs=jnp.where(asked[:, None], jnp.nan, 0.0) * jnp.ones((rows, 14)),
         values=jnp.full((rows,), jnp.nan),
-        scripted=jnp.zeros((rows,), bool),
     )
 
 

@@ -129,7 +129,8 @@ def test_generation_executes_exactly_these_flops():
     def generate(params, prompt, lengths, keys, skip):
         phase = jnp.zeros((batch,), jnp.int32)
         temperature = jnp.ones((), jnp.float32)
-        return sampling.generate(agent, params, prompt, lengths, phase, keys, temperature, skip)
+        decoder = sampling.make_decoder(agent, params, temperature)
+        return sampling.generate(decoder, prompt, lengths, phase, keys, skip)
 
     lengths, skip = shape((batch,), jnp.int32), shape((batch,), bool)
     prompt = shape((batch, width), jnp.int32)
@@ -138,8 +139,8 @@ def test_generation_executes_exactly_these_flops():
     ours = flops.prefill(config, rows) + flops.decode(config, rows, steps=steps)
     # Left out of the count: the value head, and the flags of tokens that occur in the prompt.
     value_head = batch * 2 * config.width
-    flags = batch * 2 * (width + steps) * width * config.num_features
-    executed = count_products(traced.jaxpr, while_trips=steps)
+    flags = batch * 2 * (width + steps - 1) * width * config.num_features
+    executed = count_products(traced.jaxpr, while_trips=steps - 1)
     assert ours.hardware + value_head + flags == executed
 
 
