@@ -7,7 +7,8 @@ On several hosts start it on each: when one process is lost the others end too, 
 starts its own again, and they meet at the same address. A new checkpoint shows that the run gets
 on, and gives all restarts back. Status 0, and status 2 (a mistake in flags, config or files, which
 would only repeat itself) end the supervisor with the same status; SIGTERM and SIGINT are passed on,
-and what they end is not started again.
+and what they end is not started again. In a pod of Kubernetes pass --stopped_status=143: there a
+status of 0 would say that the work is done, and nothing would start it again on another node.
 """
 
 import os
@@ -34,6 +35,14 @@ BACKOFF_SECONDS = absl_flags.DEFINE_float(
     5.0,
     "Seconds before the first restart, doubled before each further one up to five minutes.",
     lower_bound=0.0,
+)
+STOPPED_STATUS = absl_flags.DEFINE_integer(
+    "stopped_status",
+    None,
+    "Status to end with after SIGTERM or SIGINT, whatever that of the command. Default: the "
+    "command's own, which is 0 where it has saved and stopped.",
+    lower_bound=1,
+    upper_bound=255,
 )
 CHECKPOINTS = flags.define_path(
     "checkpoints",
@@ -63,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
         max_restarts=MAX_RESTARTS.value,
         backoff_seconds=BACKOFF_SECONDS.value,
         progress=lambda: latest_step(folder),
+        stopped_status=STOPPED_STATUS.value,
     )
     sys.exit(supervisor.run())
 
@@ -75,6 +85,7 @@ class Supervisor:
       max_restarts: how often to restart while `progress` does not grow.
       backoff_seconds: wait before the first of these; doubled for each further one.
       progress: a number that grows as the command gets on.
+      stopped_status: to return after a signal; None for the command's own.
     """
 
     def __init__(
@@ -84,8 +95,10 @@ class Supervisor:
         max_restarts: int,
         backoff_seconds: float,
         progress: Callable[[], int],
+        stopped_status: int | None = None,
     ):
         self._command, self._progress = list(command), progress
+        self._stopped_status = stopped_status
         self._max_restarts, self._backoff_seconds = max_restarts, backoff_seconds
         self._process: subprocess.Popen | None = None
         self._signal: int | None = None
@@ -95,7 +108,10 @@ class Supervisor:
         """Returns the status to end with: the command's last, or 128 + the signal that ended it."""
         before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return self._run()
+            status = self._run()
+            if self._signal is not None and self._stopped_status is not None:
+                return self._stopped_status
+            return status
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -159,9 +175,13 @@ def find_checkpoints(command: Sequence[str]) -> str | None:
 
 def latest_step(folder: str | None) -> int:
     """The highest number of a checkpoint in a folder; -1 where there is none."""
-    if folder is None or not os.path.isdir(folder):
+    if folder is None:
         return -1
-    return max((int(name) for name in os.listdir(folder) if name.isdigit()), default=-1)
+    try:
+        names = [path.name for path in paths.locate(folder).iterdir()]
+    except Exception:  # not there yet; or a bucket that does not answer, with errors of its own
+        return -1
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def _explain(status: int) -> str:

@@ -72,6 +72,16 @@ def test_an_older_checkpoint_is_no_progress(tmp_path):
     assert run(tmp_path, "save6", "1", "1", "0", restarts=1) == (1, 2)
 
 
+def test_checkpoints_in_a_bucket_count_as_progress(tmp_path, monkeypatch):
+    (tmp_path / "7").mkdir()
+    (tmp_path / "12.partial").mkdir()
+    monkeypatch.setattr(
+        supervise.paths, "locate", {"gs://bucket/run/checkpoints": tmp_path}.__getitem__
+    )
+    assert supervise.latest_step("gs://bucket/run/checkpoints") == 7
+    assert supervise.latest_step("gs://no/such") == -1, "no answer is no progress, and no error"
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -94,6 +104,20 @@ def test_a_signal_is_passed_on_and_ends_the_supervisor(tmp_path, number):
     assert process.returncode == (0 if number == signal.SIGTERM else 130), errors
     assert f"after {number.name}; not restarted" in errors
     assert len(list(tmp_path.glob("start*"))) == 1
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("what", "status"), [("wait", 143), ("0", 0), ("2", 2)])
+def test_a_pod_that_was_stopped_does_not_count_as_done(tmp_path, what, status):
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--stopped_status=143", "--", *make_command(tmp_path, what)],
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    if what == "wait":
+        wait_for((tmp_path / "ready").exists)
+        process.send_signal(signal.SIGTERM)  # which the command answers with 0
+    assert process.wait(timeout=20) == status
 
 
 @pytest.mark.processes
