@@ -37,6 +37,8 @@ setup(
         # What tests/model/parity_test.py compares with; PyTorch as above. accelerate is for weights
         # in GGUF.
         "hf": ["accelerate>=1.5", "gguf>=0.17", "torch>=2.6", "transformers>=5"],
+        # Schemas of Kubernetes, which tests/tpu_setup/jobset_test.py compares with.
+        "kubernetes": ["kubernetes-validate>=1.34"],
         # Built from its source, which takes CMake, a C++ compiler and a while.
         "llama": ["gguf>=0.17", "llama-cpp-python>=0.3.16"],
         "test": [

@@ -1,4 +1,4 @@
-"""Scripts for Cloud TPU, against a stub of gcloud: runs on TPU VMs, on a worker, on Kubernetes."""
+"""Scripts for Cloud TPU, against a stub of gcloud: runs on TPU VMs, and on a worker."""
 
 import os
 import pathlib
@@ -10,7 +10,6 @@ import subprocess
 import time
 
 import pytest
-import yaml
 
 from tests.conftest import ROOT
 from tests.helpers import gcloud
@@ -246,83 +245,3 @@ def test_a_command_reaches_the_worker_word_for_word(cloud, worker):
     log = (cloud.folder / ".atommem_runs" / "first" / "log.txt").read_text()
     assert repr(["--max_restarts=20", "--", *words]) in log
     assert f"atommem {HOST} first done 0" in cloud.run("status.sh")
-
-
-# ---------------------------------------------------------------------------------------------
-# Kubernetes
-
-
-def render(cloud: Cloud, *command: str) -> dict:
-    cloud.run("gke.sh", "launch", "--run=first", "--", *command)
-    (manifest,) = yaml.safe_load_all((cloud.folder / "stdin").read_text())
-    return manifest
-
-
-def test_the_jobset_has_the_settings_and_the_command_word_for_word(cloud):
-    cloud.set(SLICES="2", GKE_NAMESPACE="research")
-    odd = ["--a=two words", '--b="q"', "--c=it's", "--d=${RUN}", "--e=$(HOME)", "--f=a\\b&c"]
-    manifest = render(cloud, *TRAIN, *odd)
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert manifest["metadata"]["name"] == "first"
-    (job,) = manifest["spec"]["replicatedJobs"]
-    assert job["replicas"] == 2
-    assert (job["template"]["spec"]["parallelism"], job["template"]["spec"]["completions"]) == (
-        4,
-        4,
-    )
-    pod = job["template"]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
-        "cloud.google.com/gke-tpu-topology": "4x4",
-    }
-    (container,) = pod["containers"]
-    assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert container["command"][1:] == ["experiments/supervise.py", "--max_restarts=20", "--"]
-    expected = [*TRAIN, *odd, "--workdir=gs://stub-bucket/runs/first"]
-    assert container["args"] == [word.replace("$(", "$$(") for word in expected]
-    assert "--namespace=research apply" in cloud.calls_of("kubectl")[0]
-
-
-def test_an_argument_that_a_manifest_cannot_hold_is_refused(cloud):
-    printed = cloud.run("gke.sh", "launch", "--run=a", "--", "echo", "a\nb", status=2)
-    assert "a tab or a line break" in printed
-    assert cloud.calls == []
-
-
-@pytest.mark.parametrize(("spot", "operator"), [("true", "Exists"), ("false", "DoesNotExist")])
-def test_spot_chooses_the_nodes(cloud, spot, operator):
-    cloud.set(SPOT=spot)
-    pod = render(cloud, "true")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    assert terms["nodeSelectorTerms"][0]["matchExpressions"] == [
-        {"key": "cloud.google.com/gke-spot", "operator": operator}
-    ]
-
-
-def test_an_image_holds_a_commit_and_is_named_by_it(cloud):
-    cloud.run("gke.sh", "image")
-    (call,) = cloud.calls_of("builds submit")
-    commit = re.search(r"atommem_jax-(\w+)\.tar\.gz", call)[1]
-    assert f"atommem/train:{commit},_PYTHON_VERSION=3.11.13" in call
-    build = yaml.safe_load((SETUP / "gke" / "cloudbuild.yaml").read_text())
-    assert f"--file={(SETUP / 'gke' / 'Dockerfile').relative_to(ROOT)}" in build["steps"][0]["args"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"GKE_HOSTS": "2"}, "GKE_HOSTS=2 and GKE_CHIPS=4 .* make 8 chips, .*4x4 has 16"),
-        ({"GKE_IMAGE": "img:latest"}, "GKE_IMAGE='img:latest' .*without a tag"),
-    ],
-)
-def test_settings_of_kubernetes_are_checked(cloud, settings, message):
-    cloud.set(**settings)
-    assert re.search(message, cloud.run("gke.sh", "status", "--run=a", status=2))
-
-
-def test_gke_looks_and_deletes_by_the_run(cloud):
-    for action in ("status", "logs", "delete"):
-        cloud.run("gke.sh", action, "--run=a")
-    calls = [call for call in cloud.calls if call.startswith("kubectl")]
-    assert [call.split()[2] for call in calls] == ["get", "logs", "delete"]
-    assert "allowed actions are" in cloud.run("gke.sh", "destroy", "--run=a", status=2)

@@ -97,19 +97,19 @@ def test_nothing_of_the_example_is_left_when_the_settings_are_others(cloud):
         "LOG_SECONDS": "88",
         "GKE_CLUSTER": "vvv",
         "GKE_LOCATION": "qq-qq1",
+        "GKE_ZONE": "qq-qq1-p",
         "GKE_NAMESPACE": "www",
-        "GKE_SERVICE_ACCOUNT": "xxx",
         "GKE_IMAGE": "yyy/zzz",
-        "GKE_ACCELERATOR": "tpu-aaa",
-        "GKE_TOPOLOGY": "2x4",
-        "GKE_HOSTS": "1",
-        "GKE_CHIPS": "8",
+        "GKE_POOL": "xxx",
+        "GKE_ACCELERATOR": "tpu-v6e-slice",
+        "GKE_TOPOLOGY": "8x16",
+        "GKE_RESTARTS": "99",
     }
     example = (SETUP / "env.sh.example").read_text()
     values = {name: re.search(f"^{name}=(\\S+)", example, re.MULTILINE)[1] for name in other}
     cloud.set(**other)
     printed = "".join(cloud.run(s, "--dry-run", *ARGUMENTS[s]) for s in ARGUMENTS)
-    for action in ("image", "launch", "logs"):
+    for action in ("image", "pool", "launch", "logs", "delete-pool"):
         command = ["--run=a", "--", "true"] if action == "launch" else ["--run=a"]
         printed += cloud.run("gke.sh", action, "--dry-run", *command)
     for name, value in other.items():
