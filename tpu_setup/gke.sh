@@ -162,7 +162,8 @@ launch() {
   connect
   # An older controller would drop the rules that tell a preemption from a mistake, or refuse them.
   kube explain jobsets.spec.failurePolicy.rules.onJobFailureMessagePatterns >/dev/null ||
-    fail "the cluster has no JobSet controller from $JOBSET_RELEASE on: 'kubectl apply --server-side" \
+    fail "the cluster knows no JobSet of $JOBSET_RELEASE or newer; kubectl's message is above. Where that is" \
+      "the matter: 'kubectl apply --server-side" \
       "--filename=https://github.com/kubernetes-sigs/jobset/releases/download/$JOBSET_RELEASE/manifests.yaml'"
   if [[ $DRY_RUN == true ]]; then
     print_command kubectl --namespace="$GKE_NAMESPACE" create --filename=-
