@@ -58,6 +58,8 @@ class Group:
 
     def __exit__(self, *unused_error: object) -> None:
         for process in self._popen:
+            if process.poll() is not None:
+                continue  # it was waited for: its number may be another's by now
             for pid in (find_child(process.pid), process.pid):
                 with contextlib.suppress(ProcessLookupError, TypeError):
                     os.killpg(pid, signal.SIGKILL)
