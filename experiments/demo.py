@@ -6,7 +6,8 @@ Trains by SFT, then by RL, on documents of one length only (1x). The baselines
 (`tasks/workflows.py`) have as much RL, from the same SFT checkpoint where a program manages their
 memory, else after an SFT of their own. Then everything is evaluated at 1x, 2x and 4x as many facts
 (those of `config.task.scales` up to 4), greedily and at temperature 1. Writes
-<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was.
+<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was. While
+train.py works in <workdir> it holds the folder, and afterwards this script does.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
+from atommem_jax import folder_lock
 from atommem_jax.agent import build, load, score
 from atommem_jax.config import Experiment, check, parse
 from atommem_jax.metrics import read_metrics
@@ -74,6 +76,22 @@ def run(
     )
     # ------------------------------------------------------------------ the learned policy
     _train(workdir, {})
+    with folder_lock.hold(workdir, f"--workdir={workdir}"):
+        results = _compare(config, workdir, data_root, scales, baselines, started)
+        print()
+        page = run_lib.make(workdir, data_root)
+    _print(results, workdir, page)
+
+
+def _compare(
+    config: Experiment,
+    workdir: pathlib.Path,
+    data_root: str,
+    scales: Sequence[int],
+    baselines: Sequence[str],
+    started: float,
+) -> dict[str, Any]:
+    """Evaluates what was trained, then trains and evaluates the baselines; writes the results."""
     dataset = build.load_dataset(config, data_root)
     methods: dict[str, Cells] = {}
     rates: dict[str, Any] = {}
@@ -105,9 +123,7 @@ def run(
         "seed": config.seed,
     }
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print()
-    page = run_lib.make(workdir, data_root)
-    _print(results, workdir, page)
+    return results
 
 
 def _baseline(config: Experiment, workdir: pathlib.Path, name: str) -> dict[str, Any]:

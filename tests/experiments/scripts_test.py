@@ -4,6 +4,8 @@ import json
 import pathlib
 import re
 import string
+import subprocess
+import sys
 
 import jax
 import matplotlib.image
@@ -16,7 +18,7 @@ from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.runs import resume, validity
 from atommem_jax.tasks import encoding, teacher
 from atommem_jax.weights.checkpoint import Checkpointer
-from tests.conftest import COMPILATION_CACHE
+from tests.conftest import COMPILATION_CACHE, ROOT
 from tests.helpers import forks, runs, tiny
 
 SFT_END = runs.SFT_STEPS
@@ -76,6 +78,45 @@ def test_the_demo_writes_the_results_that_others_read(demo):
     seconds = results["seconds"]
     assert set(seconds) == {"sft", "rl", "total"}
     assert 0 < seconds["sft"] + seconds["rl"] < seconds["total"]
+
+
+# Another writer comes while the demo evaluates; then the demo comes while another writes.
+_TWO_WRITERS = """
+import pathlib, sys
+from atommem_jax import folder_lock
+from atommem_jax.config import ConfigError, parse
+from experiments import demo
+from experiments.configs import synthetic
+
+config, folder = parse(synthetic.get_config()), pathlib.Path(sys.argv[1])
+demo._train = lambda *unused: None
+
+def write(*unused):
+    with folder_lock.hold(folder, "--workdir=other", 0.2):
+        demo.run(config, folder, "", ())
+
+demo._compare = write
+for begin in (lambda: demo.run(config, folder, "", ()), write):
+    try:
+        begin()
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_the_demo_and_other_writers_keep_out_of_each_others_way(tmp_path):
+    folder = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_WRITERS, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=runs.make_environment() | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("--workdir=other is in use by process ")
+    assert second.startswith(f"--workdir={folder} is in use by process ")
 
 
 def test_the_demo_draws_and_prints_what_it_measured(demo):
