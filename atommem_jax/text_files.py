@@ -17,7 +17,7 @@ import re
 import shlex
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from atommem_jax.config import ConfigError, check
@@ -263,12 +263,27 @@ def _no_json(name: str, error: ValueError, line: int) -> ConfigError:
     return ConfigError(f"{name}, {where}: is no JSON ({why}); {_RECORDS}")
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The value in a file that only tells of something; None where it has none, or is torn."""
+def read_json(path: pathlib.Path, what: str, fits: Callable[[Any], bool]) -> Any:
+    """The value in a file that only tells of something; None where it is torn or of another kind.
+
+    A warning then names the file, and the line where it breaks.
+
+    Args:
+      path: of the file.
+      what: it should hold, such as "summary of evaluate.py".
+      fits: whether a value is such a thing.
+    """
+    where = str(path)
     try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
+        if fits(value):
+            return value
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
     except (OSError, ValueError):
-        return None
+        pass
+    warn(f"{where}: is no {what} and is left out")
+    return None
 
 
 def parse_json(text: str) -> Any:

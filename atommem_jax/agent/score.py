@@ -90,13 +90,17 @@ def _read_summary(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any
 
 
 def read_summary(path: pathlib.Path) -> dict[str, Any] | None:
-    """What `evaluate_split` wrote; None for a file that holds something else, or is torn."""
-    summary = text_files.read_json(path)
-    if not isinstance(summary, dict) or not isinstance(summary.get("split"), str):
-        return None
+    """What `evaluate_split` wrote; None, with a warning, for a torn file or one of another kind."""
+    return text_files.read_json(path, "summary of evaluate.py", _is_summary)
+
+
+def _is_summary(value: Any) -> bool:
     numbers = ("step", "temperature", "em", "ci_low", "ci_high", "episodes")
-    whole = all(isinstance(summary.get(name), (int, float)) for name in numbers)
-    return summary if whole else None
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("split"), str)
+        and all(isinstance(value.get(name), (int, float)) for name in numbers)
+    )
 
 
 def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:

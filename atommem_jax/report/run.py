@@ -148,7 +148,6 @@ def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str
     for path in sorted((workdir / "eval").glob("*.json")):
         summary = read_summary(path)
         if summary is None:
-            text_files.warn(f"{path}: is no summary of evaluate.py and is left out")
             continue
         method = page_lib.name_method(summary["step"], summary["temperature"], records, workflow)
         cell = {key: summary[key] for key in _CELL}
@@ -162,15 +161,16 @@ def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str
 
 def _read_methods(path: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Method -> scale -> score of a `results.json`; nothing, with a warning, of another file."""
-    content = text_files.read_json(path)
+    content = text_files.read_json(path, "results.json of demo.py", _has_methods)
+    return content["methods"] if content else {}
+
+
+def _has_methods(content: Any) -> bool:
     methods = content.get("methods") if isinstance(content, dict) else None
-    if isinstance(methods, dict) and all(
+    return isinstance(methods, dict) and all(
         isinstance(row, dict) and all(_is_cell(cell) for cell in row.values())
         for row in methods.values()
-    ):
-        return methods
-    text_files.warn(f"{path}: holds no results of demo.py and is left out")
-    return {}
+    )
 
 
 _CELL = ("em", "ci_low", "ci_high", "episodes")

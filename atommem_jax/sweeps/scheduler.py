@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import tqdm
 
-from atommem_jax import folder_lock
+from atommem_jax import folder_lock, text_files
 
 STATUS_FILE, LOG_FILE = "status.json", "log.txt"
 STARTED, DONE, FAILED = "started", "done", "failed"  # states of a job; PENDING has no file
@@ -73,9 +73,28 @@ class Status:
 
 
 def read_status(folder: pathlib.Path) -> Status | None:
-    """The status in a job's folder; None where it never started."""
+    """The status in a job's folder; None where it never started.
+
+    None too, with a warning, where the file is torn or of another kind: the job then starts, and
+    goes on from its checkpoint.
+    """
     path = folder / STATUS_FILE
-    return Status(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    fields = text_files.read_json(path, "status of a job", _is_status)
+    return Status(**fields) if fields is not None else None
+
+
+def _is_status(value: Any) -> bool:
+    """Whether it has fields of a `Status` alone, each of the kind of its default."""
+    if not isinstance(value, dict):
+        return False
+    whole = dataclasses.asdict(Status())
+    return value.get("state", STARTED) in (STARTED, DONE, FAILED) and all(
+        name in whole
+        and isinstance(field, (int, float) if name.endswith("seconds") else type(whole[name]))
+        for name, field in value.items()
+    )
 
 
 def is_due(job: Job, status: Status | None, retry_failed: bool) -> bool:

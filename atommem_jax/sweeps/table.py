@@ -8,11 +8,11 @@ seeds, and below it one for each seed. Both can be made while the sweep is runni
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from atommem_jax.agent import score
 from atommem_jax.config import flatten
 from atommem_jax.sweeps import scheduler
 from atommem_jax.sweeps.plan import Evaluation, Run, Sweep, resolve_step
@@ -69,8 +69,8 @@ def write(sweep: Sweep, workdir: pathlib.Path) -> tuple[list[Result], str]:
 def _read_cells(run: Run, folder: pathlib.Path) -> tuple[Cell, ...]:
     summaries = []
     for path in sorted((folder / "eval").glob("*.json")):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if {"split", "temperature", "step", "em"} <= summary.keys():
+        summary = score.read_summary(path)
+        if summary is not None:
             summaries.append(summary)
     cells: dict[tuple[str, str, float], Cell] = {}
     for evaluation in run.evaluations:
@@ -122,11 +122,16 @@ def render_csv(results: Sequence[Result]) -> str:
         right = [f"{status.seconds:.1f}", f"{status.cpu_seconds:.1f}", status.commit]
         for cell in result.cells:
             place = [cell.step, cell.split, f"{cell.temperature:g}"]
-            measured = [round(cell.summary[name], 6) for name in measures]
+            measured = [_round(cell.summary.get(name)) for name in measures]
             writer.writerow([*left, *place, *measured, *right])
         if not result.cells:
             writer.writerow([*left, *[""] * (3 + len(measures)), *right])
     return text.getvalue()
+
+
+def _round(measure: Any) -> float | str:
+    """A number of a summary; '' where the version that wrote it had none."""
+    return round(measure, 6) if isinstance(measure, (int, float)) else ""
 
 
 def _overridden(results: Sequence[Result]) -> list[str]:

@@ -120,6 +120,43 @@ def test_the_markdown_has_a_row_a_setting_best_first(results):
     ]
 
 
+def test_what_is_torn_or_stray_in_a_run_is_left_out_and_named(make_sweep, tmp_path, caplog):
+    plan = make_sweep(
+        [("a", {"seed": 1}), ("b", {"seed": 2}), ("c", {"seed": 3})], "[{'splits': ['test_1x']}]"
+    )
+    for name in "abc":
+        leave_status(tmp_path / name, scheduler.DONE)
+        leave_cell(tmp_path / name, "test_1x", 0.0, 12, 0.25)
+    stray = {
+        "empty": "", "blank": "\n\n", "torn": '{"split": "test_1x",\n"step": 1', "list": "[1]",
+        "null": "null", "words": json.dumps({"split": 1, "step": "x", "em": []}),
+    }  # fmt: skip
+    for name, content in stray.items():
+        (tmp_path / "a" / "eval" / f"{name}.json").write_text(content)
+    (tmp_path / "a" / "eval" / "folder.json").mkdir()
+    # Of an older version: without some of the measures.
+    cell = tmp_path / "a" / "eval" / "test_1x_t0_step12.json"
+    whole = json.loads(cell.read_text())
+    cell.write_text(json.dumps({name: whole[name] for name in whole if name != "f1"}))
+    (tmp_path / "b" / "status.json").write_text('{"state": "done",\n "fin')
+    (tmp_path / "c" / "status.json").write_text('{"state": "done", "finished": 3, "mine": 1}')
+    results, text = table.write(plan, tmp_path)
+    assert [result.state for result in results] == ["done", "pending", "pending"]
+    assert [cell.summary["em"] for result in results for cell in result.cells] == [0.25] * 3
+    assert "1 of 3 runs done" in text
+    lines = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert [(line["em"], line["f1"]) for line in lines] == [
+        ("0.25", ""),
+        ("0.25", "0.3"),
+        ("0.25", "0.3"),
+    ]
+    for file in ("empty.json, line 1", "blank.json, line 3", "torn.json, line 2", "list.json",
+                 "null.json", "words.json", "folder.json"):  # fmt: skip
+        assert f"{tmp_path / 'a' / 'eval' / file}: is no summary of evaluate.py" in caplog.text
+    assert f"{tmp_path / 'b' / 'status.json'}, line 2: is no status of a job" in caplog.text
+    assert f"{tmp_path / 'c' / 'status.json'}: is no status of a job" in caplog.text
+
+
 def test_a_run_is_told_by_its_first_column(results):
     told = {result.run.name: table.headline(result) for result in results}
     assert told["base/seed1"] == "EM 0.500 (test_4x t0)"
