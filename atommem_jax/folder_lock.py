@@ -33,6 +33,7 @@ FILE_NAME = ".lock"
 BEAT_SECONDS = 10.0  # between two signs of life
 SILENCE_SECONDS = 35.0  # without any, after which a holder on another host counts as gone
 _POLL_SECONDS = 0.1
+_SETTLE_SECONDS = 1.0  # in a bucket, within which two that take a lock at once have both written
 
 
 @contextlib.contextmanager
@@ -74,7 +75,9 @@ def _beat(held: "_FileLock | _BucketLock", stop: threading.Event) -> None:
     beats = 0
     while not stop.wait(BEAT_SECONDS):
         beats += 1
-        with contextlib.suppress(OSError):  # such as a full disk: the kernel's lock still holds
+        # Such as a full disk, or a bucket out of reach, whose client has its own errors: the
+        # next beat may come through.
+        with contextlib.suppress(Exception):
             held.write(_describe_this_process(beats))
 
 
@@ -258,6 +261,10 @@ class _BucketLock:
 
     def __init__(self, folder: Any, name: str, patience: float):
         self._path = folder / FILE_NAME
+        with paths.reaching(folder, name):
+            self._take(name, patience)
+
+    def _take(self, name: str, patience: float) -> None:
         content = self.read()
         facts = _parse(content)
         if facts and _is_of_this_host(facts):
@@ -268,22 +275,27 @@ class _BucketLock:
                 time.sleep(_POLL_SECONDS)
         elif facts and _grows(self.read, content, name):
             _refuse(name, self.read())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self.write(_describe_this_process())
+        time.sleep(_SETTLE_SECONDS)  # two may have come at once: the last one to write has it
+        content = self.read()
+        if content != _describe_this_process():
+            _refuse(name, content)
 
     def read(self) -> str:
         """What the object says; '' where there is none."""
         try:
-            return self._path.read_text()
+            return self._path.read_bytes().decode("utf-8", "replace")
         except FileNotFoundError:
             return ""
 
     def write(self, content: str) -> None:
         """Writes the object anew."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(content)
+        self._path.write_bytes(content.encode("utf-8", "replace"))
 
     def release(self, inherited: bool) -> None:
-        """Removes the object."""
+        """Removes the object, if it is still that of this process."""
         del inherited  # there is no descriptor
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        with contextlib.suppress(Exception):  # what is left is seen to be stale
+            if _parse(self.read()).get("pid") == os.getpid():
+                self._path.unlink()

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from atommem_jax import text_files
 from atommem_jax.config import ConfigError, paths
@@ -92,6 +91,9 @@ class MetricWriter:
         self._purge_step = step + 1
         return len(lines) - len(kept)
 
+    def flush(self) -> None:
+        """All that was written is kept already."""
+
     def close(self) -> None:
         """Closes the files."""
         with contextlib.suppress(OSError):  # it was warned of when it was written
@@ -119,20 +121,27 @@ class MetricWriter:
 class BucketWriter:
     """Keeps `metrics.jsonl` in an object store, where nothing can be appended to.
 
-    The lines are held in memory and the whole object is written anew, at most every
-    `interval` seconds and when the writer is closed: a kill loses what is younger. No TensorBoard
-    events; make them of the file. Methods as of a `MetricWriter`.
+    The lines are held in memory and the whole object is written anew: at most every `interval`
+    seconds, at every `flush`, as before a checkpoint, and when the writer is closed. A kill loses
+    what is younger. Where it cannot be written, a warning says so once, training goes on, and the
+    next attempt writes all lines. No TensorBoard events; make them of the file. Methods as of a
+    `MetricWriter`.
+
+    Raises ConfigError where the store cannot be read.
     """
 
     def __init__(self, workdir: str, interval: float = 30.0):
-        self.path = epath.Path(workdir) / FILE_NAME
-        data = self.path.read_bytes() if self.path.exists() else b""
-        sound, broken = _sort_lines(_split_lines(data), str(self.path))
+        self.path = paths.locate(workdir) / FILE_NAME
+        with paths.reaching(workdir, f"--workdir={workdir}"):
+            data = _read_object(self.path)
+            sound, broken = _sort_lines(_split_lines(data), str(self.path))
+            if broken:
+                aside = self.path.parent / f"{FILE_NAME}{_BROKEN}"
+                others = _read_object(aside).decode("utf-8", "replace")
+                paths.write_text(aside, others + "".join(f"{line}\n" for line in broken))
         self._lines = sound
-        if broken:
-            aside = self.path.parent / f"{FILE_NAME}{_BROKEN}"
-            aside.write_text("".join(f"{line}\n" for line in broken))
         self._interval, self._written = interval, -math.inf
+        self._failed = False
 
     def write(self, step: int, stage: str, scalars: Mapping[str, Any]) -> None:
         """Records the scalars of one global step; see `MetricWriter.write`."""
@@ -146,9 +155,22 @@ class BucketWriter:
         dropped, self._lines = len(self._lines) - len(kept), kept
         return dropped
 
+    def flush(self) -> None:
+        """Writes the object now."""
+        self._upload()
+
     def _upload(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(f"{line}\n" for line in self._lines))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            paths.write_text(self.path, "".join(f"{line}\n" for line in self._lines))
+            self._failed = False
+        except Exception as error:  # of the store's client, which has tried again and again
+            if not self._failed:
+                text_files.warn(
+                    f"{self.path}: {paths.describe(error)}; training goes on, and all lines are "
+                    "written with the next ones"
+                )
+            self._failed = True
         self._written = time.monotonic()
 
     def __enter__(self) -> "BucketWriter":
@@ -172,6 +194,9 @@ class SilentWriter:
     def resume(self, step: int) -> int:
         """Drops no line."""
         return 0
+
+    def flush(self) -> None:
+        """Has nothing to keep."""
 
     def __enter__(self) -> "SilentWriter":
         return self
@@ -247,6 +272,14 @@ def _is_record(line: str) -> bool:
     )
 
 
+def _read_object(path: Any) -> bytes:
+    """What an object holds; nothing where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
 def _set_broken_lines_aside(path: pathlib.Path) -> None:
     """Leaves only whole records in a file of metrics, and the other lines in one beside it."""
     if not path.exists():
@@ -262,10 +295,8 @@ def _set_broken_lines_aside(path: pathlib.Path) -> None:
 
 
 def _replace(path: pathlib.Path, lines: Sequence[str]) -> None:
-    """Writes a file aside and renames it, so that a kill here cannot lose the history."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    aside.replace(path)
+    """In one go, so that a kill here cannot lose the history."""
+    paths.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _fetch(scalars: Mapping[str, Any]) -> dict[str, float]:

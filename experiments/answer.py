@@ -48,7 +48,7 @@ BASE = flags.define_path(
     "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
 DOCUMENT = flags.define_paths(
-    "document", "Text file to read; repeat the flag for several, in order."
+    "document", "Text file to read; repeat the flag for several, in order.", local=True
 )
 QUESTION = _multi("question", [], "Question to answer; repeat the flag for several.")
 INTERACTIVE = absl_flags.DEFINE_bool(
@@ -60,8 +60,12 @@ SET = _multi(
     "FIELD=VALUE sets a field of memory or rollout to another value than the checkpoint's, such as "
     "memory.entry_length=64; repeat the flag for several.",
 )
-LOAD_MEMORY = flags.define_path("load_memory", None, "Start with the memory in this file.")
-SAVE_MEMORY = flags.define_path("save_memory", None, "Keep the memory in this file (.npz).")
+LOAD_MEMORY = flags.define_path(
+    "load_memory", None, "Start with the memory in this file.", local=True
+)
+SAVE_MEMORY = flags.define_path(
+    "save_memory", None, "Keep the memory in this file (.npz).", local=True
+)
 OUT = flags.define_path("out", "runs/answer", "Folder of the page with the memory trace.")
 TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Temperature of sampling; 0 is greedy.", lower_bound=0.0

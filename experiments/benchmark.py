@@ -37,7 +37,7 @@ CONFIG = flags.define_config("experiments/configs/synthetic.py")
 EPISODES = absl_flags.DEFINE_integer(
     "episodes", 0, "Episodes of each split in suite task; 0 for all."
 )
-JSON = flags.define_path("json", None, "File for the results; none is written without.")
+JSON = flags.define_path("json", None, "File for the results; none is written without.", local=True)
 SUITE = absl_flags.DEFINE_list(
     "suite", list(suites.DEFAULT_SUITES), f"Suites to run, of {', '.join(suites.SUITES)}."
 )
@@ -50,7 +50,9 @@ STEP = absl_flags.DEFINE_string(
     "step", "last", "Which step of --checkpoint: 'last', 'best' or a number."
 )
 RUNS = absl_flags.DEFINE_integer("runs", 5, "Rounds that are timed.", lower_bound=1)
-PLOT = flags.define_path("plot", None, "File (PNG, PDF) for the curves of suite growth or convert.")
+PLOT = flags.define_path(
+    "plot", None, "File (PNG, PDF) for the curves of suite growth or convert.", local=True
+)
 SAMPLED = absl_flags.DEFINE_bool(
     "sampled",
     False,
@@ -67,7 +69,10 @@ TORCH_COMPILE = absl_flags.DEFINE_bool(
     "torch_compile", True, "Also measure torch.compile; compiling takes minutes on two cores."
 )
 PRETRAINED = flags.define_path(
-    "pretrained", None, "Weights of suite decode: a .gguf file or a Hugging Face directory."
+    "pretrained",
+    None,
+    "Weights of suite decode: a .gguf file or a Hugging Face directory.",
+    local=True,
 )
 PAD_TOKEN = absl_flags.DEFINE_string(
     "pretrained_pad_token", "<|endoftext|>", "Name of the padding token in suite decode."

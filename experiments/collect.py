@@ -44,7 +44,7 @@ API_KEY_ENV = absl_flags.DEFINE_string(
     "OPENAI_API_KEY",
     "Environment variable that holds the key; none is sent where it is not set.",
 )
-OUT = flags.define_path("out", None, "Folder that the trajectories are written to.")
+OUT = flags.define_path("out", None, "Folder that the trajectories are written to.", local=True)
 SPLIT = absl_flags.DEFINE_string(
     "split", "train", "Split of the task's data whose episodes are played."
 )

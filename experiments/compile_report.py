@@ -32,7 +32,7 @@ TOPOLOGY = absl_flags.DEFINE_string(
 )
 SLICES = absl_flags.DEFINE_integer("slices", 1, "Slices that the data-centre network joins.")
 PHASES = absl_flags.DEFINE_list("phase", list(lowering.PHASES), "Programs to compile.")
-JSON = flags.define_path("json", None, "File for the figures; none is written without.")
+JSON = flags.define_path("json", None, "File for the figures; none is written without.", local=True)
 SEARCH = absl_flags.DEFINE_bool(
     "search", False, "Try mesh shapes and micro-batch sizes, and print what fits."
 )

@@ -49,7 +49,7 @@ CONFIG = flags.define_config("experiments/configs/synthetic.py")
 SOURCE = flags.define_path(
     "source", None, "What to read: a directory, a .gguf file, a run or a checkpoint."
 )
-TARGET = flags.define_path("target", None, "Directory to write.")
+TARGET = flags.define_path("target", None, "Directory to write.", local=True)
 TO = absl_flags.DEFINE_enum(
     "to", "huggingface", ["huggingface", "checkpoint", "adapters"], "What to write."
 )
@@ -63,7 +63,7 @@ DTYPE = absl_flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Type of the tensors in a Hugging Face directory."
 )
 TOKENIZER = flags.define_path(
-    "tokenizer", None, "Directory that has tokenizer.json; the source by default."
+    "tokenizer", None, "Directory that has tokenizer.json; the source by default.", local=True
 )
 VOCAB_SIZE = absl_flags.DEFINE_integer(
     "vocab_size",

@@ -22,7 +22,7 @@ from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
 from atommem_jax.agent import build, load, score
-from atommem_jax.config import Experiment, check, parse
+from atommem_jax.config import Experiment, check, parse, paths
 from atommem_jax.metrics import read_metrics
 from atommem_jax.report import page as page_lib
 from atommem_jax.report import run as run_lib
@@ -47,6 +47,7 @@ Cells = dict[str, dict[str, Any]]
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
+    paths.check_local(WORKDIR.value, f"--workdir={WORKDIR.value}")
     folder = pathlib.Path(WORKDIR.value)
     for name in BASELINES.value:
         check(

@@ -14,6 +14,7 @@ A field is set with `--config.section.field=value`; an unknown one ends the scri
 and the nearest valid name, before anything is allocated.
 """
 
+import logging as python_logging
 import pathlib
 import re
 import sys
@@ -29,13 +30,23 @@ from atommem_jax.config import paths
 
 
 class PathParser(absl_flags.ArgumentParser):
-    """Paths as they are meant, wherever a script takes one: see `config.paths.expand`."""
+    """Paths as they are meant, wherever a script takes one: see `config.paths.expand`.
 
-    syntactic_help = "a path; ~ is the home folder"
+    local: whether the URL of an object store is refused.
+    """
+
+    def __init__(self, local: bool = False):
+        super().__init__()
+        self._local = local
+        where = "" if local else ", and gs://BUCKET/... a bucket"
+        self.syntactic_help = f"a path; ~ is the home folder{where}"
 
     def parse(self, argument: str) -> str:
         """The path that was typed. Raises ValueError where it is none."""
-        return paths.expand(argument)
+        path = paths.expand(argument)
+        if self._local:
+            paths.check_local(path, path)
+        return path
 
     def flag_type(self) -> str:
         """What --help calls it."""
@@ -43,21 +54,28 @@ class PathParser(absl_flags.ArgumentParser):
 
 
 def define_path(
-    name: str, default: str | None, about: str, *, flag_values: Any = absl_flags.FLAGS
+    name: str,
+    default: str | None,
+    about: str,
+    *,
+    local: bool = False,
+    flag_values: Any = absl_flags.FLAGS,
 ) -> absl_flags.FlagHolder:
-    """Defines a flag that is a path; returns the holder."""
+    """Defines a flag that is a path, `local` or in a bucket too; returns the holder."""
     return absl_flags.DEFINE(
-        PathParser(), name, default, about, flag_values, absl_flags.ArgumentSerializer()
+        PathParser(local), name, default, about, flag_values, absl_flags.ArgumentSerializer()
     )
 
 
-def define_paths(name: str, about: str) -> absl_flags.FlagHolder:
+def define_paths(name: str, about: str, *, local: bool = False) -> absl_flags.FlagHolder:
     """Defines a flag that is a path and may be given several times; returns the holder."""
-    return absl_flags.DEFINE_multi(PathParser(), absl_flags.ArgumentSerializer(), name, [], about)
+    return absl_flags.DEFINE_multi(
+        PathParser(local), absl_flags.ArgumentSerializer(), name, [], about
+    )
 
 
 DATA_ROOT = define_path(
-    "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs."
+    "data_root", "runs/data", "Where prepared data sets are kept; shared by all runs.", local=True
 )
 
 # What is defined through this module from here on belongs to the script that asks for it.
@@ -162,7 +180,8 @@ def run(
     """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
 
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
-    while it checks its config. Other exceptions keep their traceback. `leave` is called with what
+    while it checks its config; where it is a StoreError the status is 1. Other exceptions keep
+    their traceback. `leave` is called with what
     ended `main` early; it may end the process in its own way.
     """
 
@@ -174,6 +193,10 @@ def run(
         # Libraries tell every step of a save at level INFO; --verbosity=0 brings that back.
         if not absl_flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)
+            # Of a bucket out of reach they print tracebacks, at every attempt; what they raise in
+            # the end is told in a sentence.
+            for name in ("gcsfs", "fsspec"):
+                python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
         try:
             return _exit_on_mistake(main, argv)
         except BaseException as error:
@@ -259,4 +282,5 @@ def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[st
         return function(argv)
     except config_lib.ConfigError as error:
         print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        # What passes is no mistake: supervise.py starts the command again.
+        sys.exit(1 if isinstance(error, config_lib.StoreError) else 2)

@@ -179,7 +179,10 @@ def latest_step(folder: str | None) -> int:
         return -1
     try:
         names = [path.name for path in paths.locate(folder).iterdir()]
-    except Exception:  # not there yet; or a bucket that does not answer, with errors of its own
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
+    except Exception as error:  # a bucket out of reach is no reason to leave the command alone
+        _say(f"{folder} cannot be listed, so no progress is seen: {paths.describe(error)}")
         return -1
     return max((int(name) for name in names if name.isdigit()), default=-1)
 

@@ -8,6 +8,7 @@ and status.json beside its checkpoints. Interrupted in any way, the same command
 done is skipped, what is half done resumes. A failed run stops no other; --retry_failed tries it
 again. The table is <workdir>/table.csv and <workdir>/table.md. The status is 1 where a run failed.
 
+In a bucket (--workdir=gs://...) the log of a run is written at the end of each of its commands.
 --config.x=y sets a field of all runs; the runs' own overrides come after it. On several TPU VMs
 tpu_setup/sweep.py does the same.
 """
@@ -15,12 +16,13 @@ tpu_setup/sweep.py does the same.
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import tqdm
 from absl import flags as absl_flags
 
-from atommem_jax.config import check
+from atommem_jax.config import check, paths
 from atommem_jax.sweeps import jobs as jobs_lib
 from atommem_jax.sweeps import local_processes, scheduler, table
 from atommem_jax.sweeps import plan as plan_lib
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     check(bool(WORKDIR.value), "--workdir is missing: pass a directory for the runs and the table")
-    workdir = pathlib.Path(WORKDIR.value).resolve()
+    workdir = paths.locate(paths.absolute(WORKDIR.value))
     spec, changes = flags.read_changes()
     sweep = plan_lib.load(spec, CONFIG.value, changes)
     if TABLE_ONLY.value:
@@ -61,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
         return
     chosen = jobs_lib.choose(sweep, ONLY.value)
     shares = local_processes.share_cores(JOBS.value, len(chosen))
-    statuses = {run.name: scheduler.read_status(workdir / run.name) for run in chosen}
+    with paths.reaching(workdir, f"--workdir={workdir}"):
+        statuses = {run.name: scheduler.read_status(workdir / run.name) for run in chosen}
     jobs = [
         jobs_lib.make_local_job(
             sweep,
@@ -77,8 +80,12 @@ def main(argv: Sequence[str]) -> None:
         print(scheduler.describe_plan(jobs, statuses, RETRY_FAILED.value))
         return
     try:
-        with scheduler.lock(workdir) as descriptor, scheduler.interruptible():
-            _run(sweep, workdir, jobs, shares, descriptor)
+        with (
+            scheduler.lock(workdir) as descriptor,
+            scheduler.interruptible(),
+            tempfile.TemporaryDirectory() as logs,
+        ):
+            _run(sweep, workdir, jobs, shares, descriptor, pathlib.Path(logs))
             results = _write_table(sweep, workdir)
     except KeyboardInterrupt:
         print("sweep.py: interrupted; the same command goes on from here", file=sys.stderr)
@@ -91,7 +98,8 @@ def _run(
     workdir: pathlib.Path,
     jobs: Sequence[scheduler.Job],
     shares: Sequence[Sequence[int]],
-    descriptor: int,
+    descriptor: int | None,
+    logs: pathlib.Path,
 ) -> None:
     runs = {run.name: run for run in sweep.runs}
     due = scheduler.find_due(jobs, RETRY_FAILED.value)
@@ -115,7 +123,8 @@ def _run(
     driver = local_processes.LocalProcesses(
         shares,
         environment={**os.environ, "PYTHONUNBUFFERED": "1"},
-        keep_open=[descriptor],
+        keep_open=[] if descriptor is None else [descriptor],
+        logs=logs,
     )
     scheduler.Scheduler(driver, commit=lambda: local_processes.read_commit(_ROOT)).run(
         jobs, retry_failed=RETRY_FAILED.value, on_change=show

@@ -20,8 +20,7 @@ A run may go on with another number of processes or devices. `supervise.py` rest
 import contextlib
 import os
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import tqdm
@@ -29,7 +28,7 @@ from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
 from atommem_jax.agent import build, load, validate
-from atommem_jax.config import Experiment, check, parse
+from atommem_jax.config import Experiment, check, parse, paths
 from atommem_jax.metrics import SilentWriter, open_writer
 from atommem_jax.parallel import processes, rules
 from atommem_jax.runs import agreement, resume, stages
@@ -170,13 +169,19 @@ def show_progress(stage: stages.Stage, done: int) -> Iterable[int]:
     )
 
 
-def profile(folder: str | None) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def profile(folder: str | None) -> Iterator[None]:
     """Traces what is done within it to `folder`, for xprof or TensorBoard; None traces nothing.
 
     The phases are named scopes: retrieve, assemble, prefill, decode, parse, transition,
     microbatches and optimizer.
     """
-    return contextlib.nullcontext() if folder is None else jax.profiler.trace(folder)
+    if folder is None:
+        yield
+        return
+    # XLA has a client of its own for buckets, which knows neither our rights nor our errors.
+    with paths.made_here(folder) as local, jax.profiler.trace(local):
+        yield
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes of each split; 0 for all.")
-JSON = flags.define_path("json", None, "File for the summaries; none is written without.")
+JSON = flags.define_path(
+    "json", None, "File for the summaries; none is written without.", local=True
+)
 
 
 def main(argv: Sequence[str]) -> None:

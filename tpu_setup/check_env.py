@@ -3,16 +3,19 @@
     python tpu_setup/check_env.py --bucket=gs://my-bucket
     python tpu_setup/check_env.py --require_tpu --expect_devices=16 --bucket=gs://my-bucket
 
-On a laptop it says what it finds, and which checks do not apply there. On the workers of a TPU it
+On a laptop it says what it finds, and which checks do not apply there; --checks=bucket tries what
+a run does in a bucket, checkpoints included, and needs nothing else. On the workers of a TPU it
 has to run on all of them at the same time, as setup_vm.sh does: they wait for each other. Several
 processes elsewhere are told of each other by --coordinator_address, --num_processes, --process_id.
 
 The status is 1 where something is wrong: what it is and what to do stands at the end.
 """
 
+import contextlib
 import dataclasses
 import glob
 import importlib.metadata
+import logging as python_logging
 import os
 import pathlib
 import re
@@ -24,7 +27,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 CHECKS = ("versions", "lock", "devices", "hbm", "collective", "bucket")
 
@@ -71,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"check_env.py: {wrong}: allowed checks are {', '.join(CHECKS)}", file=sys.stderr)
         sys.exit(2)
     who, results = socket.gethostname(), []
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
+    python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)  # what it raises is told
     # A process that waits for another inside a compiled program cannot be interrupted otherwise.
     timer = threading.Timer(values.timeout, _give_up, [who, values.timeout])
     timer.daemon = True
@@ -112,7 +117,9 @@ def run_checks(values: flags.FlagValues) -> Iterator[Result]:
                 else _guard(name, on_devices[name])
             )
     if "bucket" in chosen:
-        yield check_bucket(values.bucket)
+        if not due:  # by itself it needs no TPU, which would have to wait for all workers
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        yield check_bucket(values.bucket, with_checkpoint=not (due and problem))
 
 
 def _guard(name: str, check: Callable[[], Result]) -> Result:
@@ -365,33 +372,82 @@ def check_collective() -> Result:
 # The bucket
 
 
-def check_bucket(bucket: str) -> Result:
-    """A file of this process: written, read, removed, the way checkpoints are."""
+def check_bucket(bucket: str, with_checkpoint: bool = True) -> Result:
+    """What a run does there: a file written, listed, read and removed; two checkpoints.
+
+    Args:
+      bucket: gs://NAME or a folder; '' for none.
+      with_checkpoint: whether checkpoints are tried too. Processes that are connected write them
+        together, so all of them have to run this.
+    """
     if not bucket:
         return Result("bucket", SKIPPED, "no --bucket was named")
-    content = uuid.uuid4().hex
+    did = "written"
     try:
-        from etils import epath
+        content = uuid.uuid4().hex
+        from atommem_jax.config import paths
 
-        path = epath.Path(bucket) / "check_env" / f"{socket.gethostname()}-{content}.txt"
+        path = paths.locate(bucket) / "check_env" / f"{socket.gethostname()}-{content}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
+        did = "listed"
+        names = [other.name for other in path.parent.iterdir()]
+        did = "read"
         read = path.read_text()
+        did = "cleared: a file cannot be removed"
         path.unlink()
+        if read != content or path.name not in names or path.exists():
+            return Result(
+                "bucket", WRONG, f"{bucket} gave back something else", "look at what writes to it"
+            )
+        if not with_checkpoint:
+            return Result("bucket", OK, f"{bucket} can be written, listed and read")
+        did = "used for checkpoints"
+        problem = _try_checkpoints(bucket)
     except Exception as error:  # of the client, the network or the rights
         return Result(
             "bucket",
             WRONG,
-            f"{bucket} cannot be written: {_first_line(error)}",
-            "is there such a bucket (gcloud storage ls)? Has the VM's service account the role "
-            "Storage Object User on it, and the VM the scope cloud-platform? On a laptop: "
-            "gcloud auth application-default login; is gcsfs installed (pip install -e '.[tpu]')?",
+            f"{bucket} cannot be {did}: {_first_line(error)}",
+            "is there such a bucket (gcloud storage ls)? Has the VM's service account the roles "
+            "Storage Object User and Storage Legacy Bucket Reader on it (docs/tpu.md), and the VM "
+            "the scope cloud-platform? On a laptop: gcloud auth application-default login; is "
+            "gcsfs installed (pip install -e '.[tpu]')?",
         )
-    if read != content:
-        return Result(
-            "bucket", WRONG, f"{bucket} gave back something else", "look at what writes to it"
-        )
-    return Result("bucket", OK, f"{bucket} can be written and read")
+    if problem:
+        return Result("bucket", WRONG, f"{bucket}: {problem}", "look at what writes to it")
+    return Result("bucket", OK, f"{bucket} holds files and checkpoints")
+
+
+def _try_checkpoints(bucket: str) -> str:
+    """Two steps saved by Orbax, the first removed, the second restored; says what is wrong."""
+    import jax
+    import numpy as np
+    from etils import epath
+
+    from atommem_jax.config import paths
+    from atommem_jax.parallel import processes
+    from atommem_jax.weights.checkpoint import Checkpointer
+
+    folder = f"{paths.absolute(bucket)}/check_env/{processes.gather(uuid.uuid4().hex)[0]}"
+    state = {"a": np.arange(1 << 12, dtype=np.float32), "b": np.ones((3, 5), np.int32)}
+    rest: dict[str, Any] = {"config": {"x": 1}, "tokenizer": b"check_env", "data_state": 0}
+    try:
+        with Checkpointer(folder, keep_last=1, keep_best=0) as checkpointer:
+            for step in (1, 2):
+                checkpointer.save(step, state, progress={"step": step}, **rest)
+                checkpointer.wait()
+            left = checkpointer.all_steps()
+            found = checkpointer.restore(abstract_state=state)
+        processes.gather("read")  # by all, before it is removed
+    finally:
+        if processes.is_main():
+            with contextlib.suppress(Exception):
+                epath.Path(folder).rmtree()
+    if left != [2]:
+        return f"of two checkpoints {left} are left, and should be [2]"
+    same = jax.tree.map(lambda x, y: bool((np.asarray(y) == x).all()), state, found.state)
+    return "" if all(jax.tree.leaves(same)) else "a checkpoint came back with other numbers"
 
 
 if __name__ == "__main__":

@@ -280,8 +280,9 @@ def _find(path: str, which: str) -> tuple[pathlib.Path, str]:
     folder = paths.locate(path)
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         folder, which = folder.parent, folder.name
-    elif (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
+    else:
+        with paths.reaching(path, path):
+            folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     check(
         which in ("last", "best") or which.isdigit(),
         f"--step={which}: allowed are last, best or a number",

@@ -106,8 +106,6 @@ def _is_summary(value: Any) -> bool:
 def _write(out: pathlib.Path, name: str, records: list, summary: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    # Last, and renamed when whole: a summary that is there says that its records are too.
-    aside = out / f"{name}.json.tmp"
-    aside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    aside.replace(out / f"{name}.json")
+    paths.write_text(out / f"{name}.jsonl", lines)
+    # Last: a summary that is there says that its records are too.
+    paths.write_text(out / f"{name}.json", json.dumps(summary, indent=2) + "\n")

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from atommem_jax.agent import build
-from atommem_jax.config import ConfigError, Experiment, check, differences
+from atommem_jax.config import ConfigError, Experiment, check, differences, paths
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.transformer import init_params
 from atommem_jax.tasks import encoding, schema, workflows
@@ -24,6 +24,7 @@ def validate(config: Experiment) -> None:
         ModelConfig(vocab_size=1, lora=config.lora, **config.model.sizes()).validate()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    paths.check_local(config.sft.data, f"sft.data={config.sft.data}")
     check(
         config.rollout.param_dtype in ("float32", config.model.dtype),
         f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32' and "

@@ -6,6 +6,7 @@
 
 from atommem_jax.config.errors import (
     ConfigError,
+    StoreError,
     check,
     check_path,
     is_section,
@@ -61,6 +62,7 @@ __all__ = [
     "RlConfig",
     "RolloutConfig",
     "SftConfig",
+    "StoreError",
     "TaskConfig",
     "TeacherConfig",
     "TokenizerConfig",

@@ -23,6 +23,10 @@ class ConfigError(ValueError):
     """The config cannot run. The message names the field, its value and the next step."""
 
 
+class StoreError(ConfigError):
+    """An object store gives no answer. No mistake: the same command may succeed later."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds.
 

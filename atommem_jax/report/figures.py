@@ -8,7 +8,6 @@ import functools
 import html
 import io
 import os
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -20,6 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from atommem_jax.config import paths
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -355,10 +356,12 @@ def _make_key(full: bool) -> Any:
 @_styled
 def save(figure: Figure, stem: str | os.PathLike[str]) -> None:
     """Writes <stem>.png and <stem>.pdf."""
-    path = pathlib.Path(stem)
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    path = paths.locate(stem)
     # Without a date: the same figure gives the same bytes.
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    for ending, options in ((".png", {"dpi": 160}), (".pdf", {"metadata": {"CreationDate": None}})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=ending[1:], **options)
+        path.with_suffix(ending).write_bytes(buffer.getvalue())
 
 
 @_styled

@@ -17,6 +17,7 @@ import jinja2
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from atommem_jax.config import paths
 from atommem_jax.report import figures
 from atommem_jax.report.figures import Cell, Record, Scores, plot_learning
 
@@ -123,7 +124,7 @@ def write(
     names = [run.name for run in runs]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"runs: found the names {names}; allowed are one or more, all different")
-    path = pathlib.Path(folder)
+    path = paths.locate(folder)
     path.mkdir(parents=True, exist_ok=True)
     page = _TEMPLATES.get_template("page.html").render(
         own=runs[0],
@@ -135,7 +136,7 @@ def write(
         style=_read_asset("page.css"),
         script=_read_asset("page.js"),
     )
-    (path / PAGE).write_text(page, encoding="utf-8")
+    paths.write_text(path / PAGE, page)
     return path / PAGE
 
 

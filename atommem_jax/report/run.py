@@ -79,11 +79,12 @@ def name_runs(folders: list[pathlib.Path]) -> list[str]:
     Raises ConfigError for a folder that is not there, or given twice.
     """
     for flag, folder in zip(["workdir", *["compare"] * len(folders)], folders, strict=False):
-        check(
-            folder.is_dir(),
-            f"--{flag}={folder}: no such folder; pass the --workdir of a run of train.py",
-        )
-    parts = [folder.resolve().parts for folder in folders]
+        with paths.reaching(folder, f"--{flag}={folder}"):
+            found = folder.is_dir()
+        check(found, f"--{flag}={folder}: no such folder; pass the --workdir of a run of train.py")
+    parts = [
+        folder.parts if paths.is_remote(folder) else folder.resolve().parts for folder in folders
+    ]
     check(
         len(set(parts)) == len(parts),
         f"--compare={', '.join(map(str, folders[1:]))}: a run is given twice; name other workdirs",

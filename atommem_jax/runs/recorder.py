@@ -73,6 +73,7 @@ class Recorder:
         stopping = processes.preempted(step)
         if results is not None or stopping or done % stage.config.save_every == 0:
             check_finite(state["train"].params, stage.name, step)
+            self.writer.flush()  # who goes on from this checkpoint has the metrics up to it
             self.checkpointer.save(
                 step,
                 state,

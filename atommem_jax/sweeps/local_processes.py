@@ -1,6 +1,7 @@
 """Runs the jobs of a sweep as processes of this machine, each on its share of the cores.
 
-What the commands of a job print is appended to `<folder>/log.txt`. None of them outlives the
+What the commands of a job print is appended to `<folder>/log.txt`: at once, or where that lies in a
+bucket, when one has ended. None of them outlives the
 scheduler: see `launcher`.
 """
 
@@ -15,7 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from atommem_jax import text_files
+from atommem_jax.config import paths
 from atommem_jax.sweeps import launcher
 from atommem_jax.sweeps.scheduler import DONE, FAILED, LOG_FILE, Outcome, Task
 
@@ -28,7 +32,8 @@ class Process:
     """A command at work."""
 
     popen: subprocess.Popen
-    log: pathlib.Path
+    log: pathlib.Path  # on this machine
+    kept: Any  # where it goes in the end
     outcome: Outcome | None = None
 
 
@@ -43,6 +48,7 @@ class LocalProcesses:
         *,
         environment: Mapping[str, str] | None = None,
         keep_open: Sequence[int] = (),
+        logs: pathlib.Path | None = None,
     ):
         """Prepares to run as many jobs at a time as there are shares.
 
@@ -50,9 +56,11 @@ class LocalProcesses:
           cores: of each share; none means that its jobs are not confined.
           environment: of the commands; None for that of this process.
           keep_open: file descriptors that commands inherit, such as that of `scheduler.lock`.
+          logs: local folder for the logs of jobs whose own folder is in a bucket.
         """
         self._cores = {f"slot {number}": share for number, share in enumerate(cores)}
         self._environment, self._keep_open = environment, tuple(keep_open)
+        self._logs = logs
 
     def slots(self) -> Mapping[str, bool]:
         """See Driver: all of them, always."""
@@ -60,7 +68,8 @@ class LocalProcesses:
 
     def start(self, task: Task, slot: str) -> Process:
         """See Driver."""
-        path = task.job.folder / LOG_FILE
+        kept = task.job.folder / LOG_FILE
+        path = self._place_log(task, kept)
         with path.open("a", encoding="utf-8") as log:
             log.write(f"==== attempt {task.attempt}: {' '.join(task.command)}\n")
             log.flush()
@@ -73,7 +82,18 @@ class LocalProcesses:
                 pass_fds=self._keep_open,
                 start_new_session=True,  # the terminal's Ctrl-C is for the scheduler alone
             )
-        return Process(popen, path)
+        return Process(popen, path, kept)
+
+    def _place_log(self, task: Task, kept: Any) -> pathlib.Path:
+        """The local file that a command prints to, with what was printed before it."""
+        if not paths.is_remote(kept):
+            return kept
+        assert self._logs is not None, kept
+        path = self._logs / task.job.name / LOG_FILE
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(kept.read_bytes() if kept.exists() else b"")
+        return path
 
     def poll(self, handle: Process) -> Outcome | None:
         """See Driver."""
@@ -84,6 +104,8 @@ class LocalProcesses:
                 cpu_seconds = usage.ru_utime + usage.ru_stime
                 result = FAILED if status else DONE
                 handle.outcome = Outcome(result, _explain(status), cpu_seconds)
+                if handle.kept != handle.log:
+                    _keep_log(handle)
         return handle.outcome
 
     def stop(self, handles: Sequence[Process]) -> None:
@@ -104,6 +126,13 @@ class LocalProcesses:
     def describe(self, handle: Process) -> str:
         """See Driver: how far its progress bar is."""
         return read_progress(handle.log)
+
+
+def _keep_log(process: Process) -> None:
+    try:
+        process.kept.write_bytes(process.log.read_bytes())
+    except Exception as error:  # a log is not worth a sweep
+        text_files.warn(f"{process.kept}: the log is not kept ({paths.describe(error)})")
 
 
 def _signal(process: Process, number: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import tqdm
 
 from atommem_jax import folder_lock, text_files
+from atommem_jax.config import paths
 
 STATUS_FILE, LOG_FILE = "status.json", "log.txt"
 STARTED, DONE, FAILED = "started", "done", "failed"  # states of a job; PENDING has no file
@@ -67,9 +68,9 @@ class Status:
     def write(self, folder: pathlib.Path) -> None:
         """Replaces the file in one go."""
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f"{STATUS_FILE}.tmp"
-        aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        aside.replace(folder / STATUS_FILE)
+        paths.write_text(
+            folder / STATUS_FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        )
 
 
 def read_status(folder: pathlib.Path) -> Status | None:
@@ -426,8 +427,8 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(folder: pathlib.Path, patience: float = 10.0) -> Iterator[int]:
-    """Holds a folder for this process; yields the file descriptor that holds it.
+def lock(folder: pathlib.Path, patience: float = 10.0) -> Iterator[int | None]:
+    """Holds a folder for this process; yields the file descriptor that holds it, if local.
 
     Commands that inherit the descriptor hold the folder too, so that what a killed scheduler has
     left behind keeps the next one out, until it ends.
@@ -436,5 +437,4 @@ def lock(folder: pathlib.Path, patience: float = 10.0) -> Iterator[int]:
     seconds.
     """
     with folder_lock.hold(folder, f"--workdir={folder}", patience, inherited=True) as descriptor:
-        assert descriptor is not None, folder  # a local one
         yield descriptor

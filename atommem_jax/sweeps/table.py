@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from atommem_jax.agent import score
-from atommem_jax.config import flatten
+from atommem_jax.config import flatten, paths
 from atommem_jax.sweeps import scheduler
 from atommem_jax.sweeps.plan import Evaluation, Run, Sweep, resolve_step
 
@@ -61,8 +61,8 @@ def write(sweep: Sweep, workdir: pathlib.Path) -> tuple[list[Result], str]:
     """Writes table.csv and table.md from what there is; returns all results, and the Markdown."""
     results = collect(sweep.runs, workdir)
     text = render_markdown(results, pathlib.Path(sweep.spec.split(":", 1)[0]).stem)
-    (workdir / "table.csv").write_text(render_csv(results), encoding="utf-8")
-    (workdir / "table.md").write_text(text, encoding="utf-8")
+    paths.write_text(workdir / "table.csv", render_csv(results))
+    paths.write_text(workdir / "table.md", text)
     return results, text
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
@@ -109,7 +108,8 @@ class Checkpointer:
       read_only: neither creates the directory nor removes the leavings of interrupted saves. Use it
         to look into the directory of a run that may still be writing.
 
-    Raises ValueError for counts out of range.
+    Raises ValueError for counts out of range, and ConfigError where a bucket cannot be reached, or
+    old steps could not be removed from it.
     """
 
     def __init__(
@@ -127,15 +127,17 @@ class Checkpointer:
                 f"keep_last={keep_last}, keep_best={keep_best}: keep_last must be at least 1 and "
                 "keep_best at least 0; a run that keeps no checkpoint cannot resume."
             )
-        name = paths.expand(directory)
-        self.directory = name if paths.is_remote(name) else os.path.abspath(name)
+        self.directory = paths.absolute(directory)
         self._best_metric = best_metric
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
-        if not read_only or os.path.isdir(self.directory) or paths.is_remote(name):
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=self._make_options(keep_last, keep_best, keep_steps)
-            )
+        with paths.reaching(self.directory, self.directory):
+            if not read_only or paths.is_remote(directory) or os.path.isdir(self.directory):
+                if not read_only:
+                    _ask_for_bucket(self.directory)
+                self._manager = ocp.CheckpointManager(
+                    self.directory, options=self._make_options(keep_last, keep_best, keep_steps)
+                )
 
     def _make_options(
         self, keep_last: int, keep_best: int, keep_steps: Sequence[int]
@@ -230,7 +232,8 @@ class Checkpointer:
 
         Raises CheckpointError where there is no such step, or where the tree, a shape or a dtype
         differs from what was saved, and CorruptCheckpointError where it is damaged; on all
-        processes, whichever of them noticed.
+        processes, whichever of them noticed. ConfigError where a bucket cannot be reached or
+        refuses: whether the step is sound is then not known.
         """
         step = self._resolve(step)
         abstract_state = jax.tree.map(_place, abstract_state)
@@ -292,9 +295,10 @@ class Checkpointer:
         if self._manager is None:
             return []
         self.wait()
-        if self._read_only:
-            self._manager.reload()  # the run that writes here may have added or removed steps
-        return sorted(self._manager.all_steps())
+        with paths.reaching(self.directory, self.directory):
+            if self._read_only:
+                self._manager.reload()  # the run that writes here may have added or removed steps
+            return sorted(self._manager.all_steps())
 
     def set_aside(self, step: int) -> str:
         """Renames a step, so that it counts no longer; returns its new name.
@@ -307,7 +311,7 @@ class Checkpointer:
                 f"cannot set step {step} aside: {self.directory} was opened with read_only=True; "
                 "open it without."
             )
-        folder = epath.Path(self.directory)
+        folder = paths.locate(self.directory)
         name, number = f"{step}.corrupt", 1
         while (folder / name).exists():
             name, number = f"{step}.corrupt.{number}", number + 1
@@ -380,7 +384,7 @@ class Checkpointer:
     def _read(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
         """Some items of a complete step; what cannot be read is corrupt, for all processes."""
         found: dict[str, Any] = {}
-        why, cause = "", None
+        why, cause, trouble = "", None, ""
         try:
             restored = self._get_manager().restore(step, args=ocp.args.Composite(**items))
             found = dict(restored.items())
@@ -388,8 +392,18 @@ class Checkpointer:
             why = f"it has no {', '.join(absent)}" if absent else ""
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own
             cause = error
-            why = f"{', '.join(items)} cannot be read ({type(error).__name__}: {_shorten(error)})"
-        reasons = [reason for reason in processes.gather(why) if reason]
+            why = f"{', '.join(items)} cannot be read ({paths.describe(error)})"
+            trouble = paths.find_trouble(self.directory, error)
+        found_by_all = processes.gather((why, trouble))
+        for reason, kind in found_by_all:
+            if kind:
+                raise paths.make_error(
+                    kind,
+                    self.directory,
+                    f"step {step} of {self.directory}: {reason}, so that whether it is sound is "
+                    "not known",
+                ) from cause
+        reasons = [reason for reason, _ in found_by_all if reason]
         if reasons:
             raise self._corrupt(step, reasons[0]) from cause
         return found
@@ -399,9 +413,25 @@ class Checkpointer:
         return CorruptCheckpointError(self.directory, step, why, earlier)
 
 
-def _shorten(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+def _ask_for_bucket(directory: str) -> None:
+    """Asks for what Orbax asks for before it removes a step, which is hours into a run.
+
+    Raises ConfigError where it is refused.
+    """
+    if not directory.startswith("gs://"):
+        return
+    from google.cloud import storage  # comes with gcsfs; imported here: it takes a second
+
+    try:
+        storage.Client().get_bucket(paths.bucket_of(directory).removeprefix("gs://"))
+    except Exception as error:  # of the client, the network or the rights
+        raise paths.make_error(
+            paths.find_trouble(directory, error) or paths.RIGHTS,
+            directory,
+            f"{directory}: old checkpoints could not be removed, because what kind of bucket it is "
+            f"cannot be asked ({paths.describe(error)}). Whoever trains needs the role Storage "
+            "Legacy Bucket Reader (roles/storage.legacyBucketReader) beside Storage Object User",
+        ) from error
 
 
 def _place(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -413,9 +443,11 @@ def _place(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _describe_folder(directory: str) -> str:
-    if "://" not in directory and not os.path.isdir(directory):
-        return "does not exist"
-    names = sorted(path.name for path in epath.Path(directory).iterdir())
+    folder = paths.locate(directory)
+    with paths.reaching(directory, directory):
+        if not folder.is_dir():
+            return "does not exist"
+        names = sorted(path.name for path in folder.iterdir())
     if not names:
         return "is empty"
     return f"contains {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
