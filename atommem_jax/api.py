@@ -257,4 +257,4 @@ def _plain_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         message = str(error).replace("--set=", "settings: ")
-        raise ConfigError(re.sub(r"--(?=[a-z])", "", message)) from error
+        raise type(error)(re.sub(r"--(?=[a-z])", "", message)) from error

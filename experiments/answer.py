@@ -185,7 +185,7 @@ def in_flags(prefix: str = "") -> Iterator[None]:
         yield
     except ConfigError as error:
         message = re.sub(r"^(?=(?:question|chunk_tokens|document)\b)", "--", f"{prefix}{error}")
-        raise ConfigError(
+        raise type(error)(
             re.sub(r"load the agent with ((?: ?[\w.]+=\w+)+)", _spell_arguments, message)
         ) from error
 

@@ -218,7 +218,7 @@ def _load_base(
     try:
         return load(base, cpu_devices=cpu_devices, mesh=mesh, rules=rules, merge=True).params
     except ConfigError as error:
-        raise ConfigError(
+        raise type(error)(  # a bucket out of reach stays what a restart may mend
             f"{workdir} holds adapters of init_from={base}, which cannot be read: {error}. "
             "evaluate.py, answer.py and convert.py take the place where it is now as --base"
         ) from error

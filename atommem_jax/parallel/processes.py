@@ -32,7 +32,7 @@ import tqdm
 from jax._src import distributed as jax_distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, StoreError, check
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ _asked_to_stop = threading.Event()
 
 
 class DistributedError(RuntimeError):
-    """The other processes cannot be reached. The message says what to look at."""
+    """The other processes cannot be reached, or one has failed. It says what to look at."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,7 +205,9 @@ def _note(number: int) -> str:
 def main_first(function: Callable[[], T]) -> T:
     """Calls `function` on process 0, then on the others, who find on disk what it made.
 
-    Raises, on the others, ConfigError with the message of an error of process 0.
+    Raises, on the others, the like of an error of process 0, with its message: ConfigError,
+    StoreError, or for all else DistributedError. So all end with the same status, and either every
+    supervisor starts its process again or none does.
     """
     outcome: list[T] = []
     problem: Exception | None = None
@@ -214,19 +216,31 @@ def main_first(function: Callable[[], T]) -> T:
             outcome.append(function())
         except Exception as error:
             problem = error
-    failed = gather(str(problem) if problem else "")[0]
+    failed = gather([_find_kind(problem), str(problem)] if problem else None)[0]
     if problem:
         raise problem
     if failed:
-        raise ConfigError(f"process 0: {failed}")
+        kind, message = failed
+        raise _KINDS[kind](f"process 0: {message}")
     return outcome[0] if outcome else function()
+
+
+_KINDS: Mapping[str, type[Exception]] = {
+    "passing": StoreError,
+    "mistake": ConfigError,
+    "other": DistributedError,
+}
+
+
+def _find_kind(error: Exception) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "other")
 
 
 @contextlib.contextmanager
 def main_holds(enter: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """Within it process 0 holds something for all, such as the lock of a folder.
 
-    Raises, on the others, ConfigError with the message of an error of process 0.
+    Errors as of `main_first`.
     """
     with contextlib.ExitStack() as stack:
         main_first(lambda: stack.enter_context(enter()) if is_main() else None)

@@ -1,13 +1,14 @@
 """What processes tell each other before they start, without starting any."""
 
 import ast
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from atommem_jax.config import ConfigError, flatten
+from atommem_jax.config import ConfigError, StoreError, flatten
 from atommem_jax.parallel import processes
 from atommem_jax.runs import agreement
 from tests.helpers import runs
@@ -111,18 +112,31 @@ def test_the_hosts_of_a_tpu_slice_are_counted(monkeypatch):
         jax.config.update("jax_platforms", platforms)
 
 
-def test_what_process_0_cannot_make_is_an_error_of_all(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConfigError("task.name is wrong"), ConfigError),  # status 2: no supervisor goes on
+        (StoreError("task.name is wrong"), StoreError),  # status 1: all of them do
+        (ValueError("task.name is wrong"), processes.DistributedError),
+    ],
+)
+def test_what_process_0_cannot_make_is_an_error_of_all(monkeypatch, error, kind):
     def make():
         made.append(True)
-        raise ValueError("task.name is wrong")
+        raise error
 
-    made = []
-    with pytest.raises(ValueError, match=r"^task.name is wrong"):
+    def gather(mine):
+        notes.append(json.dumps(mine))
+        return [json.loads(note) for note in notes]
+
+    made, notes = [], []
+    monkeypatch.setattr(processes, "gather", gather)
+    with pytest.raises(type(error), match=r"^task.name is wrong"):
         processes.main_first(make)
     monkeypatch.setattr(processes, "is_main", lambda: False)
-    monkeypatch.setattr(processes, "gather", lambda mine: ["task.name is wrong", mine])
-    with pytest.raises(ConfigError, match=r"^process 0: task.name is wrong"):
+    with pytest.raises(kind, match=r"^process 0: task.name is wrong") as found:
         processes.main_first(make)
+    assert type(found.value) is kind
     assert made == [True], "the others do not try what has failed"
 
 
