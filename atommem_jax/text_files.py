@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, check, paths
 
 _LOG = logging.getLogger("atommem_jax")
 _LOG.setLevel(logging.WARNING)  # whatever the level of the program that we are part of
@@ -272,16 +272,23 @@ def read_json(path: pathlib.Path, what: str, fits: Callable[[Any], bool]) -> Any
       path: of the file.
       what: it should hold, such as "summary of evaluate.py".
       fits: whether a value is such a thing.
+
+    Raises ConfigError where a bucket cannot be reached or refuses: what it holds is then not known.
     """
     where = str(path)
     try:
-        value = parse_json(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(path.read_bytes().decode("utf-8-sig"))
         if fits(value):
             return value
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}"
-    except (OSError, ValueError):
-        pass
+    except Exception as error:  # each client of a bucket raises its own
+        trouble = paths.find_trouble(path, error)
+        if trouble:
+            why = f"{path}: cannot be read ({paths.describe(error)})"
+            raise paths.make_error(trouble, path, why) from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
     warn(f"{where}: is no {what} and is left out")
     return None
 

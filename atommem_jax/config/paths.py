@@ -143,9 +143,12 @@ def reaching(path: PathLike, name: str) -> Iterator[None]:
 
 
 RIGHTS, PASSING = "rights", "passing"  # what `find_trouble` finds
-# What TensorStore, which raises ValueError for all, and gRPC call what is no matter of an object.
+# What TensorStore, which raises ValueError for all, and gRPC call what is no matter of an object;
+# and google-auth, while a machine that just started does not tell yet which account it has.
 _REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
-_NO_ANSWER = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED")
+_NO_ANSWER = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|Metadata server unavailable"
+)
 
 
 def find_trouble(path: PathLike, error: BaseException | None) -> str:

@@ -89,6 +89,7 @@ class WithCodeError(Exception):
         (ValueError("UNAVAILABLE: Error reading 'd/3'"), "passing"),
         (ValueError("PERMISSION_DENIED: Error reading"), "rights"),
         (ValueError("DATA_LOSS: Error decoding"), ""),
+        (ValueError("Compute Engine Metadata server unavailable. Last"), "passing"),
         (ConnectionResetError("reset"), "passing"),
         (OSError("Forbidden: b/bucket/o"), "rights"),
         (FileNotFoundError("b/bucket/o/x"), ""),

@@ -17,6 +17,7 @@ import pytest
 
 from atommem_jax import folder_lock, metrics
 from atommem_jax.config import ConfigError, StoreError, paths
+from atommem_jax.sweeps import scheduler
 from atommem_jax.weights.checkpoint import Checkpointer, CorruptCheckpointError
 from experiments import supervise
 from tests.conftest import ROOT
@@ -169,6 +170,20 @@ def test_a_supervisor_sees_progress(bucket, impatient, capsys):
     with bucket.fault("^GET .*watched", 503, times=100):
         assert supervise.latest_step(f"{buckets.URL}/watched/checkpoints") == -1
     assert "cannot be listed, so no progress is seen: HttpError" in capsys.readouterr().err
+
+
+def test_a_status_out_of_reach_is_not_taken_for_a_torn_one(bucket, impatient, caplog):
+    folder = paths.locate(f"{buckets.URL}/stated")
+    scheduler.Status(state=scheduler.DONE).write(folder)
+    with (
+        bucket.fault("^GET .*status.json.*alt=media", 503, times=100),
+        pytest.raises(StoreError, match=r"status.json: cannot be read .*503"),
+    ):
+        scheduler.read_status(folder)  # or the job would start anew
+    assert scheduler.read_status(folder).state == scheduler.DONE
+    bucket.write("stated/status.json", b'{"state":')
+    assert scheduler.read_status(folder) is None
+    assert "status.json, line 1: is no status of a job" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------
