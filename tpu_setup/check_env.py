@@ -409,8 +409,8 @@ def check_bucket(bucket: str, with_checkpoint: bool = True) -> Result:
             "bucket",
             WRONG,
             f"{bucket} cannot be {did}: {_first_line(error)}",
-            "is there such a bucket (gcloud storage ls)? Has the VM's service account the roles "
-            "Storage Object User and Storage Legacy Bucket Reader on it (docs/tpu.md), and the VM "
+            "is there such a bucket (gcloud storage ls)? Has the account of the VM or node the "
+            "roles Storage Object User and Storage Legacy Bucket Reader on it (docs/tpu.md), and "
             "the scope cloud-platform? On a laptop: gcloud auth application-default login; is "
             "gcsfs installed (pip install -e '.[tpu]')?",
         )

@@ -174,9 +174,9 @@ def make_jobset(
     """Returns the manifest of a run: a job a slice, a pod a host.
 
     How it ends: a mistake in flags, config or files (status 2) ends the JobSet at once. When a node
-    is preempted, drained or lost, all pods start anew, as often as it happens. What dies otherwise
-    is started again in its pod by the supervisor, and after `max_restarts` of these all pods start
-    anew, `restarts` times.
+    is preempted, drained or lost, all pods start anew, as often as it happens. What dies otherwise,
+    as without an answer of the bucket (status 1), is started again in its pod by the supervisor,
+    and after `max_restarts` of these all pods start anew, `restarts` times.
 
     Args:
       run: name of the JobSet, and the label `atommem/run` of all that belongs to it.

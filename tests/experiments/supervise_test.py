@@ -10,6 +10,7 @@ import pytest
 
 from experiments import supervise
 from tests.conftest import ROOT
+from tpu_setup import jobset
 
 SCRIPT = ROOT / "experiments" / "supervise.py"
 
@@ -82,6 +83,35 @@ def test_checkpoints_in_a_bucket_count_as_progress(tmp_path, monkeypatch):
     assert supervise.latest_step("gs://no/such") == -1, "no answer is no progress, and no error"
 
 
+# Ends as a script does that meets such an error.
+_SCRIPT = """
+import pathlib, sys
+from atommem_jax import config
+from experiments import flags
+starts = pathlib.Path(sys.argv.pop())
+kinds = [config.StoreError, config.ConfigError]
+def main(argv):
+    starts.write_text(starts.read_text() + "x")
+    raise kinds[len(starts.read_text()) - 1]("told")
+flags.run(main)
+"""
+
+
+@pytest.mark.processes
+def test_a_bucket_without_an_answer_is_tried_again_and_a_mistake_is_not(tmp_path):
+    starts = tmp_path / "starts"
+    starts.touch()
+    supervisor = supervise.Supervisor(
+        [sys.executable, "-c", _SCRIPT, str(starts)],
+        max_restarts=5,
+        backoff_seconds=0.0,
+        progress=lambda: -1,
+        stopped_status=jobset.STOPPED,
+    )
+    assert supervisor.run() == jobset.MISTAKE
+    assert starts.read_text() == "xx"
+
+
 def wait_for(condition, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -107,10 +137,13 @@ def test_a_signal_is_passed_on_and_ends_the_supervisor(tmp_path, number):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("what", "status"), [("wait", 143), ("0", 0), ("2", 2)])
+@pytest.mark.parametrize(
+    ("what", "status"), [("wait", jobset.STOPPED), ("0", 0), ("2", jobset.MISTAKE)]
+)
 def test_a_pod_that_was_stopped_does_not_count_as_done(tmp_path, what, status):
+    command = make_command(tmp_path, what)
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--stopped_status=143", "--", *make_command(tmp_path, what)],
+        [sys.executable, SCRIPT, f"--stopped_status={jobset.STOPPED}", "--", *command],
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
     )
