@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -159,10 +160,19 @@ def test_a_holder_on_another_host_that_gives_signs_is_alive(
         assert take(tmp_path)
 
 
+class Object(type(pathlib.Path())):
+    """Is whole at every moment, as the objects of a bucket are."""
+
+    def write_bytes(self, data):
+        with tempfile.NamedTemporaryFile(dir=self.parent.parent, delete=False) as aside:
+            aside.write(data)
+        os.replace(aside.name, self)
+
+
 def as_bucket(monkeypatch, kind):
     if kind == "bucket":
         monkeypatch.setattr(paths, "is_remote", lambda path: True)
-        monkeypatch.setattr(paths, "locate", pathlib.Path)
+        monkeypatch.setattr(paths, "locate", Object)
 
 
 def test_a_bucket_is_held_by_signs_of_life(tmp_path, monkeypatch, short_silence):
