@@ -48,6 +48,12 @@ def validate(config: Experiment) -> None:
         "init_from is empty: a base of random numbers would be adapted. Set init_from to a "
         "checkpoint, or lora.rank=0 to train all parameters",
     )
+    check(
+        config.rl.steps == 0 or config.rollout.top_p == 1.0,
+        f"rollout.top_p={config.rollout.top_p}: allowed with rl.steps={config.rl.steps} is 1.0, for "
+        "the learner scores tokens under the whole distribution; evaluate with "
+        "--set rollout.top_p instead",
+    )
     trajectories = config.rl.episodes * config.rl.ppo.group_size
     check(
         config.rl.ppo.group_size % config.rl.ppo.minibatches == 0

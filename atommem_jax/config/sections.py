@@ -393,7 +393,13 @@ class PPOConfig(Section):
     dual_clip: NotNegative = 3.0  # 0 turns it off
     weighting: Annotated[str, Choices("token_mean", "trajectory_equal")] = "token_mean"
     entropy_coef: float = 0.0
-    kl_coef: NotNegative = 0.0  # KL to the reference, with estimator `kl_kind`
+    # What a turn costs, in units of the reward of a trajectory.
+    read_cost: NotNegative = 0.0  # for each Read that was applied
+    create_cost: NotNegative = 0.0  # for each Create that was applied
+    invalid_cost: NotNegative = 0.0  # for each action that was invalid
+    reward_kl_coef: NotNegative = 0.0  # for each nat of log(policy / reference) of its tokens
+    learn_from_cut: bool = False  # from turns that ended with the budget, not with themselves
+    kl_coef: NotNegative = 0.0  # KL to the reference in the loss, with estimator `kl_kind`
     kl_kind: Annotated[str, Choices("k1", "k2", "k3")] = "k3"
     value_coef: NotNegative = 0.5  # used with estimator "gae" only
     value_clip: NotNegative = 0.0  # 0 turns it off
@@ -405,10 +411,21 @@ class PPOConfig(Section):
     def _check_together(self, prefix: str) -> None:
         check_length_buckets(self.length_buckets, f"{prefix}.length_buckets")
         check(
+            not self.kl_coef or self.kl_kind != "k1",
+            f"{prefix}.kl_kind='k1': allowed with {prefix}.kl_coef={self.kl_coef} are 'k2' and "
+            "'k3', for in a loss the expected gradient of k1 is zero; or take "
+            f"{prefix}.kl_coef=0.0 and {prefix}.reward_kl_coef, where k1 is right",
+        )
+        check(
             self.estimator != "group" or self.group_size >= 2,
             f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
             f"{self.group_size}; raise it or use {prefix}.estimator='gae'",
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        """True where log-probs of the reference are looked at."""
+        return self.kl_coef != 0 or self.reward_kl_coef != 0
 
     @property
     def needs_every_row(self) -> bool:
@@ -448,6 +465,8 @@ class RlConfig(Section):
     max_skipped_in_a_row: Positive
     optimizer: OptimizerConfig
     ppo: PPOConfig
+    # What an answer is worth: '' is the task's own reward, or exact match where it has none.
+    reward: Annotated[str, Choices("", "exact_match", "f1")] = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,12 @@ _ABSENT: Mapping[str, Any] = {
     "sft.data": "",
     "sft.length_buckets": (5, 8),
     "rl.ppo.length_buckets": (5, 8),
+    "rl.reward": "",
+    "rl.ppo.read_cost": 0.0,
+    "rl.ppo.create_cost": 0.0,
+    "rl.ppo.invalid_cost": 0.0,
+    "rl.ppo.reward_kl_coef": 0.0,
+    "rl.ppo.learn_from_cut": True,
 }
 """Path of a field that older configs lack -> the value they were run with."""
 

@@ -1,6 +1,7 @@
 """The optimiser: an Optax chain from a config, and the state that a training step changes.
 
-A gradient that is not finite leaves parameters and moments as they were and is counted.
+A gradient that is not finite leaves parameters and moments as they were and is counted; the schedule
+goes on, as the count of steps does.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.config import OptimizerConfig
 
@@ -51,7 +52,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             after = optax.constant_schedule(peak)
         if not warm:
             return after
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warm), after], [warm])
+        # The first step has a rate too: with one step a rollout, a rate of 0 would waste a rollout.
+        rise = optax.linear_schedule(peak / (warm + 1), peak, warm)
+        return optax.join_schedules([rise, after], [warm])
 
     rate = schedule(config.learning_rate)
     if config.name == "muon":
@@ -96,9 +99,15 @@ def create_state(params: PyTree, optimizer: optax.GradientTransformation) -> Tra
 
 @jax.named_scope("optimizer")
 def apply_gradients(
-    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation
+    state: TrainState,
+    grads: PyTree,
+    optimizer: optax.GradientTransformation,
+    wanted: Bool[Array, ""] | bool = True,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step, or none where a gradient is not finite.
+    """One optimiser step, or none where a gradient is not finite or none is `wanted`.
+
+    A step that is not wanted has nothing to learn from: moments of steps before would move the
+    parameters all the same.
 
     `optax.apply_if_finite` gives in after a set number of such gradients and applies one, takes a
     gradient whose norm overflows for a finite one, and keeps its counts within `opt_state`, where
@@ -108,9 +117,16 @@ def apply_gradients(
     sound = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    taken = sound & wanted
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
+        def choose(n, o):
+            is_schedule = isinstance(n, optax.ScaleByScheduleState)
+            return n if is_schedule else jnp.where(taken, n, o)
+
+        return jax.tree.map(
+            choose, new, old, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+        )
 
     missed = (~sound).astype(jnp.int32)
     state = state.replace(
@@ -120,4 +136,8 @@ def apply_gradients(
         skipped=state.skipped + missed,
         skipped_in_a_row=jnp.where(sound, 0, state.skipped_in_a_row + 1),
     )
-    return state, {"gradient_norm": norm, "skipped": missed.astype(jnp.float32)}
+    return state, {
+        "gradient_norm": norm,
+        "skipped": missed.astype(jnp.float32),
+        "idle": (sound & ~jnp.asarray(wanted)).astype(jnp.float32),
+    }

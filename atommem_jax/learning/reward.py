@@ -8,7 +8,7 @@ paper (section 4) is the share of questions answered with an exact match.
 import collections
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -64,6 +64,10 @@ def find(task: TaskConfig) -> Metric:
     """
     spec = task.get("reward", "")
     return user_functions.find(spec, "task.reward") if spec else exact_match
+
+
+NAMED: Mapping[str, Metric] = {"exact_match": exact_match, "f1": f1}
+"""What `rl.reward` may name."""
 
 
 def score_answers(

@@ -30,7 +30,7 @@ from atommem_jax.model import attention, lora, sampling
 from atommem_jax.model.sampling import Agent
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import program, rules
-from atommem_jax.types import EMPTY, Batch, Trajectory
+from atommem_jax.types import EMPTY, ActionKind, Batch, Trajectory
 
 # Metrics of `loss.ppo_loss` that are means over the tokens scored.
 _PER_TOKEN = (
@@ -183,6 +183,7 @@ def turn_advantages(
     trajectories: Trajectory,
     rewards: Float[Array, "B Q"],
     num_questions: Int[Array, " B"],
+    costs: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Advantage and return of every turn.
 
@@ -190,6 +191,9 @@ def turn_advantages(
     (paper, section 4). With estimator 'group' the advantage is relative to the trajectories of
     the same episode; with credit 'question' answering turns take that of their own question.
     With 'gae' a question's share of the reward arrives with the turn that ends it.
+
+    costs: of each turn, see `turn_costs`; taken from the trajectory's reward, with 'gae' where they
+      are made.
     """
     chex.assert_rank([rewards, num_questions], [2, 1])
     turns = trajectories.turns
@@ -203,6 +207,7 @@ def turn_advantages(
         alive_next = jnp.concatenate([turns.live[:, 1:], jnp.zeros_like(turns.live[:, :1])], axis=1)
         ends = is_question & ((following != turns.question) | ~alive_next)
         paid = jnp.where(ends, jnp.take_along_axis(share, at, axis=1), 0.0)
+        paid = paid if costs is None else paid - costs
         gae = functools.partial(
             advantage.turn_level_gae, discount=config.discount, gae_lambda=config.gae_lambda
         )
@@ -214,6 +219,7 @@ def turn_advantages(
     )
     groups = rewards.shape[0] // config.group_size
     total = share.sum(axis=1)
+    total = total if costs is None else total - costs.sum(axis=1)
     whole = relative(total.reshape(groups, config.group_size)).reshape(-1)
     result = jnp.broadcast_to(whole[:, None], turns.live.shape)
     if config.credit == "question":
@@ -221,6 +227,27 @@ def turn_advantages(
         result = jnp.where(is_question, jnp.take_along_axis(own, at, axis=1), result)
     returns = jnp.broadcast_to(total[:, None], turns.live.shape)
     return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
+
+
+def turn_costs(config: PPOConfig, trajectories: Trajectory) -> Float[Array, "B T"] | None:
+    """What the actions of each turn cost; None where nothing does."""
+    if not (config.read_cost or config.create_cost or config.invalid_cost):
+        return None
+    report = trajectories.turns.report
+    read, create = (report.applied[..., kind] for kind in (ActionKind.READ, ActionKind.CREATE))
+    costs = config.read_cost * read.astype(jnp.float32)
+    costs += config.create_cost * create.astype(jnp.float32)
+    costs += config.invalid_cost * report.invalid.sum(axis=-1).astype(jnp.float32)
+    return jnp.where(trajectories.turns.live, costs, 0.0)
+
+
+def _leave_out_cut(trajectories: Trajectory, eos_id: int) -> Trajectory:
+    """Turns that the budget ended are no longer learned from, as if a program had written them."""
+    turns = trajectories.turns
+    last = jnp.maximum(turns.response_lengths - 1, 0)[..., None]
+    ended = jnp.take_along_axis(turns.response, last, axis=2)[..., 0] == eos_id
+    cut = turns.live & (turns.response_lengths == turns.response.shape[2]) & ~ended
+    return trajectories.replace(turns=turns.replace(scripted=turns.scripted | cut))
 
 
 def ppo_objective(
@@ -339,18 +366,20 @@ def update_step(
         agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
     ):
         size, max_turns = trajectories.turns.live.shape
-        advantages, returns = turn_advantages(config, trajectories, rewards, num_questions)
+        if not config.learn_from_cut:
+            trajectories = _leave_out_cut(trajectories, agent.grammar.eos_id)
+        costs, judged = turn_costs(config, trajectories), None
+        if config.needs_reference:
+            rows = make_batch(trajectories)
+            whole = lora.join(reference, frozen)
+            judged = reference_log_probs(agent, whole, rows, temperature, config.microbatch_rows)
+            drift = (rows.weights * (rows.old_log_probs - judged)).sum(axis=1)
+            drift = config.reward_kl_coef * drift.reshape(size, max_turns)
+            costs = drift if costs is None else costs + drift
+        advantages, returns = turn_advantages(config, trajectories, rewards, num_questions, costs)
         batch = make_batch(trajectories, advantages, returns)
-        if config.kl_coef:
-            batch = batch.replace(
-                ref_log_probs=reference_log_probs(
-                    agent,
-                    lora.join(reference, frozen),
-                    batch,
-                    temperature,
-                    config.microbatch_rows,
-                )
-            )
+        if judged is not None:
+            batch = batch.replace(ref_log_probs=judged)
 
         def one_minibatch(state, chosen):
             return _minibatch_step(
@@ -368,6 +397,7 @@ def update_step(
         shape = {
             "advantage_std": _masked_deviation(advantages, live),
             "explained_variance": explained_variance(trajectories.turns.values, returns, live),
+            "cost": _mean_cost(costs, live),
         }
         return state, metrics, shape
 
@@ -390,7 +420,8 @@ def update_step(
         for name, values in metrics.items()
     }
     result |= {"log_prob_gap": gap, "scored_share": scored.mean()}
-    return state, {**result, **shape, "skipped": metrics["skipped"].sum()}
+    counts = {name: metrics[name].sum() for name in ("skipped", "idle")}
+    return state, {**result, **shape, **counts}
 
 
 def _deal(
@@ -419,6 +450,7 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
     part = part.replace(weights=weights)
     if not config.needs_every_row:
         active &= jnp.any(part.advantages != 0, axis=1)
+    wanted = program.psum(active.sum()) > 0  # else no group has a better and a worse member
     denominators = (tokens, jnp.maximum(turns, 1.0))
     loss_fn = functools.partial(ppo_objective, config, agent, temperature, frozen, denominators)
     grads, sums, maxima = microbatches.accumulate_gradients(
@@ -433,9 +465,17 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
     )
     sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = program.psum((grads, sums))
-    state, extra = apply_gradients(state, grads, optimizer)
+    state, extra = apply_gradients(state, grads, optimizer, wanted)
     state = program.constrain_params(agent.model.config.layout, state)
     return state, {**sums, **program.pmax(maxima), **extra}
+
+
+def _mean_cost(costs: Float[Array, "B T"] | None, live: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """What a trajectory's turns cost, on average."""
+    if costs is None:
+        return jnp.zeros((), jnp.float32)
+    total, count = program.psum((costs.sum(), jnp.asarray(live.shape[0], jnp.float32)))
+    return total / count
 
 
 def _masked_deviation(x: Float[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, ""]:

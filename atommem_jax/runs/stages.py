@@ -234,6 +234,8 @@ class Rl(Stage):
 
     def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
         super().__init__(parts, mesh, examples, shape, "rl")
+        if self.config.reward:
+            self.metric = reward_lib.NAMED[self.config.reward]
         self.ppo = self.config.ppo
         total = self.steps * self.ppo.minibatches * self.ppo.epochs
         self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, total)
@@ -243,7 +245,7 @@ class Rl(Stage):
 
     def _create(self, params: Any) -> State:
         state = super()._create(params)
-        if self.ppo.kl_coef:
+        if self.ppo.needs_reference:
             # A copy: the parameters of the train state are donated at every step.
             state["reference"] = jax.tree.map(jnp.copy, params)
         return state

@@ -313,7 +313,7 @@ def update(
 ) -> Flops:
     """One PPO update: every row that has a gradient once an epoch.
 
-    reference: scores them under frozen parameters too (`ppo.kl_coef`), once.
+    reference: scores them under frozen parameters too (`PPOConfig.needs_reference`), once.
     """
     rows = list(rows)
     total = epochs * score(config, rows, train=True, blocked=blocked, chunked=chunked)

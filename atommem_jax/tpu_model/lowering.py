@@ -138,7 +138,7 @@ def _update(config, parts, shape, mesh) -> Program:
             _place(counts, mesh, batch),
             _key(mesh),
             _place(jax.ShapeDtypeStruct((), jnp.float32), mesh, PartitionSpec()),
-            state.params if ppo.kl_coef else None,
+            state.params if ppo.needs_reference else None,
             frozen,
         ),
         {"optimizer": optimizer, "config": ppo, "mesh": mesh},

@@ -130,7 +130,7 @@ class Workload:
             self.model,
             self._scored(name),
             epochs=ppo.epochs,
-            reference=bool(ppo.kl_coef),
+            reference=ppo.needs_reference,
             blocked=self.blocked,
             chunked=chunked,
         )

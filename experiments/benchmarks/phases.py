@@ -141,8 +141,8 @@ def _assemble(setting, observation):
     return jax.vmap(one, in_axes=(None, 0))(setting.template, observation)
 
 
-def _respond(decoder, prompt, lengths, phase, keys, **how):
-    return groups.respond(decoder, prompt, lengths, phase, keys, phase == Phase.DONE, **how)
+def _respond(decoder, prompt, lengths, phase, keys):
+    return groups.respond(decoder, prompt, lengths, phase, keys, phase == Phase.DONE)
 
 
 def _read(decoder, prompt, lengths, phase, keys):
@@ -151,7 +151,8 @@ def _read(decoder, prompt, lengths, phase, keys):
     def begin(*inputs):
         return sampling.make_response(sampling.prefill(*inputs))
 
-    return _respond(decoder, prompt, lengths, phase, keys, generate=begin)
+    skip = phase == Phase.DONE
+    return groups.respond(decoder, prompt, lengths, phase, keys, skip, generate=begin)
 
 
 def _parse(setting, response):

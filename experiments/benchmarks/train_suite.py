@@ -78,7 +78,9 @@ class Ours:
         )
         self._graded = host_batches.shard((lesson.rewards, lesson.counts), mesh)
         self._params = jax.device_get(scene.params)
-        self._reference = host_batches.replicate(self._params, mesh) if lesson.ppo.kl_coef else None
+        self._reference = (
+            host_batches.replicate(self._params, mesh) if lesson.ppo.needs_reference else None
+        )
 
     def prepare(self) -> optimizer_lib.TrainState:
         """A fresh state: the step consumes it."""

@@ -132,6 +132,7 @@ def get_config() -> ConfigDict:
     config.rl.steps = 36
     config.rl.episodes = 32
     config.rl.temperature = 1.0
+    config.rl.reward = ""  # or "exact_match", "f1"; '' is the task's own, or exact match
     config.rl.log_every = 1
     config.rl.eval_every = 10
     config.rl.save_every = 5
@@ -164,6 +165,11 @@ def get_config() -> ConfigDict:
     config.rl.ppo.dual_clip = 3.0
     config.rl.ppo.weighting = "token_mean"
     config.rl.ppo.entropy_coef = 0.0
+    config.rl.ppo.read_cost = 0.0  # of the trajectory's reward, for each Read applied
+    config.rl.ppo.create_cost = 0.0
+    config.rl.ppo.invalid_cost = 0.0
+    config.rl.ppo.reward_kl_coef = 0.0  # for each nat of log(policy / reference), in the reward
+    config.rl.ppo.learn_from_cut = False  # from turns that ended with their budget
     config.rl.ppo.kl_coef = 0.0
     config.rl.ppo.kl_kind = "k3"
     config.rl.ppo.value_coef = 0.5

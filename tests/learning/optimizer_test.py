@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from atommem_jax.learning import optimizer as optimizer_lib
@@ -21,10 +22,10 @@ def updates_of(optimizer, params, grads, steps):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0, 0.025, 0.05, 0.075, *[0.1] * 9]),
+        ("constant", [0.02, 0.04, 0.06, 0.08, *[0.1] * 9]),
         (
             "cosine",
-            [0, 0.025, 0.05, 0.075] + [0.05 * (1 + np.cos(np.pi * k / 8)) for k in range(9)],
+            [0.02, 0.04, 0.06, 0.08] + [0.05 * (1 + np.cos(np.pi * k / 8)) for k in range(9)],
         ),
     ],
 )
@@ -71,6 +72,42 @@ def test_large_gradients_are_clipped():
     np.testing.assert_allclose(moments[0], [0.6, 0.8], rtol=1e-5)
 
 
+def split_schedule(opt_state):
+    """(the state without the schedules' counts, those counts)."""
+
+    def is_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    rest = [x for x in leaves if not is_schedule(x)]
+    return rest, [int(x.count) for x in leaves if is_schedule(x)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_not_taken_counts_for_the_schedule_and_changes_nothing_else(name):
+    params = {"layers": {"w": jnp.ones((1, 2, 2))}}
+    optimizer = make_optimizer(10, name=name, learning_rate=0.1, schedule="cosine")
+    good = jax.tree.map(jnp.ones_like, params)
+    bad = jax.tree.map(lambda x: x * jnp.nan, params)
+    state, _ = optimizer_lib.apply_gradients(
+        optimizer_lib.create_state(params, optimizer), good, optimizer
+    )
+    for grads, wanted, counted in ((good, False, "idle"), (bad, True, "skipped")):
+        before, counts = split_schedule(state.opt_state)
+        after, metrics = optimizer_lib.apply_gradients(state, grads, optimizer, jnp.array(wanted))
+        same, now = split_schedule(after.opt_state)
+        jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+        jax.tree.map(np.testing.assert_array_equal, same, before)
+        assert now == [count + 1 for count in counts] != []
+        assert after.step == state.step + 1
+        assert [k for k in ("idle", "skipped") if float(metrics[k])] == [counted]
+    # A zero gradient that was wanted moves parameters all the same, by the moments.
+    zero = jax.tree.map(jnp.zeros_like, params)
+    moved, metrics = optimizer_lib.apply_gradients(state, zero, optimizer)
+    assert metrics["idle"] == 0
+    assert np.abs(moved.params["layers"]["w"] - state.params["layers"]["w"]).max() > 1e-3
+
+
 def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
     params = {"w": jnp.asarray([1.0, 2.0])}
     optimizer = make_optimizer()
@@ -82,8 +119,8 @@ def test_gradients_that_are_not_finite_change_nothing_and_are_counted():
         assert (state.step, state.skipped, state.skipped_in_a_row) == (step, step, in_a_row)
         assert metrics["skipped"] == 1
         np.testing.assert_array_equal(state.params["w"], params["w"])
-    fresh = optimizer.init(params)
-    jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh)
+    moments, fresh = (split_schedule(s)[0] for s in (state.opt_state, optimizer.init(params)))
+    jax.tree.map(np.testing.assert_array_equal, moments, fresh)
     state, metrics = optimizer_lib.apply_gradients(state, good, optimizer)
     assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 2, 0)
     np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(2), rtol=1e-6)

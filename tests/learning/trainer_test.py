@@ -1,5 +1,6 @@
 """Gradients against a plain computation over all rows, and credit in literal numbers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import microbatches, trainer
 from atommem_jax.model import sampling
-from atommem_jax.types import EMPTY
+from atommem_jax.types import EMPTY, ActionKind
 from tests.helpers import tiny
 from tests.helpers.updates import (
     ONE,
@@ -20,6 +21,7 @@ from tests.helpers.updates import (
     agent,
     assert_close,
     draw_rewards,
+    make_optimizer,
     make_params,
     new_state,
     num_questions,
@@ -280,6 +282,130 @@ def test_value_kl_and_entropy_terms_follow_their_formulas():
     assert abs(metrics["reference_kl"]) < 1e-6
 
 
+def test_a_batch_without_contrast_moves_nothing():
+    config = PPOConfig(group_size=4, minibatches=2, microbatch_rows=64)
+    adam = make_optimizer(learning_rate=0.01)
+    state, _ = update(new_state(adam), sample(), draw_rewards(), config, adam)
+    before = jax.device_get(state)
+    alike = jnp.ones_like(draw_rewards())
+    alike = jnp.where(jnp.arange(alike.shape[1])[None] < num_questions()[:, None], alike, 0.0)
+    state, metrics = update(state, sample(), alike, config, adam)
+    assert (metrics["idle"], metrics["skipped"], metrics["scored_share"]) == (2, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+    # All but the schedule's count, which is no moment.
+    for new, old in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(before.opt_state), strict=True
+    ):
+        if new.ndim:
+            np.testing.assert_array_equal(new, old)
+
+
+COSTS = PPOConfig(group_size=4, microbatch_rows=64, read_cost=0.1, create_cost=0.03)
+
+
+def test_actions_cost_what_the_config_says():
+    config = dataclasses.replace(COSTS, invalid_cost=0.5)
+    turns = jax.device_get(sample().turns)
+    found = np.asarray(trainer.turn_costs(config, sample()))
+    for b, t in np.ndindex(found.shape):
+        expected = 0.0
+        if turns.live[b, t]:
+            report = jax.tree.map(lambda x, b=b, t=t: x[b, t], turns.report)
+            expected += 0.1 * report.applied[ActionKind.READ]
+            expected += 0.03 * report.applied[ActionKind.CREATE]
+            expected += 0.5 * report.invalid.sum()
+        np.testing.assert_allclose(found[b, t], expected, atol=1e-6)
+    assert len(np.unique(found)) > 3
+    assert trainer.turn_costs(PPOConfig(), sample()) is None
+
+    # A trajectory's reward is less by the sum; each return and each contrast follows.
+    rewards = draw_rewards()
+    plain, plain_returns = trainer.turn_advantages(COSTS, sample(), rewards, num_questions())
+    priced, returns = trainer.turn_advantages(
+        COSTS, sample(), rewards, num_questions(), jnp.asarray(found)
+    )
+    total = found.sum(axis=1)
+    live = turns.live
+    np.testing.assert_allclose(
+        np.asarray(returns)[live], (np.asarray(plain_returns) - total[:, None])[live], atol=1e-6
+    )
+    contrast = total.reshape(2, 4) - total.reshape(2, 4).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        np.asarray(priced)[live],
+        (np.asarray(plain) - contrast.reshape(-1, 1))[live],
+        atol=1e-6,
+    )
+
+
+def test_with_gae_a_turn_pays_for_what_it_does():
+    config = PPOConfig(estimator="gae", group_size=1, gae_lambda=0.5)
+    costs = jnp.asarray([[0, 0.2, 0, 0], [0, 0, 0, 0]], jnp.float32)
+    question = jnp.asarray(TURNS[:2], jnp.int32)
+    turns = sample().turns.replace(
+        question=question,
+        live=jnp.asarray(LIVE[:2], bool),
+        values=jnp.zeros(question.shape, jnp.float32),
+    )
+    played = sample().replace(turns=turns)
+    asked = jnp.asarray([2, 2], jnp.int32)
+    rewards = jnp.zeros((2, 2), jnp.float32)
+    advantages, _ = trainer.turn_advantages(config, played, rewards, asked, costs)
+    np.testing.assert_allclose(advantages, [[-0.1, -0.2, 0, 0], [0, 0, 0, 0]], atol=1e-6)
+
+
+def test_a_reward_less_the_divergence_from_the_reference():
+    reference = tiny.disturb(make_params(), 0.05, seed=5)
+    config = PPOConfig(group_size=4, microbatch_rows=64, reward_kl_coef=0.2)
+    rewards = draw_rewards()
+    state, metrics = update(
+        new_state(RECORDER), sample(), rewards, config, RECORDER, reference=reference
+    )
+    turns = sample().turns
+    drift = np.zeros(turns.live.shape, np.float32)
+    for b in range(ROWS):
+        row = jax.tree.map(lambda x, b=b: x[b], turns)
+        scores = sampling.score(
+            agent(), reference, row.prompt, row.prompt_lengths, row.response,
+            row.response_lengths, row.phase, ONE,
+        )  # fmt: skip
+        real = np.arange(row.response.shape[1])[None] < np.asarray(row.response_lengths)[:, None]
+        gap = np.where(real, np.asarray(row.log_probs) - np.asarray(scores.log_probs), 0.0)
+        drift[b] = np.where(row.live, gap.sum(axis=1), 0.0)
+    total = np.asarray(rewards).sum(axis=1) / np.asarray(num_questions())
+    total -= 0.2 * drift.sum(axis=1)
+    whole = (total.reshape(2, 4) - total.reshape(2, 4).mean(axis=1, keepdims=True)).reshape(-1, 1)
+    advantages = np.where(turns.live, whole, 0.0).astype(np.float32)
+    found = straightforward_gradients(sample(), advantages)
+    tokens = sum(count for _, count in found)
+    assert_close(state.opt_state, tree_sum([g for g, _ in found], 1 / tokens), rtol=1e-3)
+    np.testing.assert_allclose(metrics["cost"], 0.2 * drift.sum(axis=1).mean(), rtol=1e-3)
+
+
+def test_turns_that_the_budget_ended_are_not_learned_from():
+    eos, limit = agent().grammar.eos_id, sample().turns.response.shape[2]
+    turns = sample().turns
+    text = int(np.flatnonzero(np.asarray(agent().template.is_text))[0])
+    cut = np.zeros(turns.live.shape, bool)
+    cut[1, 0] = cut[6, 2] = True
+    whole = np.zeros_like(cut)
+    whole[3, 1] = True  # as long as the budget, and ended by itself
+    response = np.array(turns.response)
+    response[cut | whole] = text
+    response[whole, -1] = eos
+    lengths = np.where(cut | whole, limit, turns.response_lengths).astype(np.int32)
+    changed = turns.replace(
+        response=jnp.asarray(response),
+        response_lengths=jnp.asarray(lengths),
+        live=turns.live | jnp.asarray(cut | whole),
+    )
+    found = trainer._leave_out_cut(sample().replace(turns=changed), eos)
+    np.testing.assert_array_equal(found.turns.scripted, np.asarray(turns.scripted) | cut)
+    batch = trainer.make_batch(found)
+    size = turns.live.shape[1]
+    assert not batch.weights.reshape(ROWS, size, -1)[cut].any()
+    assert batch.weights.reshape(ROWS, size, -1)[whole].all()
+
+
 def test_a_rollout_that_does_not_divide_is_refused():
     for config in (PPOConfig(group_size=3), PPOConfig(group_size=4, minibatches=5)):
         with pytest.raises(ValueError, match=r"ppo\.minibatches=\d and ppo\.group_size=\d"):
@@ -352,6 +478,10 @@ def test_gae_pays_each_question_at_the_turn_that_ends_it():
         (OptimizerConfig(learning_rate=0.0), r"optimizer\.learning_rate=0\.0"),
         (PPOConfig(estimator="grpo"), r"ppo\.estimator='grpo': allowed are"),
         (PPOConfig(kl_kind="k4"), r"ppo\.kl_kind='k4'"),
+        (
+            PPOConfig(kl_kind="k1", kl_coef=0.1),
+            r"ppo\.kl_kind='k1': allowed with ppo\.kl_coef=0\.1 are .* or take .*reward_kl_coef",
+        ),
         (PPOConfig(minibatches=0), r"ppo\.minibatches=0: allowed is at least 1"),
         (PPOConfig(group_size=1), r"needs ppo\.group_size of at least 2"),
         (
