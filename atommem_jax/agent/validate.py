@@ -50,7 +50,7 @@ def validate(config: Experiment) -> None:
     )
     check(
         config.rl.steps == 0 or config.rollout.top_p == 1.0,
-        f"rollout.top_p={config.rollout.top_p}: allowed with rl.steps={config.rl.steps} is 1.0, for "
+        f"rollout.top_p={config.rollout.top_p}: allowed with rl.steps={config.rl.steps} is 1.0: "
         "the learner scores tokens under the whole distribution; evaluate with "
         "--set rollout.top_p instead",
     )

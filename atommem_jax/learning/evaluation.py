@@ -63,8 +63,9 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
     turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
-    policy wrote, not those of a fixed program, and `tokens_per_pass` is 1 where none is guessed. `well_formed` is a share of the actions begun, and
-    `ended` of the turns: those that were shorter than they might have been.
+    policy wrote, not those of a fixed program; `tokens_per_pass` is 1 where none is guessed.
+    `well_formed` is a share of the actions begun, and `ended` of the turns: those that were shorter
+    than they might have been.
     """
     turns = trajectories.turns
     live = turns.live.astype(jnp.float32)

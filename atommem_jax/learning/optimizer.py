@@ -1,7 +1,7 @@
 """The optimiser: an Optax chain from a config, and the state that a training step changes.
 
-A gradient that is not finite leaves parameters and moments as they were and is counted; the schedule
-goes on, as the count of steps does.
+A gradient that is not finite leaves parameters and moments as they were and is counted; the
+schedule goes on, as the count of steps does.
 """
 
 from typing import Any
