@@ -460,11 +460,17 @@ def score(
     both = jnp.concatenate([prompt, response[:, :-1]], axis=1)
     tokens = jnp.take_along_axis(both, jnp.maximum(place, 0), axis=1)
     tokens = jnp.where(column >= 0, tokens, grammar.pad_id)
+    tail = min(limit, width)  # the last columns, among which are all that predict a token
     hidden, _ = model.apply(
-        {"params": params}, tokens, width - fed, features=match_features(agent, prompt, tokens)
+        {"params": params},
+        tokens,
+        width - fed,
+        features=match_features(agent, prompt, tokens),
+        tail=tail,
     )
-    first = width - fed + prompt_lengths - 1  # the column that predicts the first response token
-    at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], width - 1)
+    # Within the tail: the column that predicts the first response token, and those behind it.
+    first = tail - fed + prompt_lengths - 1
+    at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], tail - 1)
     hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
     values = model.apply({"params": params}, hidden[:, 0], method="value")
     if config.constrained:

@@ -35,6 +35,7 @@ from atommem_jax.model.model_config import REMAT_POLICIES, ModelConfig
 from atommem_jax.parallel import program
 from atommem_jax.parallel.program import constrain
 
+_FEW_LAYERS = 8  # at most: leaving out a part of the last one is worth a program of its own
 _CHAIN = 32  # terms that are added one after the other where exactness is asked for
 
 
@@ -283,7 +284,7 @@ class Block(nn.Module):
     config: ModelConfig
     keep_cache: bool
     product: Callable[..., Array] = dot_general  # of activations and a matrix
-    last_only: bool = False  # what comes out is of the last column alone; keys and values of all
+    tail: int = 0  # what comes out is of so many last columns; keys and values of all. 0: all
 
     @nn.compact
     def __call__(self, x, cache, start, positions, mask, index):
@@ -307,7 +308,7 @@ class Block(nn.Module):
             return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
-        asks, at = (h[:, -1:], positions[:, -1:]) if self.last_only else (h, positions)
+        asks, at = h[:, -self.tail :], positions[:, -self.tail :]  # -0 is all
         q = heads(dense(c.num_heads * c.head_width, "query")(asks), c.num_heads)
         k = heads(dense(c.num_kv_heads * c.head_width, "key")(h), c.num_kv_heads)
         v = heads(dense(c.num_kv_heads * c.head_width, "value")(h), c.num_kv_heads)
@@ -319,15 +320,14 @@ class Block(nn.Module):
         before = cache.before if isinstance(cache, Prefix) else None
         if not isinstance(cache, Prefix | None):
             attended, (k, v) = self.attend_cached(q, k, v, cache, mask, index)
-        elif self.last_only:
-            end = k.shape[2] - 1
-            mask = mask_slots(start, list_slots(end, 1), end + 1)
+        elif self.tail:
+            length = k.shape[2]
+            mask = mask_slots(start, list_slots(length - self.tail, self.tail), length)
             attended = attention.attend(q, (k,), (v,), mask, before)
         else:
             attended = attention.causal(q, k, v, start, before, implementation=c.attention)
         attended = place(attended).transpose(0, 2, 1, 3).reshape(batch, q.shape[2], -1)
-        x = x[:, -1:] if self.last_only else x
-        x = x + dense(c.width, "out")(attended)
+        x = x[:, -self.tail :] + dense(c.width, "out")(attended)
 
         h = norm(name="mlp_norm")(x)
         gate = constrain(nn.silu(dense(c.mlp_width, "gate")(h)), "rows", None, "mlp")
@@ -400,11 +400,16 @@ class Transformer(nn.Module):
         features: Bool[Array, "B T F"] | None = None,
         cache: Cache | None = None,
         index: int | Int[Array, "*B"] = 0,
+        tail: int = 0,
     ) -> tuple[Float[Array, "B T width"], Cache | None]:
         """Hidden states of `tokens`, which stand at slots index .. index + T - 1.
 
         With `cache` the tokens attend to its slots too, and the cache comes back with them
         written among its later slots, whose index may differ from row to row.
+
+        tail: static; without a cache, only those of the last `tail` columns are wanted. A model of
+          few layers leaves out what the last one would compute of the others; any returns just
+          these columns. 0 for all.
         """
         length = tokens.shape[1]
         window = self._with_recent(tokens, None if cache is None else cache.recent)
@@ -418,13 +423,38 @@ class Transformer(nn.Module):
             layered = cache.replace(recent=None, prefix=every)
             mask, offset = mask_slots(start, slots, cache.slots), index - cache.prompt_slots
         positions = count_positions(start, slots, prefix)
+        if 0 < tail < length and self.config.num_layers <= _FEW_LAYERS and cache is None:
+            return self.final_norm(self._layers_with_tail(x, start, positions, tail)), None
         x, written = self._layers(cache is not None, x, layered, start, positions, mask, offset)
-        x = self.final_norm(x)
+        x = self.final_norm(x[:, -tail:])
         if cache is None:
             return x, None
         keys, values = written
         cache = cache.replace(later_keys=keys, later_values=values, recent=window[:, length:])
         return x, cache
+
+    @nn.nowrap
+    def _layers_with_tail(self, x, start, positions, tail: int) -> Float[Array, "B tail width"]:
+        """All layers, and of the last one `tail` columns."""
+        stacked = self.variables["params"]["layers"]
+
+        def run(x, own, tail=0):
+            block = Block(self.config, False, tail=tail, parent=None)
+            # The barriers keep roundings to bfloat16 that a loop makes, see `read`.
+            x = jax.lax.optimization_barrier(x)
+            x, _ = block.apply({"params": own}, x, None, start, positions, None, 0)
+            return jax.lax.optimization_barrier(x)
+
+        def remat(function):
+            policy = REMAT_POLICIES[self.config.remat_policy]
+            keep = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+            return keep(function) if self.config.remat else function
+
+        others = jax.tree.map(lambda p: p[:-1], stacked)
+        with jax.named_scope("layers"):
+            x, _ = jax.lax.scan(lambda x, own: (remat(run)(x, own), None), x, others)
+        last = jax.tree.map(lambda p: p[-1], stacked)
+        return remat(functools.partial(run, tail=tail))(x, last)
 
     @nn.nowrap
     def _with_recent(self, tokens: Array, recent: Array | None) -> Int[Array, "B shifted_T"]:
@@ -475,7 +505,7 @@ class Transformer(nn.Module):
             x, cache = jax.lax.fori_loop(
                 0, c.num_layers - 1, lambda i, carry: run(i, *carry), (x, cache)
             )
-        x, (k, v) = run(c.num_layers - 1, x, cache, last_only=True)
+        x, (k, v) = run(c.num_layers - 1, x, cache, tail=1)
         none = jnp.zeros((*k.shape[:3], 0, c.head_width), k.dtype)
         return self.final_norm(x), Cache(k, v, none, none, window[:, length:], prefix)
 
