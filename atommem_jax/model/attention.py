@@ -1,7 +1,8 @@
-"""Softmax attention: plain einsums anywhere, a blocked Pallas kernel for long prompts on TPU.
+"""Softmax attention: plain einsums anywhere, a blocked Pallas kernel for long prompts on TPU, and
+what JAX has for GPUs.
 
 Rows are left-padded (see `transformer`): `start[b]` is the first column of row b that holds a
-token. The two implementations of `causal` agree on columns that hold a token; what they give for
+token. The implementations of `causal` agree on columns that hold a token; what they give for
 padding is finite and read by nothing.
 """
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.parallel import program
 
-IMPLEMENTATIONS = ("auto", "plain", "splash")
+IMPLEMENTATIONS = ("auto", "plain", "splash", "fused")
 
 SAVED = "attention"
 """Name of the kernel's results, for a rematerialisation policy that keeps them."""
@@ -83,8 +84,9 @@ def causal(
     before: what stands before the rows.
     implementation: "splash" never holds T x T scores and needs T to be a multiple of `LANES`;
       "plain" computes scores in blocks of queries, each with the keys up to its end: half of the
-      work, in pieces that stay in a CPU's cache; "auto" takes "splash" on a TPU for rows of 1,024
-      columns and more.
+      work, in pieces that stay in a CPU's cache; "fused" is what JAX has for GPUs, with cuDNN's
+      kernel where that takes the inputs; "auto" takes "splash" on a TPU for rows of 1,024 columns
+      and more, and "fused" on a GPU.
     interpret: runs the kernel's program without a TPU, slowly.
 
     Raises ValueError for a length that the kernel cannot have.
@@ -106,6 +108,8 @@ def causal(
         heads, shared = ("rows", "heads", None, None), ("rows", "kv_heads", None, None)
         run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows", None)), out=heads)
         return run(queries, keys, values, real)
+    if _use_fused(implementation):
+        return _fused(queries, keys, values, start, before)
     blocks = []
     for first in range(0, length, block := max(-(-length // _SHARE), _LEAST)):
         last = min(first + block, length)
@@ -127,6 +131,35 @@ def _use_splash(implementation: str, length: int) -> bool:
     if implementation == "auto":
         return jax.default_backend() == "tpu" and length >= _LONG
     return implementation == "splash"
+
+
+def _use_fused(implementation: str) -> bool:
+    if implementation == "auto":
+        return jax.default_backend() == "gpu"
+    return implementation == "fused"
+
+
+def _fused(queries, keys, values, start, before):
+    """`jax.nn.dot_product_attention`, whose axes are [B T heads depth]."""
+    columns = jnp.arange(queries.shape[2], dtype=jnp.int32)
+    real = columns[None] >= start[:, None]
+    # Padding attends to itself: no row is without anything to attend to.
+    ahead = (columns[None, :] - columns[:, None])[None]
+    mask = ((ahead < 0) & real[:, None]) | (ahead == 0)
+    if before is not None:
+        keys, values = (
+            jnp.concatenate(x, axis=2) for x in ((before[0], keys), (before[1], values))
+        )
+        there = jnp.broadcast_to(before[2], (*mask.shape[:2], before[2].shape[2]))
+        mask = jnp.concatenate([there, mask], axis=2)
+    depth = queries.shape[3]
+    takes = queries.dtype in (jnp.bfloat16, jnp.float16) and depth <= 128 and depth % 8 == 0
+    out = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (queries, keys, values)),
+        mask=mask[:, None],
+        implementation="cudnn" if takes and jax.default_backend() == "gpu" else "xla",
+    )
+    return out.swapaxes(1, 2)
 
 
 def _splash(queries, keys, values, real, *, interpret):

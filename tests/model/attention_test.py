@@ -48,6 +48,47 @@ def test_the_kernel_equals_plain_attention_and_numpy(heads, kv_heads, depth):
     np.testing.assert_allclose(only_tokens(splash), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("implementation", ["splash", "fused"])
+def test_all_attend_to_what_stands_before(implementation):
+    """As if the rows were longer; how much stands before differs from row to row."""
+    q, k, v = make_inputs(4, 2, 64)
+    count = 128
+    lengths = np.array([128, 5, 0], np.int32)
+    more = [jnp.asarray(x) for x in np.random.default_rng(3).normal(size=(2, 3, 2, count, 64))]
+    there = jnp.arange(count)[None, None] < lengths[:, None, None]
+    before = (more[0].astype(jnp.float32), more[1].astype(jnp.float32), there)
+    how = {"interpret": True} if implementation == "splash" else {}
+    plain = attention.causal(q, k, v, START, before, implementation="plain")
+    found = attention.causal(q, k, v, START, before, implementation=implementation, **how)
+    np.testing.assert_allclose(only_tokens(found), only_tokens(plain), atol=3e-6, rtol=0)
+    for row, length in enumerate(lengths):
+        first = START[row]
+        longer = [
+            jnp.concatenate([b[row : row + 1, :, :length], x[row : row + 1, :, first:]], axis=2)
+            for b, x in ((before[0], k), (before[1], v))
+        ]
+        ask = jnp.pad(q[row : row + 1, :, first:], ((0, 0), (0, 0), (length, 0), (0, 0)))
+        expected = attend_with_numpy(ask, *longer, [0])[:, :, length:]
+        np.testing.assert_allclose(plain[row : row + 1, :, first:], expected, atol=3e-6, rtol=0)
+
+
+def test_fused_attention_equals_plain_attention_and_so_do_its_gradients():
+    inputs = make_inputs(4, 2, 64)
+    weights = only_tokens(np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32))
+
+    def loss(q, k, v, implementation):
+        out = attention.causal(q, k, v, START, implementation=implementation)
+        return jnp.sum(jnp.asarray(weights) * out), out
+
+    pairs = [
+        jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs, implementation=name)
+        for name in ("fused", "plain")
+    ]
+    np.testing.assert_allclose(*(only_tokens(out) for _, out in pairs), atol=2e-6, rtol=0)
+    for ours, theirs in zip(*(grads for grads, _ in pairs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("length", [1, 300, 1100])
 def test_plain_attention_in_blocks_of_any_length_equals_numpy(length):
     q, k, v = make_inputs(2, 1, 8, length=length)
