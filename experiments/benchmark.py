@@ -31,7 +31,7 @@ from absl import flags as absl_flags
 from atommem_jax.agent import validate
 from atommem_jax.config import check, parse
 from experiments import flags
-from experiments.benchmarks import memory_suite, suites
+from experiments.benchmarks import decode_suite, memory_suite, suites
 
 CONFIG = flags.define_config("experiments/configs/synthetic.py")
 EPISODES = absl_flags.DEFINE_integer(
@@ -76,6 +76,15 @@ PRETRAINED = flags.define_path(
 )
 PAD_TOKEN = absl_flags.DEFINE_string(
     "pretrained_pad_token", "<|endoftext|>", "Name of the padding token in suite decode."
+)
+DATA_FILE = flags.define_path(
+    "data_file",
+    None,
+    "HotpotQA's JSON, whose documents the turns of suite decode show; no turns without.",
+    local=True,
+)
+BATCHES = absl_flags.DEFINE_list(
+    "batches", list(map(str, decode_suite.BATCHES)), "Rows that suite decode decodes at a time."
 )
 SLOTS = absl_flags.DEFINE_integer(
     "slots", _LOAD.slots, "Slots of a table in suite memory.", lower_bound=1
@@ -122,6 +131,15 @@ def check_suites(names: Sequence[str]) -> None:
     )
 
 
+def read_batches(given: Sequence[str]) -> tuple[int, ...]:
+    """The sizes that --batches names. Raises ConfigError for what is none."""
+    check(
+        bool(given) and all(size.isdecimal() and int(size) for size in given),
+        f"--batches={','.join(given)}: allowed are numbers above 0, separated by commas",
+    )
+    return tuple(map(int, given))
+
+
 def read_options() -> suites.Options:
     """What the flags say. Raises ConfigError where two disagree."""
     check(
@@ -155,6 +173,8 @@ def read_options() -> suites.Options:
         torch_compile=TORCH_COMPILE.value,
         pretrained=PRETRAINED.value,
         pad_token=PAD_TOKEN.value,
+        data_file=DATA_FILE.value,
+        batches=read_batches(BATCHES.value),
     )
 
 

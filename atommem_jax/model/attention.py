@@ -154,8 +154,11 @@ def _fused(queries, keys, values, start, before):
         mask = jnp.concatenate([there, mask], axis=2)
     depth = queries.shape[3]
     takes = queries.dtype in (jnp.bfloat16, jnp.float16) and depth <= 128 and depth % 8 == 0
+    queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
     out = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (queries, keys, values)),
+        queries,
+        keys,
+        values,
         mask=mask[:, None],
         implementation="cudnn" if takes and jax.default_backend() == "gpu" else "xla",
     )

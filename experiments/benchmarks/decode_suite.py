@@ -11,6 +11,10 @@ go on behind the end of a text, so that every contestant takes the same number o
 Measured are prefill, decoding at several batch sizes (a generation without the prefill of the same
 prompts, of the same round), whole generations, and what the grammar of the actions adds to a step.
 
+With a HotpotQA file there are also *turns*: prompts of an agent that reads its documents, one after
+the other, each gone on with greedily. There ours guesses tokens and checks them together
+(`rollout.draft`): what is written is the same, and so is the work that a peer does for it.
+
 What a step at batch 1 must read, all weights once, is set against the bandwidth that this machine
 reaches when it reads as much memory and does nothing else.
 """
@@ -18,9 +22,11 @@ reaches when it reads as much memory and does nothing else.
 import atexit
 import dataclasses
 import functools
+import itertools
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,9 +35,11 @@ import numpy as np
 
 from atommem_jax.language import chat, protocol
 from atommem_jax.language.grammar import compile_grammar
+from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.model import sampling
 from atommem_jax.model.sampling import Agent, DecodeState, SamplerConfig
 from atommem_jax.model.transformer import Transformer, count_params
+from atommem_jax.tasks import multihop_files, multihop_qa
 from atommem_jax.types import Phase
 from atommem_jax.weights import gguf, gguf_file, hf_tokenizer, huggingface
 from experiments.benchmarks import timing
@@ -41,6 +49,7 @@ PROMPT, STEPS = 128, 64
 BATCHES = (1, 8, 32)
 GRAMMAR_BATCH = 8
 SHOWN = 6
+TURNS, TURN_PROMPT, DRAFT = 6, 448, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +60,13 @@ class Subject:
       path: where its weights are.
       agent: ours, with the paper's actions and free text between them.
       params: float32, on one device.
+      tokenizer: of the model.
     """
 
     path: pathlib.Path
     agent: Agent
     params: Any
+    tokenizer: Tokenizer
 
     @property
     def weight_bytes(self) -> int:
@@ -77,9 +88,10 @@ def load(path: str, pad_token: str | None = None) -> Subject:
         grammar=dataclasses.replace(grammar, eos_id=-1),
         template=chat.template(tokenizer, actions),
         model=Transformer(dataclasses.replace(config, pad_id=tokenizer.pad_id)),
-        sampler=SamplerConfig(STEPS, constrained=False, cpu_decode=True),
+        # The order of matrices that a CPU wants is no use to others.
+        sampler=SamplerConfig(STEPS, constrained=False, cpu_decode=jax.default_backend() == "cpu"),
     )
-    return Subject(pathlib.Path(path), agent, params)
+    return Subject(pathlib.Path(path), agent, params, tokenizer)
 
 
 def make_prompts(rows: int, length: int, vocab_size: int) -> np.ndarray:
@@ -87,15 +99,61 @@ def make_prompts(rows: int, length: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, (rows, length)).astype(np.int32)
 
 
+def make_turns(subject: Subject, data_file: str) -> np.ndarray:
+    """int32 [TURNS, TURN_PROMPT]: a reading turn about each of the first samples of HotpotQA.
+
+    Documents are cut where the prompt is full. Raises ConfigError for what is no such file.
+    """
+    config = multihop_qa.MultihopQaConfig(dataset="hotpotqa", data_file=data_file)
+    samples = multihop_qa.generate(config, multihop_files.read(config), "train")
+    template, encode = subject.agent.template, subject.tokenizer.encode
+    rows = []
+    for sample in itertools.islice(samples, TURNS):
+        text = " ".join(fact["text"] for chunk in sample["chunks"] for fact in chunk)
+        question = encode(sample["questions"][0]["text"])
+        begin = [*_ids(template.prefix), *_ids(template.question), *question]
+        begin += _ids(template.chunk)
+        end = _ids(template.suffix[int(Phase.READING)])
+        rows.append([*begin, *encode(text)[: TURN_PROMPT - len(begin) - len(end)], *end])
+    return np.asarray(rows, np.int32)
+
+
+def _ids(header: jax.Array) -> list[int]:
+    return [int(i) for i in header if i >= 0]
+
+
 # ---------------------------------------------------------------------------------------------
 # Contestants
+
+
+class OneByOne:
+    """A contestant that answers a batch row by row, as one sequence at a time is served."""
+
+    def __init__(self, player: Any):
+        self._player = player
+
+    def prefill(self, prompts: np.ndarray) -> timing.Contestant:
+        return self._each("prefill", prompts)
+
+    def generate(self, prompts: np.ndarray) -> timing.Contestant:
+        return self._each("generate", prompts)
+
+    def _each(self, what: str, prompts: np.ndarray) -> timing.Contestant:
+        parts = [getattr(self._player, what)(row[None]) for row in prompts]
+
+        def run(_: Any) -> list[Any]:
+            return [part.run(None) for part in parts]
+
+        return timing.Contestant(run)
 
 
 class Ours:
     """Prefill and decode as rollouts do them."""
 
-    def __init__(self, subject: Subject):
-        self._subject = subject
+    def __init__(self, subject: Subject, draft: int = 0):
+        sampler = dataclasses.replace(subject.agent.sampler, draft=draft)
+        agent = subject.agent.replace(sampler=sampler)
+        self._subject = dataclasses.replace(subject, agent=agent)
 
     def prefill(self, prompts: np.ndarray) -> timing.Contestant:
         tokens, params = jnp.asarray(prompts), self._subject.params
@@ -152,20 +210,23 @@ class Transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, **more
         )
-        self._model = model.eval()
+        # On the device of ours: a card is compared with itself.
+        self._device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        self._model = model.eval().to(self._device)
         self._model.generation_config.eos_token_id = None
 
     def prefill(self, prompts: np.ndarray) -> timing.Contestant:
-        ids = self._torch.tensor(prompts, dtype=self._torch.long)
+        ids = self._torch.tensor(prompts, dtype=self._torch.long, device=self._device)
 
         def run(_: Any) -> None:
             with self._torch.inference_mode():
-                self._model(ids, use_cache=True, logits_to_keep=1)
+                out = self._model(ids, use_cache=True, logits_to_keep=1)
+                out.logits[0, 0, 0].item()  # waits for the device
 
         return timing.with_torch_threads(timing.Contestant(run), timing.count_cores())
 
     def generate(self, prompts: np.ndarray) -> timing.Contestant:
-        ids = self._torch.tensor(prompts, dtype=self._torch.long)
+        ids = self._torch.tensor(prompts, dtype=self._torch.long, device=self._device)
 
         def run(_: Any) -> np.ndarray:
             with self._torch.inference_mode():
@@ -177,7 +238,7 @@ class Transformers:
                     min_new_tokens=STEPS,
                     pad_token_id=0,
                 )
-            return out[:, ids.shape[1] :].numpy()
+            return out[:, ids.shape[1] :].cpu().numpy()
 
         return timing.with_torch_threads(timing.Contestant(run), timing.count_cores())
 
@@ -202,7 +263,7 @@ class LlamaCpp:
         _write_float32(subject.path, path)
         self._model = llama_cpp.Llama(
             str(path),
-            n_ctx=PROMPT + STEPS,
+            n_ctx=max(PROMPT, TURN_PROMPT) + STEPS,
             n_threads=timing.count_cores(),
             n_threads_batch=timing.count_cores(),
             type_k=llama_cpp.GGML_TYPE_F32,  # by default float16
@@ -267,10 +328,18 @@ def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:
 # Measuring
 
 
-def run(subject: Subject, *, runs: int) -> timing.Result:
+def run(
+    subject: Subject,
+    *,
+    runs: int,
+    data_file: str | None = None,
+    batches: Sequence[int] | None = None,
+) -> timing.Result:
     """All comparisons, by name.
 
     Of each peer `prefill`, `decode_1`, `generate_1` and so on; `grammar` and `bandwidth` of ours.
+    data_file: of HotpotQA; of each peer then also `decode_turns` and `generate_turns`.
+    batches: rows decoded at a time; None for `BATCHES`.
     """
     peers, results = _make_peers(subject)
     ours, vocabulary = Ours(subject), subject.agent.model.config.vocab_size
@@ -284,7 +353,7 @@ def run(subject: Subject, *, runs: int) -> timing.Result:
         results[f"{name}.prefill"] = timing.compare(
             seconds["ours"], seconds[name], work=float(prompts.size), unit="tokens"
         )
-    for batch in BATCHES:
+    for batch in batches or BATCHES:
         prompts = make_prompts(batch, PROMPT, vocabulary)
         taking = {name: peer for name, peer in peers.items() if _takes(name, batch)}
         contestants = {}
@@ -309,6 +378,31 @@ def run(subject: Subject, *, runs: int) -> timing.Result:
         if batch == GRAMMAR_BATCH:
             prefill = statistics.median(seconds["ours.prefill"])
             results["grammar"] = _measure_grammar(ours, prompts, prefill, runs)
+    if data_file:
+        results |= _measure_turns(subject, peers, make_turns(subject, data_file), runs)
+    return results
+
+
+def _measure_turns(subject: Subject, peers: Any, prompts: np.ndarray, runs: int) -> timing.Result:
+    """Turns of an agent at batch 1: ours with guesses, and without any."""
+    players = {"ours": Ours(subject, DRAFT), "ours_without_draft": Ours(subject), **peers}
+    contestants = {}
+    for name, player in players.items():
+        contestants[f"{name}.prefill"] = OneByOne(player).prefill(prompts)
+        contestants[f"{name}.generate"] = OneByOne(player).generate(prompts)
+    seconds = timing.measure(contestants, runs=runs, label="turns")
+    results: timing.Result = {}
+    for name in players:
+        whole, part = seconds[f"{name}.generate"], seconds[f"{name}.prefill"]
+        seconds[f"{name}.decode"] = _subtract(whole, part)
+    for name in players.keys() - {"ours"}:
+        for part in ("decode", "generate"):
+            results[f"{name}.{part}_turns"] = timing.compare(
+                seconds[f"ours.{part}"],
+                seconds[f"{name}.{part}"],
+                work=float(len(prompts) * STEPS),
+                unit="tokens",
+            )
     return results
 
 

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import decode_suite
-from tests.helpers import smollm2
+from tests.helpers import multihop, smollm2
 from tests.model import parity_test
 
-SIZES = {"PREFILL": (2, 16), "PROMPT": 12, "STEPS": 6, "BATCHES": (1, 2), "GRAMMAR_BATCH": 2}
+SIZES = {
+    "PREFILL": (2, 16),
+    "PROMPT": 12,
+    "STEPS": 6,
+    "BATCHES": (1, 2),
+    "GRAMMAR_BATCH": 2,
+    "TURNS": 2,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +52,24 @@ def test_llama_cpp_writes_the_same_tokens():
     ours = decode_suite.Ours(subject).generate(prompts).run(None)
     theirs = decode_suite.LlamaCpp(subject).generate(prompts).run(None)
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.peer
+def test_turns_are_prompts_of_one_length_that_show_a_document(tmp_path):
+    subject = decode_suite.load(str(smollm2.find()), "<|endoftext|>")
+    records = [multihop.make_record(number, distractors=60) for number in range(2)]
+    config = multihop.write(tmp_path, records)
+    turns = decode_suite.make_turns(subject, config.data_file)
+    assert turns.shape == (2, decode_suite.TURN_PROMPT)
+    texts = [subject.tokenizer.decode(row.tolist()) for row in turns]
+    for number in range(2):  # in the order in which samples are dealt
+        assert any(f"Where is the firm of Person {number}?" in text for text in texts)
+    for text in texts:
+        assert "Noise" in text
+        assert text.rstrip().endswith("assistant")
+    plain = decode_suite.OneByOne(decode_suite.Ours(subject)).generate(turns).run(None)
+    guessed = decode_suite.OneByOne(decode_suite.Ours(subject, draft=3)).generate(turns).run(None)
+    np.testing.assert_array_equal(guessed, plain)
 
 
 @pytest.mark.peer

@@ -387,7 +387,7 @@ def test_eight_devices_do_what_one_does(step):
 
 
 def list_shapes(jaxpr):
-    """Shapes of all that a program computes, loops and branches included; a part of an array is not."""
+    """Shapes of all that a program computes, inner programs too; parts of arrays are left out."""
     shapes = set()
     for equation in jaxpr.eqns:
         if equation.primitive.name not in ("slice", "squeeze"):
