@@ -142,10 +142,13 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
                     started = time.perf_counter()
                     trajectories = stage.rollout(state, batch, local_step)
                     reward = stage.reward(trajectories, batch)
+                    trajectories, reward, drawn = stage.refill(
+                        state, trajectories, reward, batches, local_step
+                    )
                     played = time.perf_counter()
                     state, metrics = stage.update(state, trajectories, reward, local_step)
                     done = time.perf_counter()
-                metrics |= stage.speed(metrics, played - started, done - played)
+                metrics |= drawn | stage.speed(metrics, played - started, done - played)
                 step += 1
                 if recorder.record(
                     stage, state, metrics, local_step + 1, step, batches.get_state()

@@ -54,6 +54,11 @@ def validate(config: Experiment) -> None:
         "the learner scores tokens under the whole distribution; evaluate with "
         "--set rollout.top_p instead",
     )
+    check(
+        config.rl.resample == 0 or config.rl.ppo.estimator == "group",
+        f"rl.resample={config.rl.resample}: allowed with rl.ppo.estimator="
+        f"{config.rl.ppo.estimator!r} is 0, for only groups can be without contrast",
+    )
     trajectories = config.rl.episodes * config.rl.ppo.group_size
     check(
         config.rl.ppo.group_size % config.rl.ppo.minibatches == 0

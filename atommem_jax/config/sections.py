@@ -465,6 +465,7 @@ class RlConfig(Section):
     max_skipped_in_a_row: Positive
     optimizer: OptimizerConfig
     ppo: PPOConfig
+    resample: Count = 0  # further rollouts a step, where groups have no contrast (DAPO)
     # What an answer is worth: '' is the task's own reward, or exact match where it has none.
     reward: Annotated[str, Choices("", "exact_match", "f1")] = ""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
@@ -111,6 +112,24 @@ def gather_rows(tree: Any, mesh: Mesh) -> Any:
     if _batch_layout(mesh).is_fully_addressable:
         return tree
     return jax.device_get(_replicating(mesh)(shard(tree, mesh)))
+
+
+def choose_rows(first: Any, second: Any, rows: Int[np.ndarray, " B"], mesh: Mesh) -> Any:
+    """Rows of two sharded batches of B, by their numbers in one behind the other: a batch of B.
+
+    A collective with several processes, which all pass the same `rows`.
+    """
+    return _choosing(mesh)(first, second, replicate(np.asarray(rows, np.int32), mesh))
+
+
+@functools.cache
+def _choosing(mesh: Mesh):
+    def choose(first, second, rows):
+        return jax.tree.map(
+            lambda a, b: jnp.take(jnp.concatenate([a, b]), rows, axis=0), first, second
+        )
+
+    return jax.jit(choose, out_shardings=_batch_layout(mesh))
 
 
 def first_rows(tree: Any, count: int) -> Any:

@@ -1,7 +1,8 @@
 """The two stages of training: `rollout`, `reward` and `update`, functions of what they are given.
 
 A stage owns its data stream, its optimiser and its jitted programs, none of which a step changes.
-`experiments/train.py` loops over the steps and calls the three in this order. All randomness is
+`experiments/train.py` loops over the steps and calls the three in this order, and before the update
+`refill`, which plays more where groups have nothing to teach. All randomness is
 derived from the config's seed and the step, so that a resumed run repeats what a killed one would
 have done.
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from atommem_jax.agent import build, play
 from atommem_jax.collection import store
@@ -226,6 +227,13 @@ class Sft(Stage):
         em = exact.sum() / counts.sum()
         return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
 
+    def refill(
+        self, state: State, trajectories: Trajectory, reward: Reward, batches: Any, step: int
+    ) -> tuple[Trajectory, Reward, Metrics]:
+        """Nothing: every trajectory teaches."""
+        del state, batches, step
+        return trajectories, reward, {}
+
 
 class Rl(Stage):
     """PPO on the agent's own rollouts."""
@@ -272,6 +280,56 @@ class Rl(Stage):
         counts = np.array([len(accepted) for accepted in aliases], np.int32)
         return self._judge(trajectories, aliases, counts)
 
+    def refill(
+        self, state: State, trajectories: Trajectory, reward: Reward, batches: Any, step: int
+    ) -> tuple[Trajectory, Reward, Metrics]:
+        """Other episodes in the place of groups without contrast (dynamic sampling, DAPO).
+
+        Those whose trajectories are all worth the same teach nothing. Up to `rl.resample` further
+        rollouts of the same policy are played, until every group has a better and a worse member;
+        groups that are still missing stay as they were.
+
+        Returns trajectories, rewards, and metrics: of the policy they are those of the first
+        rollout, for what is kept is a selection.
+        """
+        size, count = self.ppo.group_size, self.config.episodes * self.ppo.group_size
+        if not self.config.resample:
+            return trajectories, reward, {}
+        found = Reward(*host_batches.gather_rows(tuple(reward), self.mesh))
+        first, played = self._describe(found), 0
+        first |= jax.device_get(evaluation.statistics(trajectories))
+        contrast = self._find_contrast(found)
+        while played < self.config.resample and not contrast.all():
+            played += 1
+            batch = next(batches)
+            # A step that no other rollout has: its trajectories are numbered apart.
+            more = self.rollout(state, batch, step + played * self.steps)
+            graded = host_batches.gather_rows(tuple(self.reward(more, batch)), self.mesh)
+            groups = choose_groups(contrast, fresh := self._find_contrast(Reward(*graded)))
+            rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
+            trajectories = host_batches.choose_rows(trajectories, more, rows, self.mesh)
+            both = (np.concatenate(pair) for pair in zip(found, graded, strict=True))
+            found = Reward(*(x[rows] for x in both))
+            contrast = np.concatenate([contrast, fresh])[groups]
+        here = host_batches.process_rows(self.mesh, count)
+        drawn = {"resampled": played, "contrast": contrast.mean()}
+        return trajectories, Reward(*(x[here] for x in found)), first | drawn
+
+    def _find_contrast(self, reward: Reward) -> Bool[np.ndarray, " groups"]:
+        """Which groups have trajectories, or answers to a question, of different worth."""
+        scores = reward.scores.reshape(-1, self.ppo.group_size, reward.scores.shape[1])
+        if self.ppo.credit != "question":
+            scores = scores.sum(axis=2, keepdims=True)
+        return (np.ptp(scores, axis=1) > 1e-6).any(axis=1)
+
+    def _describe(self, reward: Reward) -> Metrics:
+        """Means of a rollout, of all processes."""
+        scores, exact, counts = reward
+        return {
+            "em": exact.sum() / counts.sum(),
+            "reward": float((scores.sum(axis=1) / counts).mean()),
+        }
+
     def update(
         self, state: State, trajectories: Trajectory, reward: Reward, step: int
     ) -> tuple[State, Metrics]:
@@ -291,10 +349,9 @@ class Rl(Stage):
             mesh=self.mesh,
         )
         metrics = jax.device_get(metrics)
-        scores, exact, counts = host_batches.gather_rows(tuple(reward), self.mesh)
+        whole = Reward(*host_batches.gather_rows(tuple(reward), self.mesh))
         return {**state, "train": train}, {
-            "em": exact.sum() / counts.sum(),
-            "reward": float((scores.sum(axis=1) / counts).mean()),
+            **self._describe(whole),
             **metrics,
             **statistics,
         }
@@ -313,6 +370,20 @@ class Rl(Stage):
     def _chosen(self) -> np.ndarray:
         """Of each trajectory that this process holds, the row of its episode in the batch."""
         return np.searchsorted(self.rows(), self._trajectories() // self.ppo.group_size)
+
+
+def choose_groups(
+    contrast: Bool[np.ndarray, " G"], fresh: Bool[np.ndarray, " G"]
+) -> Int[np.ndarray, " G"]:
+    """Which of 2 G groups, new behind old, are kept: new ones with contrast for old ones without.
+
+    Places stay as they are: the i-th group without contrast gives way to the i-th fresh one.
+    """
+    groups = np.arange(len(contrast))
+    missing, found = np.flatnonzero(~contrast), np.flatnonzero(fresh)
+    count = min(len(missing), len(found))
+    groups[missing[:count]] = len(contrast) + found[:count]
+    return groups
 
 
 def attach_base(plan: Sequence[Stage], params: Any) -> tuple[Any, str]:
