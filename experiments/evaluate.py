@@ -3,6 +3,7 @@
     python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
     python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
+    python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
 
 `--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
 per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints a
@@ -17,7 +18,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
-from atommem_jax.agent import build
+from atommem_jax.agent import build, crossed
 from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.agent.score import evaluate_split
 from atommem_jax.config import check, paths
@@ -64,6 +65,14 @@ SKIP_EXISTING = absl_flags.DEFINE_bool(
 )
 
 
+CROSSED = absl_flags.DEFINE_string(
+    "crossed",
+    None,
+    "Another step of the run, such as the end of SFT: prints EM of each of the two, of the run's "
+    "teacher and of one without mistakes reading while each answers, on the first split.",
+)
+
+
 def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
@@ -74,8 +83,36 @@ def main(argv) -> None:
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
     for split in splits:
         find_split(dataset, split)  # all of them, before any is played
+    if CROSSED.value:
+        print_crossed(loaded, CROSSED.value, dataset, splits[0])
+        return
     with folder_lock.hold(out, f"--out={out}"):
         evaluate(loaded, dataset, splits, out)
+
+
+def print_crossed(loaded: Loaded, step: str, dataset: datasets.Dataset, split: str) -> None:
+    """EM by who reads and who answers, at every temperature; `step` is that of another policy."""
+    other = load(loaded.workdir, step, CPU_DEVICES.value, base=BASE.value)
+    minds = {
+        f"step {other.step}": other.params,
+        f"step {loaded.step}": loaded.params,
+        "teacher": loaded.parts.config.teacher,
+        "clean": crossed.CLEAN,
+    }
+    examples = find_split(dataset, split)
+    examples = examples[: EPISODES.value or None]
+    for temperature in TEMPERATURES.value:
+        table = crossed.measure(
+            loaded.parts,
+            loaded.mesh,
+            minds,
+            examples,
+            loaded.shape(dataset, split),
+            temperature=temperature,
+            seed=SEED.value,
+        )
+        print(f"EM on {len(examples)} episodes of {split}, temperature {temperature:g}")
+        print(crossed.render(table), flush=True)
 
 
 def evaluate(

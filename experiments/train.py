@@ -131,6 +131,9 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
             if state is None:
                 state = stage.start(params)
                 processes.say(f"{stage.name}: {stage.describe(state)}")
+                if stage.name == "rl" and config.rl.least_reader:
+                    found = validator.check_reader(stage.params(state), config.rl.least_reader)
+                    processes.say(f"rl: answers {found:.3f} from a memory without mistakes")
             elif saved is not None:  # always so: a state without `start` was restored
                 batches.set_state(saved.data_state)
             recorder.start()

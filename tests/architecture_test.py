@@ -36,7 +36,7 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": "rollout reward advantage loss optimizer microbatches trainer evaluation",
-    "agent": "build play validate load score",
+    "agent": "build play crossed validate load score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",

@@ -465,6 +465,9 @@ class RlConfig(Section):
     max_skipped_in_a_row: Positive
     optimizer: OptimizerConfig
     ppo: PPOConfig
+    # EM that the model must reach when it answers from the memory of a teacher without mistakes,
+    # before RL starts; 0.0 does not ask.
+    least_reader: Share = 0.0
     resample: Count = 0  # further rollouts a step, where groups have no contrast (DAPO)
     # What an answer is worth: '' is the task's own reward, or exact match where it has none.
     reward: Annotated[str, Choices("", "exact_match", "f1")] = ""

@@ -38,6 +38,7 @@ _ABSENT: Mapping[str, Any] = {
     "rl.ppo.length_buckets": (5, 8),
     "rl.reward": "",
     "rl.resample": 0,
+    "rl.least_reader": 0.0,
     "rl.ppo.read_cost": 0.0,
     "rl.ppo.create_cost": 0.0,
     "rl.ppo.invalid_cost": 0.0,

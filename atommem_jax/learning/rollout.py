@@ -126,6 +126,24 @@ def model_policy(
     return respond
 
 
+def by_phase(reading: Policy, answering: Policy) -> Policy:
+    """One policy for the reading turns, another for the others; neither sees the other's turns."""
+
+    def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
+        reads = views.phase == Phase.READING
+
+        def ask(policy: Policy, mine: Array) -> Response:
+            phase = jnp.where(mine, views.phase, int(Phase.DONE))
+            return policy(views.replace(phase=phase), episodes, keys)
+
+        def choose(ours: Array, theirs: Array) -> Array:
+            return jnp.where(reads.reshape((-1,) + (1,) * (ours.ndim - 1)), ours, theirs)
+
+        return jax.tree.map(choose, ask(reading, reads), ask(answering, ~reads))
+
+    return respond
+
+
 def start(setting: Setting, episode: Episode, table: MemoryState | None = None) -> Environment:
     """Before the first chunk (or the first question, without chunks).
 

@@ -21,8 +21,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from atommem_jax.agent import build, play
+from atommem_jax.agent import build, crossed, play
 from atommem_jax.collection import store
+from atommem_jax.config import check
 from atommem_jax.learning import evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import reward as reward_lib
@@ -418,6 +419,31 @@ class Validator:
         key = jax.random.fold_in(jax.random.key(parts.config.seed), _VALIDATE)
         self.seed = host_batches.replicate(key, mesh)
         self.greedy = host_batches.replicate(np.float32(0.0), mesh)
+
+    def check_reader(self, params: Any, least: float) -> float:
+        """Greedy EM of a model that answers from the memory of a teacher without mistakes.
+
+        Raises ConfigError where it is below `least`.
+        """
+        minds = {"clean": crossed.CLEAN, "model": params}
+        table = crossed.measure(
+            self.parts,
+            self.mesh,
+            minds,
+            self.examples,
+            self.shape,
+            readers=["clean"],
+            answerers=["model"],
+        )
+        found = table["clean"]["model"]
+        check(
+            found >= least,
+            f"rl.least_reader={least:g}: from the memory of a teacher without mistakes the model "
+            f"answers {found:.3f} of the questions of {len(self.examples)} validation episodes. RL "
+            "cannot tell what is worth storing by such answers: train longer (sft.steps), with a "
+            "teacher that can be imitated, or set rl.least_reader=0.0 to go on all the same",
+        )
+        return found
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Mean EM, its interval, and operations an episode."""

@@ -132,6 +132,7 @@ def get_config() -> ConfigDict:
     config.rl.steps = 36
     config.rl.episodes = 32
     config.rl.temperature = 1.0
+    config.rl.least_reader = 0.0  # EM from a clean memory that RL asks for before it starts
     config.rl.resample = 0  # further rollouts a step, in the place of groups without contrast
     config.rl.reward = ""  # or "exact_match", "f1"; '' is the task's own, or exact match
     config.rl.log_every = 1
