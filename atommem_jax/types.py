@@ -259,12 +259,13 @@ class Batch:
     response_lengths: Int[Array, " M"]  # 0 in a row that is padding
     phase: Int[Array, " M"]  # selects the grammar's start state
     trajectory: Int[Array, " M"]  # row's trajectory, counted on its device
-    old_log_probs: Float[Array, "M R"]  # of the behaviour policy
+    old_log_probs: Float[Array, "M R"]  # that the ratio of PPO starts from
     ref_log_probs: Float[Array, "M R"]  # of the frozen reference; zeros when unused
     advantages: Float[Array, "M R"]
     returns: Float[Array, " M"]  # target of the value head at the end of the prompt
     old_values: Float[Array, " M"]
     weights: Float[Array, "M R"]  # loss weight of each token; 0 on padding
+    importance: Float[Array, "M R"] | None = None  # of each token, see `loss.importance_weights`
 
 
 Embed = Callable[[Int[Array, "*batch L"], Int[Array, " *batch"]], Float[Array, "*batch D"]]

@@ -391,6 +391,8 @@ class PPOConfig(Section):
     clip_low: NotNegative = 0.2
     clip_high: NotNegative = 0.28
     dual_clip: NotNegative = 3.0  # 0 turns it off
+    # Of the ratio learner / sampler that corrects a token, see `loss.importance_weights`; 0: none.
+    importance_cap: NotNegative = 0.0
     weighting: Annotated[str, Choices("token_mean", "trajectory_equal")] = "token_mean"
     entropy_coef: float = 0.0
     # What a turn costs, in units of the reward of a trajectory.

@@ -7,6 +7,7 @@ of weight zero may hold anything, NaN and infinities included: it is replaced be
 arithmetic, because 0 * NaN is NaN in the backward pass too.
 """
 
+import itertools
 from typing import Literal
 
 import chex
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Metrics = dict[str, Float[Array, ""]]
+
+RATIO_EDGES = (0.5, 0.8, 0.95, 0.99, 1.01, 1.05, 1.25, 2.0)
+"""Where the histogram of `importance_weights` is cut."""
 
 # exp(20) is 5e8: beyond that a ratio is an accident, and its square overflows float32 soon.
 _LARGEST_LOG_RATIO = 20.0
@@ -78,6 +82,7 @@ def ppo_loss(
     advantages: Float[Array, "M R"],
     weights: Float[Array, "M R"],
     denominator: Float[Array, ""],
+    importance: Float[Array, "M R"] | None = None,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
@@ -89,9 +94,14 @@ def ppo_loss(
     al. 2025). With `dual_clip` = c, a token of negative advantage A never costs more than c |A|
     (Ye et al. 2020): a ratio that ran away cannot dominate the step.
 
+    old_log_probs are those of the policy that the ratio starts from: the one that sampled, or the
+    learner's own where `importance` corrects for the difference between the two.
+
+    importance: what each token's term is multiplied by, see `importance_weights`; None for 1.
+
     Metrics, all weighted means: ratio, ratio_square (their weighted variance follows),
     clip_fraction and dual_clip_fraction (tokens where that clip decided the value), approx_kl
-    (k3 estimate of KL from the behaviour policy to this one).
+    (k3 estimate of KL from the policy of `old_log_probs` to this one).
 
     Raises:
       ValueError: clip_low outside [0, 1], clip_high below 0, or dual_clip not above 1.
@@ -110,6 +120,8 @@ def ppo_loss(
         floor = dual_clip * advantages
         is_floored = (advantages < 0.0) & (objective < floor)
         objective = jnp.where(is_floored, floor, objective)
+    if importance is not None:
+        objective *= jax.lax.stop_gradient(_where_weighted(importance, weights))
 
     def mean(x: Float[Array, "M R"]) -> Float[Array, ""]:
         return masked_sum(x, weights) / denominator
@@ -122,6 +134,60 @@ def ppo_loss(
         "approx_kl": mean(jnp.expm1(log_ratio) - log_ratio),
     }
     return -mean(objective), jax.lax.stop_gradient(metrics)
+
+
+def importance_weights(
+    log_probs: Float[Array, "M R"],
+    sampler_log_probs: Float[Array, "M R"],
+    weights: Float[Array, "M R"],
+    denominator: Float[Array, ""],
+    cap: float,
+) -> tuple[Float[Array, "M R"], Metrics]:
+    """Truncated importance weights min(learner / sampler, cap) of sampled tokens, 0 on padding.
+
+    Both log-probs are of the same parameters, those that sampled: the learner computes a little
+    different with them, where the sampler keeps weights or cache in int8, or another backend
+    samples. The weight of a token makes its term one of the learner's own policy again, and the cap
+    bounds the variance (Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems").
+    The ratio of `ppo_loss` is then between the learner after and before its steps: what its clip
+    measures is how far the policy has moved, and not how coarse the sampler was.
+
+    Metrics, all weighted means: sampler_kl (k3 estimate of KL from the sampler to the learner),
+    importance (of the weights), importance_cut (share above the cap), and shares of ratios between
+    `RATIO_EDGES`, such as `importance_share/0.99_to_1.01`; the lower edge belongs to its share.
+
+    Raises:
+      ValueError: the cap is not positive.
+    """
+    if cap <= 0:
+        raise ValueError(f"cap={cap}: must be above 0; set ppo.importance_cap, whose 0 calls none")
+    chex.assert_equal_shape([log_probs, sampler_log_probs, weights])
+    log_probs, sampler_log_probs = (
+        jax.lax.stop_gradient(_where_weighted(x, weights)) for x in (log_probs, sampler_log_probs)
+    )
+    log_ratio = jnp.clip(log_probs - sampler_log_probs, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+    ratio = jnp.exp(log_ratio)
+    truncated = _where_weighted(jnp.minimum(ratio, cap), weights)
+
+    def mean(x: Float[Array, "M R"]) -> Float[Array, ""]:
+        return masked_sum(x, weights) / denominator
+
+    edges = (0.0, *RATIO_EDGES, float("inf"))
+    names = [
+        f"below_{RATIO_EDGES[0]:g}",
+        *(f"{low:g}_to_{high:g}" for low, high in itertools.pairwise(RATIO_EDGES)),
+        f"from_{RATIO_EDGES[-1]:g}",
+    ]
+    shares = {
+        f"importance_share/{name}": mean(((ratio >= low) & (ratio < high)).astype(jnp.float32))
+        for name, (low, high) in zip(names, itertools.pairwise(edges), strict=True)
+    }
+    return truncated, {
+        "sampler_kl": mean(kl_estimate(sampler_log_probs, log_probs, "k3")),
+        "importance": mean(truncated),
+        "importance_cut": mean((ratio > cap).astype(jnp.float32)),
+        **shares,
+    }
 
 
 def kl_estimate(

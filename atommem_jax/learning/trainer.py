@@ -272,6 +272,7 @@ def ppo_objective(
         part.advantages,
         part.weights,
         tokens,
+        part.importance,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip or None,
@@ -298,10 +299,10 @@ def ppo_objective(
     return value, (metrics, {"log_prob_gap": jax.lax.stop_gradient(gap)})
 
 
-def reference_log_probs(
+def fixed_log_probs(
     agent: Agent, params, batch: Batch, temperature, rows: int
 ) -> Float[Array, "M R"]:
-    """Scores every row under frozen parameters, `rows` at a time on each device."""
+    """Scores every row under parameters that stay as they are, `rows` at a time on each device."""
     rows = program.count_rows(rows)
     size = batch.response_lengths.shape[0]
     padded = -(-size // rows) * rows
@@ -347,6 +348,8 @@ def update_step(
       The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
       |sampler - learner| log-prob in the first mini-batch, before any parameter has moved. Clip
       fractions, KL and entropy are over the rows that were scored (`scored_share` of the tokens).
+      With `importance_cap` all rows are scored once more before the first step: log_prob_gap and
+      the metrics of `loss.importance_weights` are over all of them.
 
     Raises:
       ValueError: a device's share of the trajectories does not divide into mini-batches and
@@ -372,7 +375,7 @@ def update_step(
         if config.needs_reference:
             rows = make_batch(trajectories)
             whole = lora.join(reference, frozen)
-            judged = reference_log_probs(agent, whole, rows, temperature, config.microbatch_rows)
+            judged = fixed_log_probs(agent, whole, rows, temperature, config.microbatch_rows)
             drift = (rows.weights * (rows.old_log_probs - judged)).sum(axis=1)
             drift = config.reward_kl_coef * drift.reshape(size, max_turns)
             costs = drift if costs is None else costs + drift
@@ -380,6 +383,12 @@ def update_step(
         batch = make_batch(trajectories, advantages, returns)
         if judged is not None:
             batch = batch.replace(ref_log_probs=judged)
+
+        found: Metrics = {}
+        if config.importance_cap:
+            batch, found = _correct(
+                config, agent, lora.join(state.params, frozen), batch, temperature
+            )
 
         def one_minibatch(state, chosen):
             return _minibatch_step(
@@ -394,12 +403,13 @@ def update_step(
 
         state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
         live = trajectories.turns.live
-        shape = {
+        of_rollout = {
             "advantage_std": _masked_deviation(advantages, live),
             "explained_variance": explained_variance(trajectories.turns.values, returns, live),
             "cost": _mean_cost(costs, live),
+            **found,
         }
-        return state, metrics, shape
+        return state, metrics, of_rollout
 
     run = program.fsdp_parallel(
         update,
@@ -407,7 +417,7 @@ def update_step(
         rows=("trajectories", "rewards", "num_questions"),
         out=program.WHOLE,
     )
-    state, metrics, shape = run(
+    state, metrics, of_rollout = run(
         agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
     )
     state = _keep_in_place(agent, state, mesh)
@@ -421,7 +431,24 @@ def update_step(
     }
     result |= {"log_prob_gap": gap, "scored_share": scored.mean()}
     counts = {name: metrics[name].sum() for name in ("skipped", "idle")}
-    return state, {**result, **shape, **counts}
+    return state, {**result, **of_rollout, **counts}
+
+
+def _correct(
+    config: PPOConfig, agent: Agent, params, batch: Batch, temperature
+) -> tuple[Batch, Metrics]:
+    """The batch with the learner's log-probs as the old ones, and weights for the sampler's.
+
+    Metrics: those of `loss.importance_weights`, and log_prob_gap; of all devices.
+    """
+    old = fixed_log_probs(agent, params, batch, temperature, config.microbatch_rows)
+    tokens = jnp.maximum(program.psum(batch.weights.sum()), 1.0)
+    importance, metrics = loss.importance_weights(
+        old, batch.old_log_probs, batch.weights, tokens, config.importance_cap
+    )
+    gap = loss.largest_gap(old, batch.old_log_probs, batch.weights)
+    metrics = {**program.psum(metrics), "log_prob_gap": program.pmax(gap)}
+    return batch.replace(old_log_probs=old, importance=importance), metrics
 
 
 def _deal(

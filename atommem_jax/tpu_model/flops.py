@@ -307,16 +307,17 @@ def update(
     rows: Iterable[Rows],
     *,
     epochs: int = 1,
-    reference: bool = False,
+    scorings: int = 0,
     blocked: bool = False,
     chunked: bool = False,
 ) -> Flops:
     """One PPO update: every row that has a gradient once an epoch.
 
-    reference: scores them under frozen parameters too (`PPOConfig.needs_reference`), once.
+    scorings: how often they are scored without a gradient beforehand: under the reference
+      (`PPOConfig.needs_reference`), and under the learner itself (`ppo.importance_cap`).
     """
     rows = list(rows)
     total = epochs * score(config, rows, train=True, blocked=blocked, chunked=chunked)
-    if reference:
-        total += score(config, rows, train=False, blocked=blocked)
+    if scorings:
+        total += scorings * score(config, rows, train=False, blocked=blocked)
     return total

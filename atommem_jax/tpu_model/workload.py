@@ -130,7 +130,7 @@ class Workload:
             self.model,
             self._scored(name),
             epochs=ppo.epochs,
-            reference=ppo.needs_reference,
+            scorings=ppo.needs_reference + bool(ppo.importance_cap),
             blocked=self.blocked,
             chunked=chunked,
         )

@@ -29,6 +29,7 @@ def check_supported(ppo: PPOConfig, optimizer: OptimizerConfig) -> None:
         "rl.ppo.entropy_coef": (ppo.entropy_coef, 0.0),
         "rl.ppo.kl_coef": (ppo.kl_coef, 0.0),
         "rl.ppo.reward_kl_coef": (ppo.reward_kl_coef, 0.0),
+        "rl.ppo.importance_cap": (ppo.importance_cap, 0.0),
         "rl.ppo.weighting": (ppo.weighting, "token_mean"),
         "rl.optimizer.name": (optimizer.name, "adamw"),
     }

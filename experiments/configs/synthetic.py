@@ -165,6 +165,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.clip_low = 0.2
     config.rl.ppo.clip_high = 0.28
     config.rl.ppo.dual_clip = 3.0
+    config.rl.ppo.importance_cap = 0.0  # of the ratio learner / sampler; 0: no such correction
     config.rl.ppo.weighting = "token_mean"
     config.rl.ppo.entropy_coef = 0.0
     config.rl.ppo.read_cost = 0.0  # of the trajectory's reward, for each Read applied

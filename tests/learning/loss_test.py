@@ -185,6 +185,90 @@ def test_ppo_refuses_clips_out_of_range(clips, message):
 # --- KL
 
 
+# --- importance weights
+
+
+_IMPORTANCE = jax.jit(loss.importance_weights, static_argnames="cap")
+
+
+def test_importance_weights_by_hand():
+    # learner / sampler: 1, 3 (cut to 2), 1/4, and padding that holds poison.
+    sampler = jnp.full((1, 4), -1.0).at[0, 3].set(jnp.nan)
+    learner = (sampler + _logs([[1.0, 3.0, 0.25, 1.0]])).at[0, 3].set(jnp.inf)
+    weights = jnp.array([[1.0, 1.0, 2.0, 0.0]])
+    found, metrics = _IMPORTANCE(learner, sampler, weights, jnp.float32(4.0), cap=2.0)
+    np.testing.assert_allclose(found, [[1.0, 2.0, 0.25, 0.0]], rtol=1e-6)
+    assert float(metrics["importance"]) == pytest.approx((1 + 2 + 2 * 0.25) / 4)
+    assert float(metrics["importance_cut"]) == 0.25
+    kl = (0 + (2 - np.log(3)) + 2 * (-0.75 + np.log(4))) / 4
+    assert float(metrics["sampler_kl"]) == pytest.approx(kl, rel=1e-5)
+    shares = {k.split("/")[1]: float(v) for k, v in metrics.items() if "/" in k}
+    assert shares.pop("below_0.5") == 0.5
+    assert shares.pop("0.99_to_1.01") == 0.25
+    assert shares.pop("from_2") == 0.25
+    assert len(shares) == len(loss.RATIO_EDGES) - 2
+    assert not any(shares.values())
+
+
+def test_importance_weights_agree_with_numpy():
+    rng = np.random.default_rng(7)
+    sampler = rng.normal(-2.0, 1.0, (9, 11)).astype(np.float32)
+    learner = (sampler + rng.normal(0.0, 0.5, sampler.shape)).astype(np.float32)
+    weights = np.where(rng.random(sampler.shape) < 0.7, rng.random(sampler.shape), 0.0)
+    total = weights.sum()
+    found, metrics = _IMPORTANCE(
+        learner, sampler, jnp.asarray(weights, jnp.float32), jnp.float32(total), cap=1.3
+    )
+    ratio = np.exp(learner.astype(np.float64) - sampler.astype(np.float64))
+    np.testing.assert_allclose(found, np.where(weights > 0, np.minimum(ratio, 1.3), 0.0), rtol=1e-5)
+    histogram = np.histogram(ratio, [0, *loss.RATIO_EDGES, np.inf], weights=weights / total)[0]
+    shares = {k.split("/")[1]: float(v) for k, v in metrics.items() if "/" in k}
+    ends = shares.pop("below_0.5"), shares.pop("from_2")
+    between = [shares[name] for name in sorted(shares, key=lambda name: float(name.split("_")[0]))]
+    shares = [ends[0], *between, ends[1]]
+    np.testing.assert_allclose(shares, histogram, atol=1e-6)
+    expected = {
+        "importance_cut": (weights * (ratio > 1.3)).sum() / total,
+        "sampler_kl": (weights * (ratio - 1 - np.log(ratio))).sum() / total,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_importance_scales_the_term_of_its_token_and_carries_no_gradient():
+    ratios, advantages = jnp.array([[1.1, 2.0, 0.5]]), jnp.array([[1.0, 1.0, -1.0]])
+    old, weights = jnp.full_like(ratios, -1.0), jnp.array([[1.0, 1.0, 0.0]])
+    importance = jnp.array([[0.5, 2.0, jnp.nan]])
+
+    def cost(new, importance):
+        return loss.ppo_loss(new, old, advantages, weights, jnp.float32(2.0), importance)[0]
+
+    new = old + jnp.log(ratios)
+    value, (gradient, of_weights) = jax.value_and_grad(cost, argnums=(0, 1))(new, importance)
+    # 0.5 * 1.1, and 2 * 1.28: the second is clipped.
+    np.testing.assert_allclose(value, -(0.5 * 1.1 + 2.0 * 1.28) / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-0.5 * 1.1 / 2, 0.0, 0.0]], rtol=1e-5)
+    np.testing.assert_array_equal(of_weights, 0.0)
+
+
+def test_weights_of_one_change_no_bit():
+    log_probs, old, advantages, _, weights, denominator = _random_batch()[:6]
+    ones = jnp.ones_like(old)
+    plain = _PPO(log_probs, old, advantages, weights, denominator)
+    for a, b in zip(
+        jax.tree.leaves(plain),
+        jax.tree.leaves(_PPO(log_probs, old, advantages, weights, denominator, ones)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_cap_must_be_positive():
+    one = jnp.ones((1, 1))
+    with pytest.raises(ValueError, match=r"cap=0: must be above 0; set ppo\.importance_cap"):
+        loss.importance_weights(one, one, one, ONE, 0)
+
+
 def test_kl_estimates_by_hand():
     # d = log 2 and -log 2: k3 = 1/2 - 1 + log 2, and 2 - 1 - log 2.
     log_probs, ref = jnp.array([[-1.0, -1.0 - LOG2]]), jnp.array([[-1.0 - LOG2, -1.0]])

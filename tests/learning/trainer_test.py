@@ -202,6 +202,64 @@ def test_update_follows_the_gradient_of_the_formula():
     np.testing.assert_allclose(metrics["explained_variance"], explained, rtol=1e-4)
 
 
+def test_truncated_importance_follows_its_formula():
+    """The learner's own log-probs are the old ones, and a token counts by learner / sampler."""
+    rewards, cap = draw_rewards(), 1.2
+    config = PPOConfig(group_size=4, microbatch_rows=5, importance_cap=cap)
+    state, metrics = update(new_state(RECORDER), off_policy(), rewards, config, RECORDER)
+
+    turns = off_policy().turns
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), turns)
+    real = np.arange(flat.response.shape[1])[None] < np.asarray(flat.response_lengths)[:, None]
+    real &= np.asarray(flat.live)[:, None]
+    # What the learner computes is what the sampler wrote before `off_policy` moved it.
+    learner = np.asarray(sample().turns.log_probs, np.float64).reshape(real.shape)
+    ratio = np.exp(learner - np.asarray(flat.log_probs, np.float64))
+    weight = np.where(real, np.minimum(ratio, cap), 0.0)
+    advantages = expected_advantages(rewards).reshape(-1)
+    factor = jnp.asarray(weight * advantages[:, None] / real.sum(), jnp.float32)
+
+    @jax.jit
+    def gradient(params, flat, factor):
+        def total(params):
+            scores = sampling.score(
+                agent(),
+                params,
+                flat.prompt,
+                flat.prompt_lengths,
+                flat.response,
+                flat.response_lengths,
+                flat.phase,
+                ONE,
+            )
+            return -jnp.where(factor != 0, factor * scores.log_probs, 0.0).sum()
+
+        return jax.grad(total)(params)
+
+    # With one step the PPO ratio is 1: the gradient is that of weighted log-probs.
+    assert_close(state.opt_state, gradient(make_params(), flat, factor), rtol=5e-4)
+    np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-4)
+    assert metrics["clip_fraction"] == 0
+    expected = {
+        "importance": weight.sum() / real.sum(),
+        "importance_cut": (real & (ratio > cap)).sum() / real.sum(),
+        "sampler_kl": np.where(real, ratio - 1 - np.log(ratio), 0.0).sum() / real.sum(),
+        "log_prob_gap": np.abs(np.log(ratio))[real].max(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, err_msg=name)
+    assert 0.1 < metrics["importance_cut"] < 0.9
+    shares = [value for name, value in metrics.items() if name.startswith("importance_share/")]
+    np.testing.assert_allclose(sum(shares), 1.0, rtol=1e-5)
+
+    # Where the two agree, nothing but rounding changes; and no metric of it without the cap.
+    corrected, _ = update(new_state(RECORDER), sample(), rewards, config, RECORDER)
+    off = PPOConfig(group_size=4, microbatch_rows=5)
+    plain, metrics = update(new_state(RECORDER), sample(), rewards, off, RECORDER)
+    assert_close(corrected.opt_state, plain.opt_state)
+    assert not [name for name in metrics if "importance" in name or "sampler" in name]
+
+
 def test_minibatches_use_every_trajectory_once_and_weigh_it_equally():
     rewards = draw_rewards(seed=1)
     config = PPOConfig(

@@ -150,7 +150,7 @@ def test_phases_add_up():
     assert once == flops.sft(CONFIG, rows)
     assert flops.update(CONFIG, rows, epochs=2) == 2 * once
     scored = flops.score(CONFIG, rows, train=False)
-    assert flops.update(CONFIG, rows, reference=True) == once + scored
+    assert flops.update(CONFIG, rows, scorings=1) == once + scored
     turn = flops.prefill(CONFIG, rows) + flops.decode(CONFIG, rows)
     assert flops.rollout(CONFIG, [rows, rows, []]) == turn + turn
 
