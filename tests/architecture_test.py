@@ -25,7 +25,9 @@ ORDER = {
     "metrics": "",
     "language": "tokenizer protocol automaton token_tables grammar prompt chat sentences",
     "parallel": "rules mesh program processes host_batches",
-    "model": "attention model_config lora transformer cpu_decode drafts sampling prefix groups",
+    "model": (
+        "quantized attention model_config lora transformer cpu_decode drafts sampling prefix groups"
+    ),
     "memory": "slot_table embedding encoder",
     "tasks": (
         "schema user_functions builders synthetic babi multihop_files multihop_qa custom datasets "

@@ -172,6 +172,7 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         group=r.microbatch,
         prompt_buckets=r.prompt_buckets,
         least_rows=r.least_rows,
+        cache_dtype=r.cache_dtype,
     )
     return Parts(
         config=config,

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from atommem_jax.agent.build import Parts
 from atommem_jax.learning import rollout
-from atommem_jax.model import lora
+from atommem_jax.model import lora, quantized
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import rules as rules_lib
@@ -70,8 +70,11 @@ def cast_matrices(params, dtype: str):
     """Matrices and embeddings in another dtype; norms and the value head stay in float32.
 
     With "bfloat16" it changes nothing of what a model with `dtype="bfloat16"` computes, which
-    casts them anyway, but halves what decoding reads.
+    casts them anyway, but halves what decoding reads. With "int8" it is another policy, see
+    `quantized.quantize_matrices`, and everything else is kept as it is.
     """
+    if dtype == quantized.INT8:
+        return quantized.quantize_matrices(params)
 
     def cast(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

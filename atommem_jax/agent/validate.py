@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from atommem_jax.agent import build
 from atommem_jax.config import ConfigError, Experiment, check, differences, paths
+from atommem_jax.model import quantized
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.transformer import init_params
 from atommem_jax.tasks import encoding, schema, workflows
@@ -26,11 +27,21 @@ def validate(config: Experiment) -> None:
         raise ConfigError(str(error)) from error
     paths.check_local(config.sft.data, f"sft.data={config.sft.data}")
     check(
-        config.rollout.param_dtype in ("float32", config.model.dtype),
-        f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32' and "
+        config.rollout.param_dtype in ("float32", config.model.dtype, quantized.INT8),
+        f"rollout.param_dtype={config.rollout.param_dtype!r}: allowed are 'float32', 'int8' and "
         f"model.dtype={config.model.dtype!r}; anything else would sample from another model than "
         "the one that learns",
     )
+    for field in ("param_dtype", "cache_dtype"):
+        check(
+            getattr(config.rollout, field) != quantized.INT8
+            or config.rl.steps == 0
+            or config.rl.ppo.importance_cap > 0,
+            f"rollout.{field}='int8' samples from another policy than the one that learns, and "
+            f"rl.ppo.importance_cap={config.rl.ppo.importance_cap} does not correct for it: "
+            "allowed is above 0, such as 2.0. Set it, or rl.steps=0 where nothing learns from "
+            "rollouts",
+        )
     check(
         config.prompt == "compact" or not config.model.match_features,
         f"model.match_features=True needs headers of one token each, and prompt={config.prompt!r} "

@@ -206,7 +206,10 @@ class RolloutConfig(Section):
     constrained: bool  # only tokens that the grammar allows
     top_p: Annotated[float, Range(above=0.0, most=1.0)]
     microbatch: Count  # trajectories whose turns are written at a time on a device; 0 for all
-    param_dtype: Annotated[str, Choices(*DTYPES)] = "float32"
+    # Of the matrices that sample; "int8" has a scale an output channel, see `model.quantized`.
+    param_dtype: Annotated[str, Choices(*DTYPES, "int8")] = "float32"
+    # Of keys and values; "int8" has a scale for each head and position, "" is the model's dtype.
+    cache_dtype: Annotated[str, Choices("", "int8")] = ""
     cpu_decode: bool = False  # decode with the layers apart: faster on a CPU, longer compiled
     score_chunk: Count = 0  # response tokens scored at a time; 0 for all
     cache_prefix: bool = False  # read instructions and questions once, see `model.prefix`

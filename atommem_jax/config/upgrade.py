@@ -24,6 +24,7 @@ _ABSENT: Mapping[str, Any] = {
     "mesh.slices": 1,
     "tokenizer.character_coverage": 1.0,
     "rollout.param_dtype": "float32",
+    "rollout.cache_dtype": "",
     "rollout.cpu_decode": False,
     "rollout.score_chunk": 0,
     "rollout.cache_prefix": False,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from atommem_jax.model.quantized import Quantized, Stored, dequantize
 from atommem_jax.parallel import program
 
 IMPLEMENTATIONS = ("auto", "plain", "splash", "fused")
@@ -30,16 +31,14 @@ _SHARE, _LEAST = 8, 128  # plain: at most so many blocks of queries, of at least
 _MASKED = -1e30  # finite, so that a row with nothing to attend to stays free of NaN
 
 
-Before = tuple[
-    Float[Array, "B kv_heads F depth"], Float[Array, "B kv_heads F depth"], Bool[Array, "B 1 F"]
-]
-"""Keys and values that all columns may attend to, and which of them there are."""
+Before = tuple[Stored, Stored, Bool[Array, "B 1 F"]]
+"""Keys and values [B kv_heads F depth] that all columns may attend to, and which there are."""
 
 
 def attend(
     queries: Float[Array, "B heads T depth"],
-    keys: Sequence[Float[Array, "B kv_heads _ depth"]],
-    values: Sequence[Float[Array, "B kv_heads _ depth"]],
+    keys: Sequence[Stored],
+    values: Sequence[Stored],
     mask: Bool[Array, "B T S"],
     before: Before | None = None,
     *,
@@ -47,7 +46,8 @@ def attend(
 ) -> Float[Array, "B heads T depth"]:
     """Softmax attention; each key/value head serves heads / kv_heads query heads.
 
-    keys, values: in one or more pieces, which have S slots together.
+    keys, values: [B kv_heads _ depth] in one or more pieces, which have S slots together. In int8
+      they have a scale a head and slot, which scores and weights are multiplied by.
     before: a piece more, before them.
     key_axes: "ds" where the keys are [B kv_heads depth _].
     """
@@ -59,14 +59,31 @@ def attend(
     kv_heads = keys[0].shape[1]
     grouped = queries.reshape(batch, kv_heads, heads // kv_heads, length, depth)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scored = [dot(f"bkgtd,bk{key_axes}->bkgts", grouped, piece) for piece in keys]
-    scores = jnp.concatenate(scored, axis=-1) * depth**-0.5
+
+    def score(piece):
+        if not isinstance(piece, Quantized):
+            return dot(f"bkgtd,bk{key_axes}->bkgts", grouped, piece)
+        plain = piece.values.astype(queries.dtype)
+        return dot(f"bkgtd,bk{key_axes}->bkgts", grouped, plain) * _by_slot(piece.scale)
+
+    def combine(weights, piece):
+        if isinstance(piece, Quantized):
+            weights, piece = weights * _by_slot(piece.scale), piece.values
+        dtype = queries.dtype
+        return dot("bkgts,bksd->bkgtd", weights.astype(dtype), piece.astype(dtype))
+
+    scores = jnp.concatenate([score(piece) for piece in keys], axis=-1) * depth**-0.5
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values[0].dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
     ends = np.cumsum([piece.shape[2] for piece in values])[:-1]
     pieces = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    out = functools.reduce(jnp.add, [dot("bkgts,bksd->bkgtd", w, v) for w, v in pieces])
+    out = functools.reduce(jnp.add, [combine(w, v) for w, v in pieces])
     return out.reshape(batch, heads, length, depth).astype(queries.dtype)
+
+
+def _by_slot(scale: Array) -> Float[Array, "B kv_heads 1 1 S"]:
+    """A scale a slot as scores and weights have it, whether slots lie in rows or columns."""
+    return scale.reshape(*scale.shape[:2], 1, 1, -1)
 
 
 def causal(
@@ -101,9 +118,9 @@ def causal(
         kernel = functools.partial(_splash, interpret=interpret)
         real = jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]
         if before is not None:
-            keys, values = (
-                jnp.concatenate(x, axis=2) for x in ((before[0], keys), (before[1], values))
-            )
+            first_keys, first_values = (dequantize(x, queries.dtype) for x in before[:2])
+            keys = jnp.concatenate([first_keys, keys], axis=2)
+            values = jnp.concatenate([first_values, values], axis=2)
             real = jnp.concatenate([before[2][:, 0], real], axis=1)
         heads, shared = ("rows", "heads", None, None), ("rows", "kv_heads", None, None)
         run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows", None)), out=heads)

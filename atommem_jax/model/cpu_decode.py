@@ -20,6 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.model import attention
+from atommem_jax.model.quantized import Stored, swap_axes
 from atommem_jax.model.transformer import (
     Block,
     Cache,
@@ -46,10 +47,10 @@ class CpuParams:
 class CpuLayer:
     """What a `Cache` holds of one layer, keys in columns."""
 
-    keys: Float[Array, "B kv_heads head_width slots"]
-    values: Float[Array, "B kv_heads slots head_width"]
-    later_keys: Float[Array, "B kv_heads head_width more"]
-    later_values: Float[Array, "B kv_heads more head_width"]
+    keys: Stored  # [B kv_heads head_width slots]
+    values: Stored  # [B kv_heads slots head_width]
+    later_keys: Stored  # [B kv_heads head_width more]
+    later_values: Stored  # [B kv_heads more head_width]
     prefix: Prefix | None  # with its keys in columns
 
 
@@ -79,13 +80,18 @@ def _transpose_matrices(params: Any) -> Any:
 
 
 def arrange_cache(cache: Cache) -> CpuCache:
-    keys, later_keys = jnp.swapaxes(cache.keys, 3, 4), jnp.swapaxes(cache.later_keys, 3, 4)
-    prefixes: list[Prefix | None] = [None] * len(keys)
-    if cache.prefix is not None:
-        columns = cache.prefix.replace(keys=jnp.swapaxes(cache.prefix.keys, 3, 4))
-        prefixes = [columns.of_layer(i) for i in range(len(keys))]
-    layers = zip(keys, cache.values, later_keys, cache.later_values, prefixes, strict=True)
-    return CpuCache(tuple(CpuLayer(*layer) for layer in layers), cache.recent)
+    prefix = cache.prefix
+    if prefix is not None:
+        prefix = prefix.replace(keys=swap_axes(prefix.keys, 3, 4))
+    keys, later_keys = swap_axes(cache.keys, 3, 4), swap_axes(cache.later_keys, 3, 4)
+    stacked = keys, cache.values, later_keys, cache.later_values
+
+    def take(i: int) -> CpuLayer:
+        keys, values, later_keys, later_values = jax.tree.map(lambda x: x[i], stacked)
+        before = None if prefix is None else prefix.of_layer(i)
+        return CpuLayer(keys, values, later_keys, later_values, before)
+
+    return CpuCache(tuple(take(i) for i in range(cache.values.shape[0])), cache.recent)
 
 
 def forward(

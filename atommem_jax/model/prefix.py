@@ -79,11 +79,15 @@ def _read(
             jnp.zeros_like(lengths),
             recent=recent,
             prefix=before,
+            cache_dtype=decoder.agent.sampler.cache_dtype,
             method="read",
         )
     cache = typing.cast(Cache, read)
     if before is None:
         return Prefix(cache.keys, cache.values, lengths)
-    keys = jnp.concatenate([before.keys, cache.keys], axis=-2)
-    values = jnp.concatenate([before.values, cache.values], axis=-2)
+    keys, values = jax.tree.map(
+        lambda *pieces: jnp.concatenate(pieces, axis=-2),
+        (before.keys, before.values),
+        (cache.keys, cache.values),
+    )
     return Prefix(keys, values, before.length + lengths)

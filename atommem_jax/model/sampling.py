@@ -30,6 +30,7 @@ from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.model import cpu_decode, drafts
 from atommem_jax.model.cpu_decode import CpuCache
+from atommem_jax.model.quantized import INT8
 from atommem_jax.model.transformer import Cache, Prefix, Transformer
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
@@ -51,6 +52,7 @@ class SamplerConfig:
     group: int = 0  # rows answered at a time, see `groups`; 0 for all
     prompt_buckets: tuple[int, ...] = (8,)  # eighths of the prompt's width that rows are read at
     least_rows: int = 0  # a group is halved as its rows end, down to so many; 0: never
+    cache_dtype: str = ""  # of keys and values: "int8", or "" for what the model computes in
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -67,6 +69,11 @@ class SamplerConfig:
             )
         if self.draft < 0:
             raise ValueError(f"sampler.draft={self.draft}: allowed are 0 (no guesses) and more")
+        if self.cache_dtype not in ("", INT8):
+            raise ValueError(
+                f"sampler.cache_dtype={self.cache_dtype!r}: allowed are '' (that of the model) and "
+                f"{INT8!r}"
+            )
 
 
 @flax.struct.dataclass
@@ -242,6 +249,7 @@ def _read(decoder: Decoder, prompt: Array, width: int, start: Array, prefix: Pre
         features=match_features(agent, prompt, prompt[:, first:]),
         recent=recent[:, first : first + shift],
         prefix=prefix,
+        cache_dtype=agent.sampler.cache_dtype,
         method="read",
     )
 
@@ -419,7 +427,10 @@ def _decode(decoder: Decoder, state: DecodeState, least: int) -> DecodeState:
 
 
 def take_rows(tree: Any, rows: Int[Array, " M"]) -> Any:
-    """Some rows of a state or the like: of keys and values, the fourth axis from the end."""
+    """Some rows of a state or the like: of keys and values, the fourth axis from the end.
+
+    So it is of their scales, which keep the axis that shares one.
+    """
 
     def take(x: Array) -> Array:
         return jnp.take(x, rows, axis=max(x.ndim - 4, 0))

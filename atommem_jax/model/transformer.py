@@ -32,6 +32,7 @@ from atommem_jax.config import LoraConfig
 from atommem_jax.model import attention
 from atommem_jax.model.lora import SUFFIX
 from atommem_jax.model.model_config import REMAT_POLICIES, ModelConfig
+from atommem_jax.model.quantized import INT8, Quantized, Stored, quantize
 from atommem_jax.parallel import program
 from atommem_jax.parallel.program import constrain
 
@@ -46,8 +47,8 @@ class Prefix:
     They stand before the row's first slot, and may be those of several rows that begin alike.
     """
 
-    keys: Float[Array, "*layers B kv_heads F head_width"]
-    values: Float[Array, "*layers B kv_heads F head_width"]
+    keys: Stored  # [*layers B kv_heads F head_width]
+    values: Stored  # the same
     length: Int[Array, " B"]  # tokens: the first of the F
 
     @property
@@ -58,12 +59,13 @@ class Prefix:
 
     def repeat_length(self) -> "Prefix":
         """The length once for each layer, as a scan over layers wants it."""
-        layers = self.keys.shape[0]
+        layers = self.values.shape[0]
         return self.replace(length=jnp.broadcast_to(self.length, (layers, *self.length.shape)))
 
     def of_layer(self, i: int | Int[Array, ""]) -> "Prefix":
         """What one layer has of it."""
-        return self.replace(keys=self.keys[i], values=self.values[i])
+        keys, values = jax.tree.map(lambda x: x[i], (self.keys, self.values))
+        return self.replace(keys=keys, values=values)
 
 
 @flax.struct.dataclass
@@ -72,12 +74,14 @@ class Cache:
 
     Those of the prompt are written once and then only read: decoding would spend most of its time
     copying them from step to step. What it writes lies apart, in the slots behind them.
+
+    In int8 a head has a scale at every slot, see `quantized`.
     """
 
-    keys: Float[Array, "*layers B kv_heads slots head_width"]
-    values: Float[Array, "*layers B kv_heads slots head_width"]
-    later_keys: Float[Array, "*layers B kv_heads more head_width"]
-    later_values: Float[Array, "*layers B kv_heads more head_width"]
+    keys: Stored  # [*layers B kv_heads slots head_width]
+    values: Stored  # the same
+    later_keys: Stored  # [*layers B kv_heads more head_width]
+    later_values: Stored  # the same
     recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
     prefix: Prefix | None = None  # before the first slot
 
@@ -94,9 +98,9 @@ class Cache:
     def extend(self, slots: int) -> "Cache":
         """Room for `slots` more slots, which hold zeros until they are written."""
         pad = [(0, 0)] * 3 + [(0, slots), (0, 0)]
-        return self.replace(
-            later_keys=jnp.pad(self.later_keys, pad), later_values=jnp.pad(self.later_values, pad)
-        )
+        later = self.later_keys, self.later_values
+        keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), later)
+        return self.replace(later_keys=keys, later_values=values)
 
 
 def multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
@@ -137,8 +141,24 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
     return multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
 
 
+class _Dense(nn.Dense):
+    """A matrix, which may be int8 with the scales of its output channels beside it."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        out = super().__call__(inputs)
+        scale: Array | None = self.get_variable("params", "scale")
+        return out if scale is None else _rescale(out, scale[0])
+
+
+def _rescale(x: Array, scale: Array) -> Array:
+    """What int8 values gave, times their scale, in the dtype of `x`."""
+    scale = scale.reshape(*(1,) * (x.ndim - scale.ndim), *scale.shape)
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 def _dense(features: int, dtype: str, name: str, product=dot_general) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, dot_general=product, name=name)
+    return _Dense(features, use_bias=False, dtype=dtype, dot_general=product, name=name)
 
 
 class Adapter(nn.Module):
@@ -265,12 +285,21 @@ def mask_slots(
     )
 
 
-def write_slots(old: Array, new: Array, index: int | Int[Array, "*B"], *, axis: int) -> Array:
-    """`old` [B, ...] with `new` at `index` of an axis, the same in every row or one for each."""
-    if jnp.ndim(index) == 0:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-    return jax.vmap(write)(old, new, index)
+def write_slots(old: Stored, new: Array, index: int | Int[Array, "*B"], *, axis: int) -> Stored:
+    """`old` [B, ...] with `new` at `index` of an axis, the same in every row or one for each.
+
+    Where `old` is int8 what is written becomes so, with a scale for the vectors along the last axis
+    or, where slots lie there, the one before.
+    """
+    stored = quantize(new, axis=3 if axis == 2 else 2) if isinstance(old, Quantized) else new
+
+    def write(old, new):
+        if jnp.ndim(index) == 0:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+        write_row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+        return jax.vmap(write_row)(old, new, index)
+
+    return jax.tree.map(write, old, stored)
 
 
 def _count_copies(config: ModelConfig) -> int:
@@ -472,6 +501,7 @@ class Transformer(nn.Module):
         features: Bool[Array, "B T F"] | None = None,
         recent: Int[Array, "B token_shift"] | None = None,
         prefix: Prefix | None = None,
+        cache_dtype: str = "",
     ) -> tuple[Float[Array, "B 1 width"], Cache]:
         """The hidden state of the last of T tokens, and a cache of all: what `__call__` gives.
 
@@ -479,12 +509,18 @@ class Transformer(nn.Module):
 
         recent: tokens before the first column; None for padding.
         prefix: what stands before each row.
+        cache_dtype: "int8", or "" for what the model computes in. The prompt attends to itself as
+          it is computed, and only what is kept is rounded.
         """
         c = self.config
         batch, length = tokens.shape
         window = self._with_recent(tokens, recent)
         positions = count_positions(start, list_slots(0, length), prefix)
         stacked = self.variables["params"]["layers"]
+
+        def keep(parts):
+            kept = (quantize(part, axis=-1) if cache_dtype == INT8 else part for part in parts)
+            return tuple(kept)
 
         def run(i, x, cache, **how):
             block = Block(c, True, parent=None, **how)
@@ -495,18 +531,18 @@ class Transformer(nn.Module):
             x, new = block.apply({"params": own}, x, before, start, positions, None, 0)
             x = jax.lax.optimization_barrier(x)
             write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-            return x, tuple(write(old, part) for old, part in zip(cache, new, strict=True))
+            return x, jax.tree.map(write, cache, keep(new))
 
         kv_heads = c.num_kv_heads * _count_copies(c)
         room = jnp.zeros((c.num_layers, batch, kv_heads, length, c.head_width), c.dtype)
         # Written layer by layer where it lies: pieces that are joined in the end would be copied.
-        x, cache = self.embed(window, features), (room, room)
+        x, cache = self.embed(window, features), keep((room, room))
         with jax.named_scope("layers"):
             x, cache = jax.lax.fori_loop(
                 0, c.num_layers - 1, lambda i, carry: run(i, *carry), (x, cache)
             )
         x, (k, v) = run(c.num_layers - 1, x, cache, tail=1)
-        none = jnp.zeros((*k.shape[:3], 0, c.head_width), k.dtype)
+        none = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], 0, x.shape[4]), x.dtype), k)
         return self.final_norm(x), Cache(k, v, none, none, window[:, length:], prefix)
 
     def embed(
@@ -516,8 +552,12 @@ class Transformer(nn.Module):
         c = self.config
         length = window.shape[1] - c.token_shift
         # Looked up in a table that is whole in its width: cheaper than to move what it gives.
-        table = _gather(self.embedder.embedding.astype(c.dtype), ("vocab", "embed"))
+        table = self.embedder.embedding
+        scale: Array | None = self.embedder.get_variable("params", "scale")
+        table = _gather(table if scale is not None else table.astype(c.dtype), ("vocab", "embed"))
         embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
+        if scale is not None:
+            embedded = _rescale(embedded.astype(c.dtype), jnp.take(scale, window, axis=0))
         if self.embedder_lora is not None:
             embedded = embedded + self.embedder_lora.lookup(window, c.dtype)
         if c.token_shift:  # padding is masked everywhere else, and a published id for it is used
@@ -536,7 +576,7 @@ class Transformer(nn.Module):
         return x
 
     def readout(self, dtype) -> Float[Array, "width V"]:
-        """The matrix that `logits` reads hidden states of `dtype` out with."""
+        """The matrix that `logits` reads hidden states of `dtype` out with, scales aside."""
         head = self.embedder.embedding.T if self.config.tie_embeddings else self.head
         return _gather(head.astype(dtype), ("embed", "vocab"))
 
@@ -551,6 +591,10 @@ class Transformer(nn.Module):
         readout = self.readout(hidden.dtype) if readout is None else readout
         out = product(hidden, readout, (((hidden.ndim - 1,), (0,)), ((), ())))
         tied = self.config.tie_embeddings
+        holder, name = (self.embedder, "scale") if tied else (self, "head_scale")
+        scale: Array | None = holder.get_variable("params", name)
+        if scale is not None:
+            out = _rescale(out, scale.reshape(-1))
         adapter = self.embedder_lora if tied else self.head_lora
         if adapter is not None:
             out = out + adapter.logits(hidden, transposed=tied)

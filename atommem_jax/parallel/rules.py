@@ -49,6 +49,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"shift", (None, "embed")),
     (r"value_head/kernel", ("embed", None)),
     (r"value_head/bias", (None,)),
+    # Of int8 matrices: small, and whole everywhere.
+    (r"(embedder|layers/\w+)/scale|head_scale", (None, None)),
     (r"ns_coeffs", (None,)),  # not of the model: Muon's constants
 )
 """Path of a parameter -> logical axes of its dimensions. The first rule that matches counts."""

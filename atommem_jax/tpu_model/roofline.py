@@ -223,7 +223,7 @@ def traffic_of(
 
 
 def _bytes_of(dtype: str) -> int:
-    return {"bfloat16": 2, "float32": 4}[dtype]
+    return {"int8": 1, "bfloat16": 2, "float32": 4}[dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,14 +278,20 @@ def memory_of_logits(
     return share * 4 * passes
 
 
-def cache_bytes(config: ModelConfig, placement: Placement, rows: float, slots: int) -> float:
+def cache_bytes(
+    config: ModelConfig, placement: Placement, rows: float, slots: int, cache_dtype: str = ""
+) -> float:
     """Bytes of the key/value cache of `rows` (of all devices) on one device.
 
     A head lies on one device: with fewer key/value heads than `tensor`, several hold copies.
+
+    cache_dtype: `rollout.cache_dtype`; int8 has a float32 scale a head and slot.
     """
     c = config
     heads = max(c.num_kv_heads / placement.tensor, 1)
-    per_slot = 2 * c.num_layers * heads * c.head_width * _bytes_of(c.dtype)
+    scale = 4 if cache_dtype == "int8" else 0
+    a_head = c.head_width * _bytes_of(cache_dtype or c.dtype) + scale
+    per_slot = 2 * c.num_layers * heads * a_head
     return rows / placement.rows * slots * per_slot
 
 
@@ -297,6 +303,7 @@ def memory_of_decoding(
     steps: int,
     *,
     param_dtype: str = "float32",
+    cache_dtype: str = "",
 ) -> float:
     """Bytes of `steps` decode steps: weights as they are stored and the whole cache, each step.
 
@@ -306,10 +313,11 @@ def memory_of_decoding(
       rows: of all devices.
       slots: of the cache, written or not: all are read.
       steps: of the loop.
-      param_dtype: `rollout.param_dtype`.
+      param_dtype: `rollout.param_dtype`; the scales of int8 are not counted.
+      cache_dtype: `rollout.cache_dtype`.
     """
     weights = flops_lib.count_params(config) * _bytes_of(param_dtype) / placement.tensor
-    return steps * (weights + cache_bytes(config, placement, rows, slots))
+    return steps * (weights + cache_bytes(config, placement, rows, slots, cache_dtype))
 
 
 def memory_of_optimizer(

@@ -146,14 +146,15 @@ class Workload:
         if name == "rollout":
             params = flops_lib.count_params(self.model) / self.mesh[rules.TENSOR]
             stored = presentation.device_bytes(program.state)
-            width = 2 if self.config.rollout.param_dtype == "bfloat16" else 4
+            width = {"int8": 1, "bfloat16": 2, "float32": 4}[self.config.rollout.param_dtype]
+            kept = self.config.rollout.cache_dtype
             group = self.config.rollout.microbatch or self.rows // self.shares
             slots = self.limits.prompt_width + self.config.rollout.response_length
             rows = min(group, self.rows // self.shares) * self.shares
             placement = roofline.Placement(self.shares, self.mesh[rules.TENSOR])
             return {
                 "parameters": (params * width + stored) / GIB,
-                "KV cache": roofline.cache_bytes(self.model, placement, rows, slots) / GIB,
+                "KV cache": roofline.cache_bytes(self.model, placement, rows, slots, kept) / GIB,
                 "memory tables": self._table_bytes() / GIB,
             }
         trained = presentation.device_bytes(program.state.params) / GIB
@@ -202,6 +203,7 @@ class Workload:
                         slots,
                         self.passes,
                         param_dtype=dtype,
+                        cache_dtype=self.config.rollout.cache_dtype,
                     ),
                     roofline.traffic_of(traffic, inside=["decode"]),
                 ),

@@ -342,6 +342,15 @@ def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path
         ({"sft__save_every": 0}, ["sft.save_every=0", "at least 1"]),
         ({"rl__steps": -1}, ["rl.steps=-1", "0 or more"]),
         ({"rollout__top_p": 1.5}, ["top_p=1.5"]),
+        ({"rollout__cache_dtype": "int4"}, ["rollout.cache_dtype='int4'", "'', 'int8'"]),
+        (
+            {"rollout__cache_dtype": "int8"},
+            ["rollout.cache_dtype='int8'", "rl.ppo.importance_cap=0.0", "above 0"],
+        ),
+        (
+            {"rollout__param_dtype": "int8"},
+            ["rollout.param_dtype='int8'", "rl.ppo.importance_cap=0.0", "rl.steps=0"],
+        ),
         ({"teacher__update": -0.1}, ["teacher.update=-0.1", "0.0 to 1.0"]),
         ({"model__num_kv_heads": 3}, ["num_kv_heads=3", "num_heads=2"]),
     ],
@@ -352,6 +361,12 @@ def test_fields_that_cannot_be_are_named(changed, named):
         validate.validate(runs.make_config(**changed))
     for words in named:
         assert words in str(caught.value)
+
+
+def test_int8_may_sample_what_is_corrected_for_or_not_learned_from():
+    int8 = {"rollout__cache_dtype": "int8", "rollout__param_dtype": "int8"}
+    validate.validate(runs.make_config(**int8, rl__ppo__importance_cap=2.0))
+    validate.validate(runs.make_config(**int8, rl__steps=0))
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ ONE = (1, 1, 1)
 MESHES = {(8, 1, 1): 1e-5, (2, 2, 2): 2e-5}
 PPO = {
     # An entropy bonus needs every row; without, those of no advantage are left out.
-    (8, 1, 1): PPOConfig(group_size=2, minibatches=2, microbatch_rows=8, entropy_coef=0.01),
-    (2, 2, 2): PPOConfig(group_size=2, minibatches=2, microbatch_rows=8),
+    (8, 1, 1): PPOConfig(
+        group_size=2, minibatches=2, microbatch_rows=8, entropy_coef=0.01, importance_cap=2.0
+    ),
+    (2, 2, 2): PPOConfig(group_size=2, minibatches=2, microbatch_rows=8, importance_cap=2.0),
 }
 ROWS = 16
 on_each_mesh = pytest.mark.parametrize("shape", MESHES, ids=str)
