@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax.config import LENGTH_BUCKETS, PPOConfig
-from atommem_jax.learning import advantage, loss, microbatches
+from atommem_jax.learning import advantage, gate, loss, microbatches
 from atommem_jax.learning.microbatches import Metrics, PyTree
 from atommem_jax.learning.optimizer import TrainState, apply_gradients
 from atommem_jax.model import attention, lora, sampling
@@ -296,7 +296,9 @@ def ppo_objective(
         value += config.value_coef * v_loss
         metrics |= {"value_loss": v_loss, **v_metrics}
     gap = loss.largest_gap(scores.log_probs, part.old_log_probs, part.weights)
-    return value, (metrics, {"log_prob_gap": jax.lax.stop_gradient(gap)})
+    largest = jnp.max(jnp.where(part.weights > 0, scores.largest, 0.0))
+    maxima = {"log_prob_gap": gap, "largest_logit": largest}
+    return value, (metrics, jax.lax.stop_gradient(maxima))
 
 
 def fixed_log_probs(
@@ -346,7 +348,8 @@ def update_step(
 
     Returns:
       The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
-      |sampler - learner| log-prob in the first mini-batch, before any parameter has moved. Clip
+      |sampler - learner| log-prob in the first mini-batch, before any parameter has moved, and
+      log_prob_bound, what rounding explains of it in float32 (`gate.bound`). Clip
       fractions, KL and entropy are over the rows that were scored (`scored_share` of the tokens).
       With `importance_cap` all rows are scored once more before the first step: log_prob_gap and
       the metrics of `loss.importance_weights` are over all of them.
@@ -421,7 +424,7 @@ def update_step(
         agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
     )
     state = _keep_in_place(agent, state, mesh)
-    gap = metrics.pop("log_prob_gap")[0, 0]
+    gap, largest = (metrics.pop(name)[0, 0] for name in ("log_prob_gap", "largest_logit"))
     scored = metrics.pop("scored")
     result = {
         name: values.sum() / jnp.maximum(scored.sum(), 1e-9)
@@ -430,6 +433,8 @@ def update_step(
         for name, values in metrics.items()
     }
     result |= {"log_prob_gap": gap, "scored_share": scored.mean()}
+    if agent.model.config.dtype == "float32":
+        result["log_prob_bound"] = gate.bound(largest)
     counts = {name: metrics[name].sum() for name in ("skipped", "idle")}
     return state, {**result, **of_rollout, **counts}
 

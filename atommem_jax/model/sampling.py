@@ -132,6 +132,7 @@ class Scores:
     log_probs: Float[Array, "M R"]
     entropy: Float[Array, "M R"]
     values: Float[Array, " M"]
+    largest: Float[Array, "M R"]  # |logit| of what was allowed, after the temperature
 
 
 def masked_log_softmax(
@@ -494,7 +495,7 @@ def score(
     readout = model.apply({"params": params}, hidden.dtype, method="readout")
 
     def read(hidden, response, states, remaining):
-        """Log-probs and entropies of some columns of the response."""
+        """Log-probs, entropies and largest logits of some columns of the response."""
         logits = model.apply({"params": params}, hidden, readout, method="logits")
         if config.constrained:
             mask = jax.vmap(jax.vmap(grammar.allowed))(states, remaining)
@@ -504,15 +505,17 @@ def score(
         mask = program.constrain(mask, "rows", None, "vocab")
         logp = masked_log_softmax(logits, mask, _effective(temperature))
         chosen = jnp.take_along_axis(logp, response[..., None], axis=2)[..., 0]
-        return chosen, masked_entropy(logp, mask)
+        size = jnp.max(jnp.abs(jax.lax.stop_gradient(logits)), axis=-1, where=mask, initial=0.0)
+        return chosen, masked_entropy(logp, mask), size / _effective(temperature)
 
     columns = (hidden, response, states, remaining)
-    log_probs, entropy = _in_chunks(read, columns, config.score_chunk)
+    log_probs, entropy, largest = _in_chunks(read, columns, config.score_chunk)
     real = jnp.arange(limit)[None, :] < response_lengths[:, None]
     return Scores(
         log_probs=jnp.where(real, log_probs, 0.0),
         entropy=jnp.where(real, entropy, 0.0),
         values=values,
+        largest=jnp.where(real, largest, 0.0),
     )
 
 

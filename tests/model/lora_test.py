@@ -341,7 +341,7 @@ def test_a_rollout_samples_from_what_the_learner_scores():
     turns = play((1, 1, 1)).turns
     assert turns.live.sum() > 3 * ROWS
     _, metrics = update((1, 1, 1))
-    assert 0 < metrics["log_prob_gap"] < 2e-5
+    assert 0 < metrics["log_prob_gap"] < metrics["log_prob_bound"] < 1e-3
     assert metrics["reference_kl"] < 1e-6  # the adapters of the reference are on the same base
 
 

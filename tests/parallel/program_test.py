@@ -180,7 +180,7 @@ def test_an_update_is_the_same_on_any_mesh(shape):
     assert_close(state.params, expected.params)
     assert_close(state.opt_state, expected.opt_state)
     assert float(expected_metrics["advantage_std"]) > 0
-    assert metrics["log_prob_gap"] < 2e-5
+    assert metrics["log_prob_gap"] < metrics["log_prob_bound"] < 1e-4
     for name in set(expected_metrics) - {"log_prob_gap"}:
         np.testing.assert_allclose(
             metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
