@@ -118,9 +118,7 @@ def causal(
         kernel = functools.partial(_splash, interpret=interpret)
         real = jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]
         if before is not None:
-            first_keys, first_values = (dequantize(x, queries.dtype) for x in before[:2])
-            keys = jnp.concatenate([first_keys, keys], axis=2)
-            values = jnp.concatenate([first_values, values], axis=2)
+            keys, values = _put_before(before, keys, values)
             real = jnp.concatenate([before[2][:, 0], real], axis=1)
         heads, shared = ("rows", "heads", None, None), ("rows", "kv_heads", None, None)
         run = program.by_hand(kernel, specs=(heads, shared, shared, ("rows", None)), out=heads)
@@ -137,6 +135,14 @@ def causal(
         seen = (keys[:, :, :last],), (values[:, :, :last],)
         blocks.append(attend(queries[:, :, first:last], *seen, mask, before))
     return jnp.concatenate(blocks, axis=2)
+
+
+def _put_before(before: Before, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Keys and values in one piece, for kernels that know of no scales."""
+    first = (dequantize(x, keys.dtype) for x in before[:2])
+    pairs = zip(first, (keys, values), strict=True)
+    joined = [jnp.concatenate(pair, axis=2) for pair in pairs]
+    return joined[0], joined[1]
 
 
 def row_multiple(implementation: str, length: int) -> int:
@@ -164,9 +170,7 @@ def _fused(queries, keys, values, start, before):
     ahead = (columns[None, :] - columns[:, None])[None]
     mask = ((ahead < 0) & real[:, None]) | (ahead == 0)
     if before is not None:
-        keys, values = (
-            jnp.concatenate(x, axis=2) for x in ((before[0], keys), (before[1], values))
-        )
+        keys, values = _put_before(before, keys, values)
         there = jnp.broadcast_to(before[2], (*mask.shape[:2], before[2].shape[2]))
         mask = jnp.concatenate([there, mask], axis=2)
     depth = queries.shape[3]

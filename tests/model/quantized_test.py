@@ -83,7 +83,7 @@ def test_attention_to_int8_is_that_to_the_numbers_it_stands_for(key_axes):
     assert np.abs(attend(keys, values) - attend(other[:3], other[3:])).max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", ["plain", "splash"])
+@pytest.mark.parametrize("implementation", ["plain", "splash", "fused"])
 def test_a_prompt_attends_to_an_int8_prefix(implementation):
     rng = np.random.default_rng(2)
     length = attention.LANES
