@@ -222,7 +222,8 @@ def traffic_of(
 # ------------------------------------------------------------------ bytes of HBM, one device
 
 
-def _bytes_of(dtype: str) -> int:
+def bytes_of(dtype: str) -> int:
+    """Of one number."""
     return {"int8": 1, "bfloat16": 2, "float32": 4}[dtype]
 
 
@@ -247,7 +248,7 @@ def memory_of_weights(config: ModelConfig, placement: Placement, passes: float) 
     A pass reads a device's share of the tensor axis; with fsdp a layer is gathered first, so that
     its share is written once more than that.
     """
-    whole = flops_lib.count_params(config) * _bytes_of(config.dtype) / placement.tensor
+    whole = flops_lib.count_params(config) * bytes_of(config.dtype) / placement.tensor
     return passes * whole * (2 if placement.fsdp > 1 else 1)
 
 
@@ -266,7 +267,7 @@ def memory_of_activations(
     heads = c.head_width * (2 * c.num_heads + 2 * c.num_kv_heads) * 2 / split
     values = 4 * 2 * c.width + heads + 3 * 2 * c.mlp_width / split
     passes = (4 if c.remat else 3) if train else 1
-    return columns / placement.rows * c.num_layers * values * _bytes_of(c.dtype) * passes
+    return columns / placement.rows * c.num_layers * values * bytes_of(c.dtype) * passes
 
 
 def memory_of_logits(
@@ -290,7 +291,7 @@ def cache_bytes(
     c = config
     heads = max(c.num_kv_heads / placement.tensor, 1)
     scale = 4 if cache_dtype == "int8" else 0
-    a_head = c.head_width * _bytes_of(cache_dtype or c.dtype) + scale
+    a_head = c.head_width * bytes_of(cache_dtype or c.dtype) + scale
     per_slot = 2 * c.num_layers * heads * a_head
     return rows / placement.rows * slots * per_slot
 
@@ -316,7 +317,7 @@ def memory_of_decoding(
       param_dtype: `rollout.param_dtype`; the scales of int8 are not counted.
       cache_dtype: `rollout.cache_dtype`.
     """
-    weights = flops_lib.count_params(config) * _bytes_of(param_dtype) / placement.tensor
+    weights = flops_lib.count_params(config) * bytes_of(param_dtype) / placement.tensor
     return steps * (weights + cache_bytes(config, placement, rows, slots, cache_dtype))
 
 
@@ -329,7 +330,7 @@ def memory_of_optimizer(
     moments: dtype of each, as they are stored.
     """
     count = flops_lib.count_trained(config) / (placement.tensor * placement.fsdp)
-    return count * (2 * 4 + 2 * 4 + sum(2 * _bytes_of(dtype) for dtype in moments))
+    return count * (2 * 4 + 2 * 4 + sum(2 * bytes_of(dtype) for dtype in moments))
 
 
 def memory_of_scoring(

@@ -146,7 +146,7 @@ class Workload:
         if name == "rollout":
             params = flops_lib.count_params(self.model) / self.mesh[rules.TENSOR]
             stored = presentation.device_bytes(program.state)
-            width = {"int8": 1, "bfloat16": 2, "float32": 4}[self.config.rollout.param_dtype]
+            width = roofline.bytes_of(self.config.rollout.param_dtype)
             kept = self.config.rollout.cache_dtype
             group = self.config.rollout.microbatch or self.rows // self.shares
             slots = self.limits.prompt_width + self.config.rollout.response_length

@@ -314,6 +314,10 @@ def test_decoding_reads_weights_and_cache_every_step():
     assert read == steps * (weights + cache)
     split = Placement(rows=2, tensor=4)  # more devices than key/value heads: copies
     assert roofline.cache_bytes(config, split, rows, slots) == cache / 2 / 2
+    # int8: a byte a number, and a float32 scale for each vector.
+    small = roofline.cache_bytes(config, Placement(), rows, slots, "int8")
+    vectors = 2 * config.num_layers * config.num_kv_heads * rows * slots
+    assert small == vectors * (config.head_width + 4)
 
 
 def test_traffic_of_memory_grows_with_what_is_done():
