@@ -95,7 +95,8 @@ def respond(
         return first + jnp.sum(inside), responses
 
     carry = (jnp.zeros((), jnp.int32), _no_responses(decoder, batch))
-    return jax.lax.while_loop(lambda carry: carry[0] < live, body, carry)[1]
+    with jax.named_scope("groups"):
+        return jax.lax.while_loop(lambda carry: carry[0] < live, body, carry)[1]
 
 
 def _no_responses(decoder: Decoder, batch: int) -> Response:

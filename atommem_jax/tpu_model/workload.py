@@ -113,7 +113,7 @@ class Workload:
     def trips(self, name: str) -> dict[str, int]:
         """How often loops run whose number of rounds the program does not say."""
         if name == "rollout":
-            return {"turns": self.turns, "decode": self.passes}
+            return {"turns": self.turns, "groups": self.groups, "decode": self.passes}
         return {"microbatches": self.microbatches(name)}
 
     def flops(self, name: str) -> flops_lib.Flops:
