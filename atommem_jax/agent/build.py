@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from atommem_jax.config import ConfigError, Experiment, check
+from atommem_jax.config import ConfigError, Experiment, TeacherConfig, check
 from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
@@ -27,7 +27,8 @@ from atommem_jax.model.sampling import Agent, SamplerConfig
 from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import mesh
 from atommem_jax.parallel.mesh import prepare_devices
-from atommem_jax.tasks import datasets, encoding, teacher, workflows
+from atommem_jax.tasks import datasets, encoding, keeper, teacher, workflows
+from atommem_jax.types import Policy
 
 HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
 """Fields of `config.model` that change no parameter."""
@@ -43,6 +44,24 @@ class Parts:
     script: teacher.Script
     workflow: workflows.Workflow
     embed: HashedBagOfTokens
+
+    def make_teacher(
+        self, rates: TeacherConfig, habits: keeper.Habits | None = None
+    ) -> Policy:
+        """The scripted policy of the task, with rates of mistakes that may be traced.
+
+        habits: what the village's script lacks and does instead; other tasks have none.
+
+        Raises ConfigError for a tokenizer in which the words that a script knows are no tokens.
+        """
+        if self.config.task.name != "village":
+            return teacher.policy(rates, self.script)
+        try:
+            words = keeper.Words.compile(self.tokenizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        actions = self.config.rollout.max_actions
+        return keeper.policy(rates, self.script, words, actions=actions, habits=habits)
 
     def setting(self, shape: encoding.EpisodeShape) -> rollout.Setting:
         """The rollout's sizes for episodes of this shape."""
@@ -76,7 +95,8 @@ class Parts:
 
 def category_names(config: Experiment) -> list[str]:
     """Names of the task's categories of facts."""
-    module = importlib.import_module(f"atommem_jax.tasks.{config.task.name}")
+    family = datasets.find_family(config.task.name)
+    module = importlib.import_module(f"atommem_jax.tasks.{family}")
     return [category.name.lower() for category in module.FactCategory]
 
 

@@ -8,12 +8,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from atommem_jax.agent.build import Parts
+from atommem_jax.config import TeacherConfig
 from atommem_jax.learning import rollout
 from atommem_jax.model import lora, quantized
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import rules as rules_lib
-from atommem_jax.tasks import encoding, teacher
+from atommem_jax.tasks import encoding, keeper
 
 
 def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh):
@@ -42,7 +43,7 @@ def make_program(parts: Parts, mesh: Mesh):
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature, episodes)
-        policy = parts.workflow.apply(policy, parts.script)
+        policy = parts.workflow.apply(policy, parts.make_teacher)
         return rollout.run(setting, policy, episodes, ids, seed)
 
     play_shares = program.data_parallel(
@@ -86,10 +87,14 @@ def cast_matrices(params, dtype: str):
 def make_scripted_player(
     parts: Parts,
     shape: encoding.EpisodeShape,
-    config: teacher.TeacherConfig,
+    config: TeacherConfig,
     mesh: Mesh,
+    habits: keeper.Habits | None = None,
 ):
-    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher in the workflow."""
+    """Jitted (episodes, ids, seed key) -> trajectories of a scripted teacher in the workflow.
+
+    habits: see `Parts.make_teacher`.
+    """
     config = parts.workflow.restrict(config)
     # Rates are arguments of the program, so that teachers share what was compiled for one.
     rates = {
@@ -98,12 +103,13 @@ def make_scripted_player(
         if not isinstance(value, bool)
     }
 
-    def play_local(setting, rates, episodes, ids, seed):
-        policy = teacher.policy(dataclasses.replace(config, **rates), parts.script)
-        policy = parts.workflow.apply(policy, parts.script)
+    def play_local(setting, rates, habits, episodes, ids, seed):
+        policy = parts.make_teacher(dataclasses.replace(config, **rates), habits)
+        policy = parts.workflow.apply(policy, parts.make_teacher)
         return rollout.run(setting, policy, episodes, ids, seed)
 
     play = jax.jit(
         program.data_parallel(play_local, mesh, rows=("episodes", "ids"), out=program.ROWS)
     )
-    return functools.partial(play, *host_batches.replicate((parts.setting(shape), rates), mesh))
+    traced = (parts.setting(shape), rates, jax.tree.map(np.asarray, habits))
+    return functools.partial(play, *host_batches.replicate(traced, mesh))

@@ -10,7 +10,7 @@ from atommem_jax.config import ConfigError, Experiment, check, differences, path
 from atommem_jax.model import quantized
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.transformer import init_params
-from atommem_jax.tasks import encoding, schema, workflows
+from atommem_jax.tasks import encoding, keeper, schema, workflows
 from atommem_jax.types import ActionKind, Phase
 
 
@@ -159,6 +159,8 @@ def _longest_turn(
 ) -> tuple[int, int]:
     """Tokens, and actions, of the longest reading turn that a teacher writes."""
     script, program = parts.script, parts.workflow.program
+    if parts.config.task.name == "village":
+        return keeper.longest_turn(script, parts.config.rollout.max_actions)
     stored, facts = max(shape.chunk_length, shape.facts * shape.note_length), shape.facts
     stores_all = parts.config.teacher.store_distractor > 0 or program is not None
     if not stores_all:

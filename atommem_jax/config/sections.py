@@ -333,6 +333,10 @@ class TeacherConfig(Section):
     read_badly: Share = 0.0
     # Answers right when everything needed is shown.
     answer_known: Share = 1.0
+    # What the text says is gone is deleted, and what is to be counted is counted in the scratchpad,
+    # where the task has such facts (`tasks.keeper`).
+    forget: Share = 1.0
+    count: Share = 1.0
     scratchpad_only: bool = False  # no store: see `tasks.teacher`
 
     def validate(self, prefix: str = "teacher") -> None:

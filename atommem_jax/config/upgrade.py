@@ -34,6 +34,8 @@ _ABSENT: Mapping[str, Any] = {
     "model.remat_policy": "full",
     "model.attention": "auto",
     "lora.rank": 0,
+    "teacher.forget": 1.0,
+    "teacher.count": 1.0,
     "sft.data": "",
     "sft.length_buckets": (5, 8),
     "rl.ppo.length_buckets": (5, 8),
@@ -50,6 +52,10 @@ _ABSENT: Mapping[str, Any] = {
 """Path of a field that older configs lack -> the value they were run with."""
 
 
+_RENAMED_TASKS: Mapping[str, str] = {"synthetic": "facts"}
+"""Old `task.name` -> its name now."""
+
+
 def upgrade(old: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The same config as nested dicts, in today's names and with today's fields.
 
@@ -63,6 +69,9 @@ def upgrade(old: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
             value = section.pop(name)
             target, new_name = _find(config, now, make=True)
             target[new_name] = value
+    task, _ = _find(config, "task.name")
+    if task is not None and task.get("name") in _RENAMED_TASKS:
+        task["name"] = _RENAMED_TASKS[task["name"]]
     for path, value in _ABSENT.items():
         section, name = _find(config, path, make=True)
         section.setdefault(name, value)

@@ -19,6 +19,16 @@ from atommem_jax.tasks import user_functions
 from atommem_jax.tasks.schema import Example
 
 
+FAMILIES: Mapping[str, str] = {
+    "village": "village",
+    "facts": "synthetic",
+    "babi": "babi",
+    "multihop_qa": "multihop_qa",
+    "custom": "custom",
+}
+"""`task.name` -> the module in `tasks` that makes it."""
+
+
 class Split(Sequence[Example]):
     """The examples of one split, decoded when they are asked for."""
 
@@ -63,9 +73,8 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
     """Writes the data set that `task` describes under `data_root`, unless it is there already.
 
     Args:
-      task: `name` is the family, 'synthetic', 'babi', 'multihop_qa' or 'custom'; the rest are
-        fields of its config class, `SyntheticConfig`, `BabiConfig`, `MultihopQaConfig` or
-        `CustomConfig`. Any family may have a `reward`, see `learning.reward.find`.
+      task: `name` is the family, one of `FAMILIES`; the rest are fields of its config class,
+        such as `VillageConfig`. Any family may have a `reward`, see `learning.reward.find`.
       data_root: directory of all prepared data sets; made where it does not exist. Processes that
         share it on one machine wait for each other.
 
@@ -109,26 +118,37 @@ def parse_task(task: Mapping[str, Any]) -> tuple[Any, Callable[[Any, str], Any]]
     return make_config(**fields), make_builder
 
 
+def find_family(name: str | None) -> str:
+    """Name of the module in `tasks` that makes a task. Raises ValueError for an unknown task."""
+    name = "facts" if name == "synthetic" else name  # its name in older versions
+    if name not in FAMILIES:
+        raise ValueError(
+            f"config.task.name is {name!r}; allowed: {', '.join(map(repr, FAMILIES))}."
+        )
+    return FAMILIES[name]
+
+
 def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
-    if name == "synthetic":
+    module = find_family(name)
+    if module == "village":
+        from atommem_jax.tasks import village
+
+        return village.VillageConfig, village.make_builder
+    if module == "synthetic":
         from atommem_jax.tasks import synthetic
 
         return synthetic.SyntheticConfig, synthetic.make_builder
-    if name == "babi":
+    if module == "babi":
         from atommem_jax.tasks import babi
 
         return babi.BabiConfig, babi.make_builder
-    if name == "multihop_qa":
+    if module == "multihop_qa":
         from atommem_jax.tasks import multihop_files, multihop_qa
 
         return multihop_files.MultihopQaConfig, multihop_qa.make_builder
-    if name == "custom":
-        from atommem_jax.tasks import custom
+    from atommem_jax.tasks import custom
 
-        return custom.CustomConfig, custom.make_builder
-    raise ValueError(
-        f"config.task.name is {name!r}; allowed: 'synthetic', 'babi', 'multihop_qa', 'custom'."
-    )
+    return custom.CustomConfig, custom.make_builder
 
 
 @contextlib.contextmanager

@@ -151,12 +151,12 @@ def make_world() -> World:
         cities=names["city"],
         likes=_LIKES,
         products=_PRODUCTS,
-        employers=_split_pairs(names["person"], names["company"]),
-        locations=_split_pairs(names["company"], names["city"]),
+        employers=split_pairs(names["person"], names["company"]),
+        locations=split_pairs(names["company"], names["city"]),
     )
 
 
-def _split_pairs(
+def split_pairs(
     subjects: tuple[str, ...], objects: tuple[str, ...]
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """part -> subject -> its objects. Ranks, not thresholds: every subject gets its share."""

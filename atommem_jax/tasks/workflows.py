@@ -21,6 +21,7 @@ same budget.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,6 @@ from jaxtyping import PRNGKeyArray
 
 from atommem_jax.config import MemoryConfig, TeacherConfig
 from atommem_jax.tasks import teacher
-from atommem_jax.tasks.teacher import Script
 from atommem_jax.types import EDITS, ActionKind, Episode, Phase, Policy, Response, View
 
 _ALL = tuple(kind for kind in ActionKind if kind != ActionKind.NONE)
@@ -46,10 +46,16 @@ class Workflow:
     window: bool = False  # the table holds what is shown, oldest out first
 
     def limit(self, memory: MemoryConfig) -> MemoryConfig:
-        """The memory that it leaves: as configured, or a window on what was stored last."""
-        if not self.window:
-            return memory
-        return dataclasses.replace(memory, slots=memory.shown, eviction="oldest")
+        """The memory that it leaves: as configured, or a window on what was stored last.
+
+        What stores everything evicts what was not touched for longest where the config would
+        refuse: no such system keeps the first few facts of a document and none of the rest.
+        """
+        if self.window:
+            return dataclasses.replace(memory, slots=memory.shown, eviction="oldest")
+        if self.program is not None and memory.eviction == "reject":
+            return dataclasses.replace(memory, eviction="lru")
+        return memory
 
     def restrict(self, rates: TeacherConfig) -> TeacherConfig:
         """The teacher of these rates, kept to the kinds there are; without Update it creates."""
@@ -57,7 +63,8 @@ class Workflow:
         gone = {
             ActionKind.READ: {"set_query": 0.0, "read_missing": 0.0},
             ActionKind.UPDATE: {"update": 0.0},
-            ActionKind.DELETE: {"delete": 0.0},
+            ActionKind.DELETE: {"delete": 0.0, "forget": 0.0},
+            ActionKind.SCRATCHPAD: {"count": 0.0},
         }
         changes: dict[str, Any] = {}
         for kind in without:
@@ -66,15 +73,17 @@ class Workflow:
             changes["scratchpad_only"] = True
         return dataclasses.replace(rates, **changes)
 
-    def apply(self, policy: Policy, script: Script) -> Policy:
+    def apply(self, policy: Policy, make_teacher: Callable[[TeacherConfig], Policy]) -> Policy:
         """`policy`, with its reading turns written by the program, if there is one.
+
+        make_teacher: a scripted policy of the task, of given rates.
 
         Those turns come back with `scripted` set and log-probs of 0: there is nothing to learn in
         them. The policy is not even run where no trajectory of the batch is answering.
         """
         if self.program is None:
             return policy
-        write = teacher.policy(self.program, script)
+        write = make_teacher(self.program)
 
         def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
             reading = views.phase == Phase.READING

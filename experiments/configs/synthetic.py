@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.mesh.cpu_devices = 2  # into which a host without an accelerator is split
 
     config.task = ConfigDict()
-    config.task.name = "synthetic"
+    config.task.name = "facts"
     config.task.base_facts = 12
     config.task.facts_per_chunk = 1
     config.task.questions = (2, 2)
@@ -103,6 +103,8 @@ def get_config() -> ConfigDict:
     config.teacher.update = 0.45
     config.teacher.delete = 0.0
     config.teacher.set_query = 0.75
+    config.teacher.forget = 1.0
+    config.teacher.count = 1.0
     config.teacher.read_missing = 1.0
     config.teacher.read_badly = 0.0
     config.teacher.answer_known = 0.96
