@@ -45,9 +45,7 @@ class Parts:
     workflow: workflows.Workflow
     embed: HashedBagOfTokens
 
-    def make_teacher(
-        self, rates: TeacherConfig, habits: keeper.Habits | None = None
-    ) -> Policy:
+    def make_teacher(self, rates: TeacherConfig, habits: keeper.Habits | None = None) -> Policy:
         """The scripted policy of the task, with rates of mistakes that may be traced.
 
         habits: what the village's script lacks and does instead; other tasks have none.

@@ -95,21 +95,43 @@ def make_scripted_player(
 
     habits: see `Parts.make_teacher`.
     """
-    config = parts.workflow.restrict(config)
-    # Rates are arguments of the program, so that teachers share what was compiled for one.
-    rates = {
-        name: np.float32(value)
-        for name, value in dataclasses.asdict(config).items()
-        if not isinstance(value, bool)
-    }
+    play = make_scripted_program(parts, mesh, scratchpad_only=_restrict(parts, config)[1])
+    return bind_script(play, parts, shape, config, mesh, habits)
+
+
+def make_scripted_program(parts: Parts, mesh: Mesh, *, scratchpad_only: bool = False):
+    """Jitted (setting, rates, habits, episodes, ids, seed key) -> trajectories; see `bind_script`.
+
+    Rates and habits are arguments, so that teachers share what was compiled for one.
+    """
 
     def play_local(setting, rates, habits, episodes, ids, seed):
-        policy = parts.make_teacher(dataclasses.replace(config, **rates), habits)
+        config = TeacherConfig(**rates, scratchpad_only=scratchpad_only)
+        policy = parts.make_teacher(config, habits)
         policy = parts.workflow.apply(policy, parts.make_teacher)
         return rollout.run(setting, policy, episodes, ids, seed)
 
-    play = jax.jit(
+    return jax.jit(
         program.data_parallel(play_local, mesh, rows=("episodes", "ids"), out=program.ROWS)
     )
+
+
+def bind_script(
+    play,
+    parts: Parts,
+    shape: encoding.EpisodeShape,
+    config: TeacherConfig,
+    mesh: Mesh,
+    habits: keeper.Habits | None = None,
+):
+    """(episodes, ids, seed key) -> trajectories, of a `make_scripted_program` of these `parts`."""
+    rates, _ = _restrict(parts, config)
     traced = (parts.setting(shape), rates, jax.tree.map(np.asarray, habits))
     return functools.partial(play, *host_batches.replicate(traced, mesh))
+
+
+def _restrict(parts: Parts, config: TeacherConfig) -> tuple[dict[str, np.float32], bool]:
+    """Rates of a teacher that keeps to the workflow's kinds, and whether it has no store."""
+    fields = dataclasses.asdict(parts.workflow.restrict(config))
+    scratchpad_only = fields.pop("scratchpad_only")
+    return {name: np.float32(value) for name, value in fields.items()}, scratchpad_only

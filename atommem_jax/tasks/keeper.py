@@ -68,7 +68,7 @@ class Habits(NamedTuple):
     tally: bool = False  # bells are counted in an entry
     firm_note: bool = False  # the firm is noted in the scratchpad; bells are not counted
     firm_query: bool = False  # the firm is noted in the standing query, and has no entry
-    all_cities: bool = False  # the city of every firm is stored, and read for when answering
+    all_cities: bool = False  # the city of every firm has an entry, and none is brought together
     keep_stale: bool = False  # a new employer is stored beside the old one
     reset: bool = False  # an edit with room beside it reads, for the query to be no one's
 
@@ -82,7 +82,9 @@ def _vary(*kinds: ActionKind, **choices: bool) -> tuple[Habits, ...]:
     orders = itertools.permutations(range(3))
     flags = [dict(zip(choices, on, strict=True)) for on in _switch(len(choices))]
     return tuple(
-        Habits(kinds=_without(*kinds), order=order, reset=True, **flag) for order in orders for flag in flags
+        Habits(kinds=_without(*kinds), order=order, reset=True, **flag)
+        for order in orders
+        for flag in flags
     )
 
 
@@ -198,9 +200,7 @@ class _Fact(NamedTuple):
     def owner(self) -> Int[Array, ""]:
         """The question that it serves."""
         thing = (self.relation == Relation.GETS) | (self.relation == Relation.LOSES)
-        return jnp.where(
-            self.relation == Relation.BELL, _BELLS, jnp.where(thing, _HOLDER, _WORKER)
-        )
+        return jnp.where(self.relation == Relation.BELL, _BELLS, jnp.where(thing, _HOLDER, _WORKER))
 
 
 @flax.struct.dataclass
@@ -274,7 +274,8 @@ class _Keeper:
         noted = (h.firm_note & (sight.note == fact.firm[1])) | (
             h.firm_query & (sight.query == fact.firm[1])
         )
-        city = fact.says(Relation.IN) & (known | noted | h.all_cities)
+        stray = h.all_cities | (fact.chance[2] < c.store_distractor)
+        city = fact.says(Relation.IN) & (known | noted | stray)
         rewrite = (hired & stale) | (city & known)
         by_update = rewrite & update & (fact.chance[2] < c.update)
         by_delete = rewrite & ~by_update & delete & ((fact.chance[3] < c.delete) | ~update)
@@ -370,7 +371,11 @@ def _read_chunk(keeper: _Keeper, script: Script, actions: int, sight: _Sight, fa
         ]
     edits = functools.reduce(jnp.logical_or, edited)
     reset = keeper.habits.reset & acts & edits & (spent < actions) & keeper.has(ActionKind.READ)
-    return [read, *written, script.action(ActionKind.READ, reset, jnp.asarray([keeper.words.city]), 1)]
+    return [
+        read,
+        *written,
+        script.action(ActionKind.READ, reset, jnp.asarray([keeper.words.city]), 1),
+    ]
 
 
 def _answer(keeper: _Keeper, script: Script, view: View, sight: _Sight, key: PRNGKeyArray):
@@ -382,9 +387,10 @@ def _answer(keeper: _Keeper, script: Script, view: View, sight: _Sight, key: PRN
     usual = words.numbers[len(words.numbers) // 2]  # a guess
     is_number = jnp.any(jnp.asarray(words.numbers) == count)
     number = jnp.where(is_number & knows, count, usual)
-    # An entry that names a firm leads to the entry of its city, where there is one.
-    firm = jnp.any(jnp.asarray(words.firms) == sight.shown[2]) & h.all_cities
+    # An entry that names a firm is not the last hop's: that of the firm's city may be there.
+    firm = jnp.any(jnp.asarray(words.firms) == sight.shown[2]) & (sight.shown[0] == asked)
     read = firm & (view.phase == Phase.ANSWERING) & keeper.has(ActionKind.READ)
+    read &= jax.random.uniform(jax.random.fold_in(key, 0)) < keeper.rates.read_missing
     about_bells = asked == words.bells
     nothing = jnp.any(sight.shown == EMPTY) | ~knows
     name = jnp.where(nothing, asked, sight.shown[1:])

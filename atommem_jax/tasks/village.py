@@ -42,7 +42,7 @@ FACTS_PER_CHUNK = 3
 BELLS = "Bells"
 """First word of the question about the bells."""
 
-NUMBERS = tuple("one two three four five six seven eight".split())
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 """Number words: what the bells are counted in, up to the most that ring."""
 
 _FIRMS = (

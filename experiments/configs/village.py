@@ -3,7 +3,8 @@
     python experiments/validity.py --config=experiments/configs/village.py
 
 The memory holds what the story asks for and nothing beside it: three entries of three tokens, one
-shown, no eviction. The argument is the number of facts a chunk: `village.py:1`, 2 or 3, the default.
+shown, no eviction. The argument is the number of facts a chunk: `village.py:1`, or 2, or 3, which
+is the default.
 """
 
 from ml_collections import ConfigDict
