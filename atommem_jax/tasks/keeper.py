@@ -179,11 +179,11 @@ class _Fact(NamedTuple):
         first, stop = a.start[chunk], a.start[chunk] + a.length[chunk] - 1  # the full stop
 
         def words(start):
-            places = start[:, None] + jnp.arange(2)
+            places = start[:, None] + jnp.arange(2)[None]
             return text[jnp.clip(places, 0, text.shape[0] - 1)]
 
         relation = jnp.asarray(_RELATIONS)[jnp.maximum(a.category[chunk], 0)]
-        of_asked = jnp.any(words(first)[:, :1] == sight.questions, axis=1)
+        of_asked = jnp.any(words(first)[:, :1] == sight.questions[None], axis=1)
         return cls(
             there=a.length[chunk] > 0,
             relation=relation,
@@ -342,7 +342,7 @@ def _read_chunk(keeper: _Keeper, script: Script, actions: int, sight: _Sight, fa
     pursued = could & (word == sight.query) & (facts.about | (facts.person == word))
     acts = jnp.any(pursued) | ~jnp.any(wants)
     order = jnp.asarray(keeper.habits.order)
-    rank = jnp.argmax(order == facts.owner()[:, None], axis=1)
+    rank = jnp.argmax(order[None] == facts.owner()[:, None], axis=1)
     choice = jnp.argmin(jnp.where(wants, rank, len(keeper.habits.order)))
     read = script.action(ActionKind.READ, ~acts, word[choice][None], 1)
 

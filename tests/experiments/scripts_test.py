@@ -369,34 +369,66 @@ def test_a_missing_checkpoint_flag_ends_with_status_2():
 def test_the_validity_table_tells_memory_from_none(data_root):
     config = runs.make_config(mesh__data=1, task__scales=(1,))
     dataset = build.load_dataset(config, str(data_root))
-    policies = {name: teacher.SCRIPTED[name] for name in ("clean", "no_memory")}
-    table = validity.measure(config, dataset, policies, episodes=8)
+    rows = validity.list_rows(config)
+    rows = {name: rows[name] for name in ("clean", "no_memory")}
+    table = validity.measure(config, dataset, rows, episodes=8)
     assert [list(row) for row in table.values()] == [["test_1x"], ["test_1x"]]
     assert table["clean"]["test_1x"]["em"] == 1.0
     assert table["no_memory"]["test_1x"]["em"] < 0.2
     assert table["clean"]["test_1x"]["episodes"] == 8
-    header, first, second, footer = validity.render(table).splitlines()
+    header, first, second, footer, verdict = validity.render(table, rows).splitlines()
     assert first.startswith("clean ")
     assert "1.000" in first
     assert second.startswith("no_memory ")
     assert header.index("test_1x") + len("test_1x") == first.index("1.000") + len("1.000")
     assert footer.endswith("episodes a cell: 8")
+    assert verdict == "the task holds what it promises"
 
 
 @pytest.mark.parametrize(
-    ("name", "scores", "verdict"),
+    ("role", "scores", "passes", "verdict"),
     [
-        ("clean", [0.95, 0.96], "solves"),
-        ("clean", [1.0, 0.94], "not solvable"),
-        ("noisy_teacher", [0.9, 0.9], "RL starts"),
-        ("store_all", [0.75, 0.5], "falls short"),
-        ("store_all", [0.76, 0.5], "does not press"),
-        ("store_all", [0.5, 0.5], "not with scale"),
-        ("store_all", [0.5], "falls short"),
+        ("clean", [1.0, 1.0], True, "solves"),
+        ("clean", [1.0, 0.99], False, "not solvable"),
+        ("teacher", [0.9, 0.9], True, "imitated"),
+        ("ablated", [0.5, 0.75], True, "falls short"),
+        ("ablated", [0.5, 0.76], False, "does not need it"),
+        ("workflow", [0.6, 0.5], True, "falls short"),
+        ("workflow", [0.61, 0.5], False, "does not press"),
+        ("workflow", [0.5, 0.5], False, "not with scale"),
+        ("workflow", [0.1, 0.1], True, "falls short"),
+        ("workflow", [0.5], True, "falls short"),
     ],
 )
-def test_a_row_is_judged_by_what_the_task_promises(name, scores, verdict):
-    assert verdict in validity.judge(name, scores)
+def test_a_row_is_judged_by_what_the_task_promises(role, scores, passes, verdict):
+    passed, said = validity.judge(role, scores)
+    assert passed == passes
+    assert verdict in said
+
+
+def test_a_row_that_fails_is_named():
+    cells = {"clean": 1.0, "no_update": 0.9}
+    table = {name: {"test_1x": {"em": em, "episodes": 8}} for name, em in cells.items()}
+    rows = {
+        "clean": validity.Row("clean", (validity.Script(),)),
+        "no_update": validity.Row("ablated", (validity.Script(),) * 3),
+    }
+    printed = validity.render(table, rows).splitlines()
+    assert printed[2].endswith("the task does not need it (best of 3)")
+    assert printed[-1].endswith("from a script: no_update")
+
+
+def test_validity_ends_with_status_1_where_the_task_does_not_press(data_root):
+    # Ten slots hold all of a short document.
+    printed = runs.run(
+        "validity.py",
+        "--config=experiments/configs/synthetic.py",
+        *runs.make_flags(mesh__data=1, task__scales=(1,), memory__slots=10),
+        "--episodes=4",
+        f"--data_root={data_root}",
+        status=1,
+    )
+    assert "the task does not tell a learned memory from a script" in printed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -117,13 +117,12 @@ class Keeper:
 
     def _wanted(self, fact: Said) -> str | None:
         """The word that finds the entry that the fact changes."""
-        return {
-            "now": fact.subject,
-            "in": fact.subject.split()[-1],
-            "loses": fact.object.split()[-1],
-            "gets": "A" if self.recycle else None,
-            "bell": "Bells" if self.tally else None,
-        }.get(fact.relation)
+        if fact.relation in ("now", "in"):
+            return fact.subject.split()[-1]
+        if fact.relation == "loses":
+            return fact.object.split()[-1]
+        marks = {"gets": self.recycle and "A", "bell": self.tally and "Bells"}
+        return marks.get(fact.relation) or None
 
     def _edit(self, fact: Said, shown: list[str], worker: str) -> list[Action]:
         new = [fact.subject, *fact.object.split()]

@@ -35,7 +35,7 @@ def play(name: str, rates: TeacherConfig | None = None, answers=None):
     setting = parts.setting(tiny.make_shape())
     restricted = parts.workflow.restrict(rates or TeacherConfig())
     policy = answers or teacher.policy(restricted, parts.script)
-    policy = parts.workflow.apply(policy, parts.script)
+    policy = parts.workflow.apply(policy, parts.make_teacher)
     ids = jnp.arange(len(EPISODES), dtype=jnp.int32)
     run = jax.jit(lambda setting, e, i: rollout.run(setting, policy, e, i, jax.random.key(0)))
     return jax.device_get(run(setting, episodes(), ids))
