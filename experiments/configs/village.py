@@ -38,8 +38,8 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
     config.rollout.read_budget = 1
     config.rollout.answer_read_budget = 1
 
-    config.teacher.store_support = 0.97
-    config.teacher.store_distractor = 0.03
+    config.teacher.store_support = 0.98
+    config.teacher.store_distractor = 0.02
     config.teacher.update = 1.0
     config.teacher.delete = 0.0
     config.teacher.forget = 1.0
