@@ -1,6 +1,6 @@
 """Prints the validity table of a task: what scripted policies reach at each scale.
 
-    python experiments/validity.py --config=experiments/configs/synthetic.py --episodes=128
+    python experiments/validity.py --config=experiments/configs/village.py --episodes=128
 
 A task can tell a learned memory from a script only if a script without mistakes solves it at every
 scale, the best script without any one operation stays below .75, and every fixed workflow stays
@@ -20,7 +20,7 @@ from atommem_jax.config import check, parse
 from atommem_jax.runs import validity
 from experiments import flags
 
-CONFIG = flags.define_config("experiments/configs/synthetic.py")
+CONFIG = flags.define_config("experiments/configs/village.py")
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes of each split; 0 for all.")
 JSON = flags.define_path(
     "json", None, "File for the summaries; none is written without.", local=True

@@ -49,7 +49,9 @@ Table = dict[str, dict[str, dict[str, Any]]]
 def list_rows(config: Experiment) -> dict[str, Row]:
     """The rows for the task of a config, by name."""
     if config.task.name != "village":
-        roles = {"clean": "clean", "noisy_teacher": "teacher"}
+        roles = {"clean": "clean", "noisy_teacher": "teacher"} | dict.fromkeys(
+            ("create_for_update", "create_only", "scratchpad_only"), "ablated"
+        )
         return {
             name: Row(roles.get(name, "workflow"), (Script(rates),))
             for name, rates in teacher.SCRIPTED.items()
@@ -142,20 +144,19 @@ class _Stage:
         note_played: Callable[[], Any],
     ) -> dict[str, Any]:
         """The summary of the script of highest EM, ties to the first."""
-        best, player = -1.0, None
-        for number, script in enumerate(row.scripts):
+        scores = []
+        for script in row.scripts:
             play = self._bind(script, shape)
-            score = self._score(play, batches) if len(row.scripts) > 1 else 0.0
-            if score > best:
-                best, player, chosen = score, play, number
+            scores.append(self._score(play, batches) if len(row.scripts) > 1 else 0.0)
             note_played()
+        script = row.scripts[scores.index(max(scores))]
+        best = self._bind(script, shape)
         records, _ = evaluation.evaluate(
-            lambda episodes, ids: player(episodes, ids, self._seed),
+            lambda episodes, ids: best(episodes, ids, self._seed),
             batches,
             self._tokenizer.decode,
             mesh=self._mesh,
         )
-        script = row.scripts[chosen]
         habits = None if script.habits is None else script.habits._asdict()
         return {**evaluation.summarise(records), "script": habits}
 
@@ -172,9 +173,8 @@ class _Stage:
 
     def _score(self, play, batches) -> float:
         """EM, without intervals."""
-        return sum(self._scores(play, batches)) / sum(
-            len(aliases) for batch, real in batches for aliases in batch.aliases[:real]
-        )
+        questions = sum(len(one) for batch, real in batches for one in batch.aliases[:real])
+        return sum(self._scores(play, batches)) / questions
 
     def _scores(self, play, batches) -> Iterator[float]:
         first = 0

@@ -18,7 +18,6 @@ from atommem_jax.config import ConfigError, parse_field, paths
 from atommem_jax.tasks import user_functions
 from atommem_jax.tasks.schema import Example
 
-
 FAMILIES: Mapping[str, str] = {
     "village": "village",
     "facts": "synthetic",
@@ -121,7 +120,7 @@ def parse_task(task: Mapping[str, Any]) -> tuple[Any, Callable[[Any, str], Any]]
 def find_family(name: str | None) -> str:
     """Name of the module in `tasks` that makes a task. Raises ValueError for an unknown task."""
     name = "facts" if name == "synthetic" else name  # its name in older versions
-    if name not in FAMILIES:
+    if name is None or name not in FAMILIES:
         raise ValueError(
             f"config.task.name is {name!r}; allowed: {', '.join(map(repr, FAMILIES))}."
         )

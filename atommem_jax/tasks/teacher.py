@@ -50,6 +50,7 @@ SCRIPTED: dict[str, TeacherConfig] = {
     "store_all_query": TeacherConfig(store_distractor=1.0, update=0.0, forget=0.0, count=0.0),
     "store_all_update": TeacherConfig(store_distractor=1.0, update=0.5, delete=1.0, count=0.0),
     "create_for_update": TeacherConfig(update=0.0),
+    "create_only": TeacherConfig(update=0.0, set_query=0.0),
     "scratchpad_only": TeacherConfig(scratchpad_only=True),
     "no_memory": TeacherConfig(
         store_support=0.0, set_query=0.0, read_missing=0.0, forget=0.0, count=0.0

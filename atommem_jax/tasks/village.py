@@ -338,11 +338,11 @@ def _fill(rng: random.Random, story: _Story, scale: int) -> list[list[_Told]]:
             filled.append(facts)
         blocks.append(filled)
     for _ in range(sum(map(len, blocks)) * (scale - 1)):
-        chunk = [distract(True), *(distract(False) for _ in range(FACTS_PER_CHUNK - 1))]
-        blocks.insert(rng.randrange(len(blocks) + 1), [chunk])
-    chunks = [chunk for block in blocks for chunk in block]
-    for chunk in chunks:
-        rng.shuffle(chunk)
+        others = [distract(True), *(distract(False) for _ in range(FACTS_PER_CHUNK - 1))]
+        blocks.insert(rng.randrange(len(blocks) + 1), [others])
+    chunks = [facts for filled in blocks for facts in filled]
+    for facts in chunks:
+        rng.shuffle(facts)
     return chunks
 
 

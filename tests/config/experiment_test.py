@@ -21,6 +21,8 @@ from experiments.configs import babi, published, synthetic
 
 CONFIGS = (
     "synthetic.py",
+    "village.py",
+    "village.py:1",
     "babi.py:1",
     "babi.py:3",
     "hotpotqa.py",
@@ -231,6 +233,7 @@ def make_old() -> dict:
     config["rollout"]["unstack"] = config["rollout"].pop("cpu_decode")
     config["sft"]["eighths"] = config["sft"].pop("length_buckets")
     config["rl"]["ppo"]["eighths"] = config["rl"]["ppo"].pop("length_buckets")
+    config["task"]["name"] = "synthetic"
     return config
 
 
@@ -242,6 +245,7 @@ def test_older_names_and_absent_fields_come_to_the_same_experiment():
     for section, name in (("mesh", "fsdp"), ("rollout", "score_chunk"), ("sft", "data")):
         del old[section][name]
     del old["rollout"]["unstack"], old["model"]["attention"]
+    del old["teacher"]["forget"], old["teacher"]["count"]
     assert parse(old) == parse(synthetic.get_config())
 
 

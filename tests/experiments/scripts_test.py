@@ -16,7 +16,7 @@ from atommem_jax.agent import build, load, score
 from atommem_jax.config import ConfigError, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.runs import resume, validity
-from atommem_jax.tasks import encoding, teacher
+from atommem_jax.tasks import encoding
 from atommem_jax.weights.checkpoint import Checkpointer
 from tests.conftest import COMPILATION_CACHE, ROOT
 from tests.helpers import forks, runs, tiny

@@ -22,7 +22,7 @@ SENTENCES = {
     "horn": r"A horn (?:sounds|is heard|sounds from afar)()()\.",
     "number": r"(\w+) (?:lives at number|sleeps in room) (\w+)\.",
 }
-NUMBERS = "one two three four five six seven eight".split()
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
 class Said(NamedTuple):
@@ -202,7 +202,7 @@ def play(
             if turn or edits or not report["applied", "read"]:
                 break
     answers = []
-    firms = "Anchor Harbour Lantern Falcon Compass Orchard Bridge Mill".split()
+    firms = ["Anchor", "Harbour", "Lantern", "Falcon", "Compass", "Orchard", "Bridge", "Mill"]
     for question in questions:
         memory.set_query(question.split())
         shown, _, note = look()

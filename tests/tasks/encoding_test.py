@@ -370,7 +370,7 @@ def test_babi_takes_the_same_road(tmp_path):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"name": "squad"}, "task.name is 'squad'; allowed: 'synthetic', 'babi'"),
+        ({"name": "squad"}, "task.name is 'squad'; allowed: 'village', 'facts', 'babi'"),
         ({}, "task.name is None"),
         ({"name": "synthetic", "facts": 3}, "task.facts is no field .* base_facts"),
         ({"name": "synthetic", "two_hop": 2}, "task.two_hop is 2"),
