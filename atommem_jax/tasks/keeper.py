@@ -170,6 +170,7 @@ class _Fact(NamedTuple):
     object: Int[Array, " 2"]  # the last two words before the full stop
     about: Bool[Array, ""]  # it may matter: an asked person, any firm's city, any bell
     chance: Float[Array, " 5"]  # uniform draws: noticing it, and each operation
+    stray: Float[Array, ""]  # and storing what is no one's
 
     @classmethod
     def read(cls, view: View, episode: Episode, sight: _Sight, key: PRNGKeyArray) -> "_Fact":
@@ -192,6 +193,7 @@ class _Fact(NamedTuple):
             object=words(stop - 2),
             about=of_asked | (relation == Relation.IN) | (relation == Relation.BELL),
             chance=jax.random.uniform(key, (relation.shape[0], 5)),
+            stray=jax.random.uniform(jax.random.fold_in(key, 0), relation.shape),
         )
 
     def says(self, *relations: Relation) -> Bool[Array, ""]:
@@ -274,7 +276,7 @@ class _Keeper:
         noted = (h.firm_note & (sight.note == fact.firm[1])) | (
             h.firm_query & (sight.query == fact.firm[1])
         )
-        stray = h.all_cities | (fact.chance[2] < c.store_distractor)
+        stray = h.all_cities | (fact.stray < c.store_distractor)
         city = fact.says(Relation.IN) & (known | noted | stray)
         rewrite = (hired & stale) | (city & known)
         by_update = rewrite & update & (fact.chance[2] < c.update)

@@ -272,6 +272,19 @@ def test_distractors_are_stored_at_their_rate():
     assert stored[1] > 1.5 * stored[0]
 
 
+def test_a_city_that_is_no_ones_is_stored_at_the_rate_of_distractors():
+    examples = make_examples("test_2x")
+    said = [fact for example in examples for chunk in example["chunks"] for fact in chunk]
+    others = sum(fact["category"] == village.FactCategory.OTHER_CITY for fact in said)
+    for rate in (0.0, 0.2):
+        played = run(examples, TeacherConfig(store_distractor=rate))
+        actions = played.turns.actions
+        made = played.turns.live[..., None] & (actions.kind == ActionKind.CREATE)
+        firms = np.isin(actions.text[..., 0], keeper.Words.compile(make_tokenizer()).firms)
+        # Some find no room among the actions of their turn.
+        assert 0.5 * rate * others <= (made & firms).sum() <= 1.3 * rate * others
+
+
 def test_every_response_is_a_sound_turn_that_ends():
     examples = make_examples("test_2x")
     for rates in (make_config().teacher, TeacherConfig(store_distractor=1.0, update=0.5)):
