@@ -20,7 +20,7 @@ instead: `ABLATED` are the best scripts that were thought of without one operati
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -70,17 +70,18 @@ class Habits(NamedTuple):
     firm_query: bool = False  # the firm is noted in the standing query, and has no entry
     all_cities: bool = False  # the city of every firm has an entry, and none is brought together
     keep_stale: bool = False  # a new employer is stored beside the old one
-    reset: bool = False  # an edit with room beside it reads, for the query to be no one's
+    reset: bool = False  # an edit with room beside it reads, so that the query finds no entry
 
 
 def _without(*kinds: ActionKind) -> tuple[bool, ...]:
     return tuple(kind not in kinds for kind in ActionKind)
 
 
-def _vary(*kinds: ActionKind, **choices: bool) -> tuple[Habits, ...]:
+def _vary(kinds: Iterable[ActionKind], *choices: str) -> tuple[Habits, ...]:
     """All orders, with and without each of the habits named, of a script that lacks `kinds`."""
     orders = itertools.permutations(range(3))
-    flags = [dict(zip(choices, on, strict=True)) for on in _switch(len(choices))]
+    switches = itertools.product((False, True), repeat=len(choices))
+    flags = [dict(zip(choices, on, strict=True)) for on in switches]
     return tuple(
         Habits(kinds=_without(*kinds), order=order, reset=True, **flag)
         for order in orders
@@ -88,16 +89,12 @@ def _vary(*kinds: ActionKind, **choices: bool) -> tuple[Habits, ...]:
     )
 
 
-def _switch(count: int) -> list[tuple[bool, ...]]:
-    return list(itertools.product((False, True), repeat=count))
-
-
 ABLATED: Mapping[str, tuple[Habits, ...]] = {
-    "no_update": _vary(ActionKind.UPDATE, firm_query=True, keep_stale=True),
-    "no_delete": _vary(ActionKind.DELETE, recycle=True, firm_query=True, all_cities=True),
-    "no_scratchpad": _vary(ActionKind.SCRATCHPAD, tally=True, firm_query=True),
-    "no_read": _vary(ActionKind.READ, firm_note=True, all_cities=True),
-    "no_store": _vary(*EDITS, firm_note=True),
+    "no_update": _vary([ActionKind.UPDATE], "firm_query", "keep_stale"),
+    "no_delete": _vary([ActionKind.DELETE], "recycle", "firm_query", "all_cities"),
+    "no_scratchpad": _vary([ActionKind.SCRATCHPAD], "tally", "firm_query"),
+    "no_read": _vary([ActionKind.READ], "firm_note", "all_cities"),
+    "no_store": _vary(EDITS, "firm_note"),
 }
 """Scripts without one operation each (all that edits entries is one): the best of each counts."""
 
@@ -372,7 +369,14 @@ def _read_chunk(keeper: _Keeper, script: Script, actions: int, sight: _Sight, fa
             script.action(ActionKind.SCRATCHPAD, fits & deed.scratch, deed.text[:1], 1),
         ]
     edits = functools.reduce(jnp.logical_or, edited)
-    reset = keeper.habits.reset & acts & edits & (spent < actions) & keeper.has(ActionKind.READ)
+    reset = (
+        keeper.habits.reset
+        & ~jnp.asarray(keeper.habits.firm_query)
+        & acts
+        & edits
+        & (spent < actions)
+        & keeper.has(ActionKind.READ)
+    )
     return [
         read,
         *written,

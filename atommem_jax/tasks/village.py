@@ -413,26 +413,15 @@ def _ask(story: _Story, told: list[_Told], wording: int) -> list[Question]:
         return [number for number, fact in enumerate(told) if fact in wanted]
 
     job = FactCategory.CORRECTION if len(story.firms) > 1 else FactCategory.EMPLOYER
-    return [
-        {
-            "text": _CITY_QUESTIONS[wording].format(story.worker),
-            "aliases": [story.city],
-            "needs": find(
-                _Told(job, story.worker, story.firms[-1]),
-                _Told(FactCategory.CITY, story.firms[-1], story.city),
-            ),
-        },
-        {
-            "text": _THING_QUESTIONS[wording].format(story.holder),
-            "aliases": [story.kept],
-            "needs": find(_Told(FactCategory.GETS, story.holder, story.kept)),
-        },
-        {
-            "text": _BELL_QUESTIONS[wording],
-            "aliases": [NUMBERS[story.bells - 1]],
-            "needs": find(_Told(FactCategory.BELL)),
-        },
+    firm = story.firms[-1]
+    city = find(_Told(job, story.worker, firm), _Told(FactCategory.CITY, firm, story.city))
+    thing = find(_Told(FactCategory.GETS, story.holder, story.kept))
+    asked = [
+        (_CITY_QUESTIONS[wording].format(story.worker), story.city, city),
+        (_THING_QUESTIONS[wording].format(story.holder), story.kept, thing),
+        (_BELL_QUESTIONS[wording], NUMBERS[story.bells - 1], find(_Told(FactCategory.BELL))),
     ]
+    return [{"text": text, "aliases": [answer], "needs": needs} for text, answer, needs in asked]
 
 
 class Village(builders.ExampleBuilder):

@@ -9,11 +9,16 @@ is the default.
 
 from ml_collections import ConfigDict
 
+from atommem_jax.config import check
 from experiments.configs import synthetic
 
 
 def get_config(facts_per_chunk: str = "3") -> ConfigDict:
-    """The experiment; hyper-parameters are those of the task with one fact a chunk."""
+    """The experiment; hyper-parameters are those of `synthetic.py`. `facts_per_chunk`: 1 to 3."""
+    check(
+        facts_per_chunk in ("1", "2", "3"),
+        f"--config=village.py:{facts_per_chunk}: allowed is village.py:1, :2 or :3",
+    )
     config = synthetic.get_config()
     config.task = ConfigDict()
     config.task.name = "village"
