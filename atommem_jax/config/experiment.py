@@ -216,7 +216,7 @@ def _parse_tuple(hint: type, value: Any, path: str) -> tuple[Any, ...]:
 def _parse_task(value: Any, path: str) -> TaskConfig:
     check(
         is_section(value) and isinstance(value.get("name"), str),
-        f"{path}: allowed is a section with a name, such as 'synthetic'; found {value!r}",
+        f"{path}: allowed is a section with a name, such as 'village'; found {value!r}",
     )
     fields = {name: _freeze(item) for name, item in value.items() if name != "name"}
     return TaskConfig(name=value["name"], fields=types.MappingProxyType(fields))

@@ -269,7 +269,8 @@ def _draw_story(rng: random.Random, config: VillageConfig, part: str) -> _Story:
     rounds = rng.choice([r for r in range(fewest, most + 1) if r <= bells <= _most_bells(r)])
     while True:  # a person may have too few things of different kinds in this part: then another
         worker, holder = rng.sample(world.persons, 2)
-        kinds = {thing.split()[1]: thing for thing in _shuffle(rng, world.goods[part][holder])}
+        goods = world.goods[part][holder]
+        kinds = {thing.split()[1]: thing for thing in rng.sample(goods, len(goods))}
         if len(kinds) > rounds and len(world.employers[part][worker]) > rounds:
             break
     firms = rng.sample(world.employers[part][worker], rounds + 1)
@@ -312,10 +313,6 @@ def _draw_story(rng: random.Random, config: VillageConfig, part: str) -> _Story:
 def _most_bells(rounds: int) -> int:
     """One in each round's first chunk, and in every chunk that the city is not told in."""
     return 2 * rounds + 2
-
-
-def _shuffle(rng: random.Random, items: Sequence[str]) -> list[str]:
-    return rng.sample(list(items), len(items))
 
 
 def _fill(rng: random.Random, story: _Story, scale: int) -> list[list[_Told]]:
@@ -412,9 +409,9 @@ def _ask(story: _Story, told: list[_Told], wording: int) -> list[Question]:
     def find(*wanted: _Told) -> list[int]:
         return [number for number, fact in enumerate(told) if fact in wanted]
 
-    job = FactCategory.CORRECTION if len(story.firms) > 1 else FactCategory.EMPLOYER
     firm = story.firms[-1]
-    city = find(_Told(job, story.worker, firm), _Told(FactCategory.CITY, firm, story.city))
+    job = _Told(FactCategory.CORRECTION, story.worker, firm)
+    city = find(job, _Told(FactCategory.CITY, firm, story.city))
     thing = find(_Told(FactCategory.GETS, story.holder, story.kept))
     asked = [
         (_CITY_QUESTIONS[wording].format(story.worker), story.city, city),
