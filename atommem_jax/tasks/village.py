@@ -127,6 +127,7 @@ class VillageConfig:
     facts_per_chunk: int = FACTS_PER_CHUNK  # fewer cut the same story into more chunks
     rounds: tuple[int, int] = (2, 3)  # fewest, most: changes of employer, each with a thing
     oldest_lost: float = 0.8  # probability that of two things the older one is lost
+    others: float = 0.5  # chunks about others alone, for each of the story's, at scale 1
     train_examples: int = 20_000
     test_examples: int = 512  # in each test split and in validation
     scales: tuple[int, ...] = (1, 2, 4, 8)  # document lengths to test at, times the story's
@@ -139,8 +140,9 @@ class VillageConfig:
             _refuse("facts_per_chunk", self.facts_per_chunk, f"1 to {FACTS_PER_CHUNK}")
         if not (len(self.rounds) == 2 and 1 <= self.rounds[0] <= self.rounds[1] <= 3):
             _refuse("rounds", self.rounds, "(fewest, most) with 1 <= fewest <= most <= 3")
-        if not 0.0 <= self.oldest_lost <= 1.0:
-            _refuse("oldest_lost", self.oldest_lost, "a probability in [0, 1]")
+        for name, most in (("oldest_lost", 1), ("others", 2)):
+            if not 0.0 <= getattr(self, name) <= most:
+                _refuse(name, getattr(self, name), f"0 to {most}")
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) < 1:
                 _refuse(name, getattr(self, name), "an integer of at least 1")
@@ -227,8 +229,9 @@ def generate(config: VillageConfig, split: str, index: int) -> Example:
     The story is told in chunks of at most three facts. First come the employer of the one and the
     first thing of the other; then rounds of two chunks, {new employer, new thing, a bell} and {a
     thing is lost}; last the city. Chunks with room are filled up with facts about others and with
-    more bells, and the facts of a chunk are shuffled. A document n times as long has n - 1 times
-    as many chunks about others as its story has chunks, at any place but within a round.
+    more bells, and the facts of a chunk are shuffled. Chunks about others alone stand at any place
+    but within a round: at scale 1 `others` for each of the story's, so that a learner meets parts
+    in which nothing is to be done; a document n times as long has n times as many chunks.
 
     Raises ValueError if `split` is none of `split_sizes(config)`.
     """
@@ -241,7 +244,9 @@ def generate(config: VillageConfig, split: str, index: int) -> Example:
     wording = rng.randrange(2)
 
     rng = random.Random(f"{config.seed}/{part}/{index}/{scale}")
-    chunks = _fill(rng, story, int(scale or 1))
+    told_chunks = sum(map(len, story.blocks))
+    length = int(scale or 1) * round(told_chunks * (1 + config.others))
+    chunks = _fill(rng, story, length)
     told = [fact for chunk in chunks for fact in chunk]
     facts = [_write(rng, fact) for fact in told]
     _number(facts, told)
@@ -315,8 +320,8 @@ def _most_bells(rounds: int) -> int:
     return 2 * rounds + 2
 
 
-def _fill(rng: random.Random, story: _Story, scale: int) -> list[list[_Told]]:
-    """The chunks of a document: the story's, filled up, and those about others.
+def _fill(rng: random.Random, story: _Story, length: int) -> list[list[_Told]]:
+    """The `length` chunks of a document: the story's, filled up, and those about others.
 
     At most one fact of a chunk tells where a firm is, and none of a chunk in which a bell rings:
     there the standing query tells whether the chunk has been read before, and so whether the bell
@@ -334,7 +339,7 @@ def _fill(rng: random.Random, story: _Story, scale: int) -> list[list[_Told]]:
                 facts.append(distract(not relations & {Relation.IN, Relation.BELL}))
             filled.append(facts)
         blocks.append(filled)
-    for _ in range(sum(map(len, blocks)) * (scale - 1)):
+    for _ in range(length - sum(map(len, blocks))):
         others = [distract(True), *(distract(False) for _ in range(FACTS_PER_CHUNK - 1))]
         blocks.insert(rng.randrange(len(blocks) + 1), [others])
     chunks = [facts for filled in blocks for facts in filled]

@@ -25,6 +25,7 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
     config.task.facts_per_chunk = int(facts_per_chunk)
     config.task.rounds = (2, 3)
     config.task.oldest_lost = 0.8
+    config.task.others = 0.5
     config.task.train_examples = 20_000
     config.task.test_examples = 512
     config.task.scales = (1, 2, 4, 8)

@@ -32,6 +32,7 @@ def samples(draw):
         facts_per_chunk=draw(st.integers(1, 3)),
         rounds=(fewest, draw(st.integers(fewest, 3))),
         oldest_lost=draw(st.sampled_from([0.0, 0.8, 1.0])),
+        others=draw(st.sampled_from([0.0, 0.5, 2.0])),
         scales=(1, 2, 8),
         seed=draw(st.integers(0, 1000)),
     )
@@ -169,6 +170,16 @@ def test_longer_documents_tell_the_same_story():
         assert len(long["chunks"]) == 8 * len(short["chunks"])
 
 
+def test_a_document_has_parts_about_others_alone_at_every_scale():
+    for split in ("train", "test_1x"):
+        shares = []
+        for index in range(50):
+            chunks = generate(VillageConfig(), split, index)["chunks"]
+            alone = [not any(fact["support"] for fact in chunk) for chunk in chunks]
+            shares.append(sum(alone) / len(alone))
+        assert all(0.25 < share < 0.4 for share in shares)  # a third: half as many as the story's
+
+
 def test_smaller_chunks_tell_the_same_document():
     whole, cut = (generate(VillageConfig(facts_per_chunk=size), "train", 5) for size in (3, 1))
     assert [f["text"] for f in flatten(whole)] == [f["text"] for f in flatten(cut)]
@@ -231,6 +242,7 @@ def test_same_seed_split_and_index_give_the_same_example():
         ({"rounds": (3, 2)}, "1 <= fewest <= most <= 3"),
         ({"rounds": (2, 4)}, "task.rounds is .2, 4."),
         ({"oldest_lost": 1.5}, "task.oldest_lost is 1.5"),
+        ({"others": -0.5}, "task.others is -0.5"),
         ({"train_examples": 0}, "task.train_examples is 0"),
         ({"scales": ()}, "task.scales is"),
         ({"scales": (1, 1)}, "distinct"),
@@ -248,31 +260,42 @@ def test_unknown_split_is_refused():
 
 
 KNOWN = [
-    ["Pemda sells the green lamp.", "Pemda finds the red clock.", "Normo buys the blue chair."],
     [
-        "Klinron has a job at Amber Anchor.",
+        "Bralvin loses the red clock.",
+        "Mesron finds the red kite.",
+        "Brenvin gives away the blue drum.",
+    ],
+    [
+        "Bralvin loses the red drum.",
+        "Iron Lantern is in Upper Klemeno.",
+        "Josla has a job at Amber Lantern.",
+    ],
+    ["Normo gets the blue chair.", "Pemda gives away the green lamp.", "Pemda gets the red clock."],
+    [
+        "Klinron works at Amber Anchor.",
         "Silver Harbour lies in New Peseno.",
         "Klolvin is employed by Silver Lantern.",
     ],
-    ["A bell is heard.", "Normo buys the red kite.", "Klolvin now works at Amber Lantern."],
+    ["Klolvin now works at Amber Lantern.", "Normo buys the red kite.", "A bell is heard."],
     [
-        "Mummo works at Amber Lantern.",
+        "Copper Lantern can be found in Upper Plululia.",
+        "Mummo is employed by Amber Lantern.",
         "Normo sells the blue chair.",
-        "Copper Lantern lies in Upper Plululia.",
     ],
     [
         "Klolvin is now employed by Copper Falcon.",
-        "Normo finds the brown kettle.",
-        "A bell is heard.",
+        "Normo buys the brown kettle.",
+        "A bell sounds from afar.",
     ],
     [
-        "Danron works at Silver Lantern.",
-        "Silver Orchard is in Old Renipol.",
-        "Normo loses the red kite.",
+        "Normo gives away the red kite.",
+        "Danron has a job at Silver Lantern.",
+        "Silver Orchard can be found in Old Renipol.",
     ],
     [
-        "Copper Falcon lies in West Plululia.",
-        "Venbi has a job at Amber Lantern.",
-        "Grormo sells the yellow kite.",
+        "Copper Falcon is in West Plululia.",
+        "Grormo gives away the yellow kite.",
+        "Venbi works at Amber Lantern.",
     ],
+    ["Copper Anchor is in New Klomano.", "Pemda sells the red drum.", "Klinron buys the red kite."],
 ]
