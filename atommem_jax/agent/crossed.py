@@ -18,7 +18,7 @@ from atommem_jax.config import TeacherConfig
 from atommem_jax.learning import evaluation, rollout
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.tasks import batches as batches_lib
-from atommem_jax.tasks import encoding, teacher
+from atommem_jax.tasks import encoding
 from atommem_jax.types import Policy
 
 CLEAN = TeacherConfig()
@@ -45,7 +45,7 @@ def make_player(
     def make_policy(script, agent, params, temperature, episodes) -> Policy:
         if script is None:
             return rollout.model_policy(agent, params, temperature, episodes)
-        return teacher.policy(parts.workflow.restrict(script), parts.script)
+        return parts.make_teacher(parts.workflow.restrict(script))
 
     def play_local(agent, setting, first, second, episodes, ids, seed, temperature):
         reader = make_policy(reading, agent, first, temperature, episodes)
