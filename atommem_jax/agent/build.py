@@ -191,6 +191,7 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         prompt_buckets=r.prompt_buckets,
         least_rows=r.least_rows,
         cache_dtype=r.cache_dtype,
+        read_rows=r.read_rows,
     )
     return Parts(
         config=config,

@@ -5,7 +5,7 @@ import functools
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from atommem_jax.agent.build import Parts
 from atommem_jax.config import TeacherConfig
@@ -13,29 +13,36 @@ from atommem_jax.learning import rollout
 from atommem_jax.model import lora, quantized
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import host_batches, program
+from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules as rules_lib
 from atommem_jax.tasks import encoding, keeper
 
 
-def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh):
+def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh, *, tensor: int = 0):
     """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model.
 
     Episodes and ids are sharded over `mesh`, and so are the trajectories. Parameters may lie
     anywhere: they are moved, and cast to `rollout.param_dtype`, once a rollout.
+
+    tensor: `mesh.rollout_tensor`, see `mesh.reshape_for_rollouts`; raises ValueError as it does.
     """
-    play = make_program(parts, mesh)
+    play = make_program(parts, mesh, tensor=tensor)
     return functools.partial(
         play, *host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
     )
 
 
-def make_program(parts: Parts, mesh: Mesh):
+def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
     """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
 
     Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
     A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
     those of another policy than the one that learns.
+
+    tensor: as for `make_player`. What is given lies on `mesh`, and so does what comes back; between
+      the two everything lies on the mesh of rollouts, which has the same devices.
     """
+    rollout_mesh = mesh_lib.reshape_for_rollouts(mesh, tensor)
     model = parts.agent.model.config
     layout = model.layout
     dtype = parts.config.rollout.param_dtype
@@ -48,7 +55,7 @@ def make_program(parts: Parts, mesh: Mesh):
 
     play_shares = program.data_parallel(
         play_local,
-        mesh,
+        rollout_mesh,
         rows=("episodes", "ids"),
         out=program.ROWS,
     )
@@ -59,10 +66,16 @@ def make_program(parts: Parts, mesh: Mesh):
             params = lora.merge(params, model.lora)
             agent = agent.replace(model=without_adapters(agent.model))
         params = cast_matrices(params, dtype)
-        for rules in (rules_lib.TRAINING, rules_lib.ROLLOUT):  # cast where they lie, then moved
-            where = layout.shardings(params, mesh, rules)
+        # Cast where they lie, dealt out to the axes of rollouts, and then gathered over `fsdp`.
+        for to, rules in (
+            (mesh, rules_lib.TRAINING),
+            (rollout_mesh, rules_lib.TRAINING),
+            (rollout_mesh, rules_lib.ROLLOUT),
+        ):
+            where = layout.shardings(params, to, rules)
             params = jax.lax.with_sharding_constraint(params, where)
-        return play_shares(agent, setting, params, *rest)
+        trajectories = play_shares(agent, setting, params, *rest)
+        return jax.lax.with_sharding_constraint(trajectories, NamedSharding(mesh, program.ROWS))
 
     return play
 

@@ -10,6 +10,7 @@ from atommem_jax.config import ConfigError, Experiment, check, differences, path
 from atommem_jax.model import quantized
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.transformer import init_params
+from atommem_jax.parallel.mesh import reshape_for_rollouts
 from atommem_jax.tasks import encoding, keeper, schema, workflows
 from atommem_jax.types import ActionKind, Phase
 
@@ -103,13 +104,21 @@ def validate_devices(config: Experiment, data: int, fsdp: int = 1) -> None:
 
 
 def validate_parameters(parts: build.Parts, mesh: Mesh) -> None:
-    """Raises ConfigError for a parameter that does not divide over the mesh; allocates nothing."""
+    """Raises ConfigError for a parameter that does not divide over the mesh; allocates nothing.
+
+    The same for rollouts, on the mesh of theirs.
+    """
     model = parts.agent.model
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     try:
         model.config.layout.specs(shapes, mesh)
+        rollouts = reshape_for_rollouts(mesh, parts.config.mesh.rollout_tensor)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    try:
+        model.config.layout.specs(shapes, rollouts)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("mesh.tensor", "mesh.rollout_tensor")) from error
 
 
 def validate_shape(

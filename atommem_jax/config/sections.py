@@ -140,6 +140,7 @@ class MeshConfig(Section):
     cpu_devices: Annotated[
         int, Range(least=1, most=1024)
     ]  # into which a host without accelerator is split
+    rollout_tensor: Count = 0  # devices that share every matrix product of rollouts; 0: `tensor`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +217,7 @@ class RolloutConfig(Section):
     draft: Count = 0  # tokens guessed and checked in a forward pass, see `model.drafts`
     prompt_buckets: tuple[int, ...] = PROMPT_BUCKETS
     least_rows: Count = 0  # what a micro-batch is halved down to as its turns end; 0: never halved
+    read_rows: Count = 0  # prompts of a micro-batch that are read at a time; 0 for all
 
     def _check_together(self, prefix: str) -> None:
         check_length_buckets(self.prompt_buckets, f"{prefix}.prompt_buckets")

@@ -19,6 +19,7 @@ from atommem_jax.config import LENGTH_BUCKETS
 from atommem_jax.model import attention, sampling
 from atommem_jax.model.sampling import Decoder
 from atommem_jax.model.transformer import Prefix
+from atommem_jax.parallel import program
 from atommem_jax.types import Response
 
 
@@ -54,6 +55,10 @@ def respond(
       generate: what answers a group, with the arguments of `sampling.generate`.
     """
     config = decoder.agent.sampler
+    # Outside of the model each device may have some rows; in it, all rows and some heads.
+    prompt, prompt_lengths, phase, keys, skip, width = program.whole(
+        (prompt, prompt_lengths, phase, keys, skip, width)
+    )
     batch, full = prompt.shape
     rows = min(config.group or batch, batch)
     multiple = attention.row_multiple(decoder.agent.model.config.attention, full)
@@ -92,9 +97,9 @@ def respond(
         responses = jax.tree.map(
             lambda all_, new: all_.at[to].set(new, mode="drop"), responses, found
         )
-        return first + jnp.sum(inside), responses
+        return first + jnp.sum(inside), program.whole(responses)
 
-    carry = (jnp.zeros((), jnp.int32), _no_responses(decoder, batch))
+    carry = (jnp.zeros((), jnp.int32), program.whole(_no_responses(decoder, batch)))
     with jax.named_scope("groups"):
         return jax.lax.while_loop(lambda carry: carry[0] < live, body, carry)[1]
 

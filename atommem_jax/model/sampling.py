@@ -53,6 +53,7 @@ class SamplerConfig:
     prompt_buckets: tuple[int, ...] = (8,)  # eighths of the prompt's width that rows are read at
     least_rows: int = 0  # a group is halved as its rows end, down to so many; 0: never
     cache_dtype: str = ""  # of keys and values: "int8", or "" for what the model computes in
+    read_rows: int = 0  # rows of a group whose prompts are read at a time; 0 for all
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -217,7 +218,7 @@ def prefill(
         prompt, full = prompt[:, full - width :], width
     start = width - prompt_lengths + (0 if prefix is None else prefix.length)
     with jax.named_scope("prefill"):
-        last, cache = _read(decoder, prompt, width, start, prefix)
+        last, cache = _read_in_parts(decoder, prompt, width, start, prefix)
     cache = cache.extend(config.response_length + config.draft)
     none = jnp.zeros((batch,), jnp.int32)
     state = DecodeState(
@@ -236,6 +237,41 @@ def prefill(
         log_probs=jnp.zeros((batch, config.response_length), jnp.float32),
     )
     return _decide(decoder, state, last, jnp.zeros((batch, 0), jnp.int32))
+
+
+def _read_in_parts(
+    decoder: Decoder, prompt: Array, width: int, start: Array, prefix: Prefix | None
+):
+    """`_read`, `SamplerConfig.read_rows` of the rows at a time: activations of no more exist."""
+    rows, batch = decoder.agent.sampler.read_rows, prompt.shape[0]
+    if not 0 < rows < batch:
+        return _read(decoder, prompt, width, start, prefix)
+
+    def read(first: Array):
+        """The last `rows` rows from `first` on: the last part may overlap the one before."""
+        chosen = first + jnp.arange(rows, dtype=jnp.int32)
+        part = take_rows((prompt, start, prefix), chosen)
+        last, cache = _read(decoder, part[0], width, part[1], part[2])
+        return last, cache.replace(prefix=None)
+
+    shapes = jax.eval_shape(read, jnp.zeros((), jnp.int32))
+    room = jax.tree.map(
+        lambda x: jnp.zeros(
+            [batch if i == _row_axis(x) else n for i, n in enumerate(x.shape)], x.dtype
+        ),
+        shapes,
+    )
+
+    def body(i, room):
+        first = jnp.minimum(i * rows, batch - rows)
+        return jax.tree.map(
+            lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, first, _row_axis(new)),
+            room,
+            read(first),
+        )
+
+    last, cache = jax.lax.fori_loop(0, -(-batch // rows), body, room)
+    return last, cache.replace(prefix=prefix)
 
 
 def _read(decoder: Decoder, prompt: Array, width: int, start: Array, prefix: Prefix | None):
@@ -309,12 +345,18 @@ def _decide(
         automata.append(jax.vmap(grammar.advance)(automata[-1], guesses[:, i]))
     before = jnp.stack(automata, axis=1)
     position = state.written[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    # Each device draws for some rows, with all of their logits: sums over a vocabulary that lies on
+    # several would send it to all of them. Before and after, rows are everywhere.
+    keys, before, position = program.whole((state.keys, before, position))
     mask = _allow(agent, before, jnp.maximum(limit - position, 1))
-    logp = masked_log_softmax(_read_out(decoder, hidden), mask, decoder.scale)
+    logits = program.constrain(_read_out(decoder, hidden), "draws", None, None)
+    mask = program.constrain(mask, "draws", None, None)
+    logp = masked_log_softmax(logits, mask, decoder.scale)
     fold = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
     pick = functools.partial(draw, temperature=decoder.temperature, top_p=agent.sampler.top_p)
-    token = jax.vmap(jax.vmap(pick))(fold(state.keys, position), logp)
+    token = jax.vmap(jax.vmap(pick))(fold(keys, position), logp)
     chosen = jnp.take_along_axis(logp, token[..., None], axis=2)[..., 0]
+    token, chosen = program.whole((token, chosen))
 
     # A token counts if all before it were guessed, and none of them ended the row.
     goes_on = (token[:, :-1] == guesses) & (token[:, :-1] != grammar.eos_id)
@@ -433,10 +475,12 @@ def take_rows(tree: Any, rows: Int[Array, " M"]) -> Any:
     So it is of their scales, which keep the axis that shares one.
     """
 
-    def take(x: Array) -> Array:
-        return jnp.take(x, rows, axis=max(x.ndim - 4, 0))
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=_row_axis(x)), tree)
 
-    return jax.tree.map(take, tree)
+
+def _row_axis(x: Any) -> int:
+    """Of a state's array: of keys and values it is the fourth from the end."""
+    return max(x.ndim - 4, 0)
 
 
 def row_lengths(

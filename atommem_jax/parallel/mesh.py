@@ -1,5 +1,8 @@
 """The device mesh: replicas x fsdp x tensor, on a laptop, a slice or several.
 
+Rollouts may see the same devices as another mesh (`reshape_for_rollouts`): what an update splits
+over `fsdp`, to gather layer by layer, decoding wants to stay where it is and be multiplied there.
+
 A host without an accelerator can be split into several devices (`--config.mesh.cpu_devices`):
 small models then use all cores, and the laptop runs the code path of the pod.
 """
@@ -69,6 +72,34 @@ def make_mesh(
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def reshape_for_rollouts(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices with `tensor` of each replica on the axis of that name, the rest on `fsdp`.
+
+    Neighbours on the axes `fsdp` and `tensor` of `mesh` share a matrix product, so that a replica
+    has fewer shares of the batch, with more rows each.
+
+    Args:
+      mesh: that is trained on.
+      tensor: `mesh.rollout_tensor`; 0 for that of `mesh`.
+
+    Raises ValueError, naming the field, for what is no multiple of the axis `tensor`, or does not
+    divide a replica.
+    """
+    if tensor in (0, mesh.shape[TENSOR]):
+        return mesh
+    whole = mesh.shape[FSDP] * mesh.shape[TENSOR]
+    if tensor % mesh.shape[TENSOR] or whole % tensor:
+        sizes = range(mesh.shape[TENSOR], whole + 1, mesh.shape[TENSOR])
+        allowed = ", ".join(str(size) for size in sizes if whole % size == 0)
+        raise ValueError(
+            f"mesh.rollout_tensor={tensor}: allowed are 0 (as mesh.tensor) and {allowed}: "
+            f"multiples of mesh.tensor={mesh.shape[TENSOR]} that divide mesh.fsdp x mesh.tensor = "
+            f"{whole}; choose one of them"
+        )
+    grid = mesh.devices.reshape(-1, whole // tensor, tensor)
+    return Mesh(grid, AXES, axis_types=mesh.axis_types)
 
 
 @functools.cache

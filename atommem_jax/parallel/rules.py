@@ -62,8 +62,12 @@ TRAINING: Mapping[str, str | tuple[str, ...]] = {
     "heads": TENSOR,
     "kv_heads": TENSOR,
     "mlp": TENSOR,
+    "draws": TENSOR,
 }
-"""Logical axis -> mesh axis, for updates; axes that are not named are whole everywhere."""
+"""Logical axis -> mesh axis, for updates; axes that are not named are whole everywhere.
+
+`draws` are rows whose next token a device draws: it has all of their logits, and only theirs.
+"""
 
 ROLLOUT: Mapping[str, Any] = {name: axis for name, axis in TRAINING.items() if axis == TENSOR}
 """The same for rollouts."""

@@ -248,7 +248,8 @@ class Rl(Stage):
         self.ppo = self.config.ppo
         total = self.steps * self.ppo.minibatches * self.ppo.epochs
         self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, total)
-        self.play = play.make_player(parts, shape, mesh)
+        tensor = parts.config.mesh.rollout_tensor
+        self.play = play.make_player(parts, shape, mesh, tensor=tensor)
         self.seed, self.deal = self.key(_ROLLOUT), self.key(_DEAL)
         self.temperature = host_batches.replicate(np.float32(self.config.temperature), mesh)
 
@@ -415,7 +416,8 @@ class Validator:
         self.examples = examples[: config.episodes]
         fitted = encoding.fit_shape(self.examples, parts.tokenizer)
         self.shape = shape.join(fitted)
-        self.play = play.make_player(parts, self.shape, mesh)
+        tensor = parts.config.mesh.rollout_tensor
+        self.play = play.make_player(parts, self.shape, mesh, tensor=tensor)
         key = jax.random.fold_in(jax.random.key(parts.config.seed), _VALIDATE)
         self.seed = host_batches.replicate(key, mesh)
         self.greedy = host_batches.replicate(np.float32(0.0), mesh)

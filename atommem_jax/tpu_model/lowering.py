@@ -116,7 +116,12 @@ def _sft(config, parts, shape, mesh) -> Program:
 def _rollout(config, parts, shape, mesh) -> Program:
     rows = config.rl.episodes * config.rl.ppo.group_size
     arguments = _rollout_arguments(parts, shape, mesh, rows)
-    return Program(play.make_program(parts, mesh), arguments, {}, arguments[2], None, rows)
+    function = _player(parts, mesh)
+    return Program(function, arguments, {}, arguments[2], None, rows)
+
+
+def _player(parts, mesh):
+    return play.make_program(parts, mesh, tensor=parts.config.mesh.rollout_tensor)
 
 
 def _update(config, parts, shape, mesh) -> Program:
@@ -161,7 +166,7 @@ def _rollout_arguments(parts, shape, mesh, rows):
 def _trajectories(parts, shape, mesh, rows):
     """What a rollout of the agent leaves: a teacher's has the same shapes."""
     arguments = _rollout_arguments(parts, shape, mesh, rows)
-    shapes = jax.eval_shape(play.make_program(parts, mesh), *arguments)
+    shapes = jax.eval_shape(_player(parts, mesh), *arguments)
     return _place(shapes, mesh, PartitionSpec(rules.BATCH))
 
 

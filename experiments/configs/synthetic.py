@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = 0  # replicas of the parameters; 0 for as many as there are devices for
     config.mesh.fsdp = 1  # devices that share the parameters of a replica
     config.mesh.tensor = 1  # devices that share every matrix product
+    config.mesh.rollout_tensor = 0  # the same of rollouts, of a replica's; 0: mesh.tensor
     config.mesh.slices = 1  # TPU slices, which only `data` crosses
     config.mesh.cpu_devices = 2  # into which a host without an accelerator is split
 
@@ -72,6 +73,7 @@ def get_config() -> ConfigDict:
     config.rollout.draft = 0  # tokens guessed and checked in a forward pass
     config.rollout.prompt_buckets = (4, 6, 8)  # eighths of the prompt's width; each is compiled
     config.rollout.least_rows = 0  # a micro-batch is halved down to so many as turns end; 0: never
+    config.rollout.read_rows = 0  # prompts of a micro-batch that are read at a time; 0 for all
 
     config.model = ConfigDict()
     config.model.width = 64

@@ -393,11 +393,17 @@ def test_batches_that_do_not_divide_over_devices_are_named(changed, devices, nam
     [
         ({"fsdp": 3}, ["model.width=16", "mesh.fsdp=3", "a divisor of 16"]),
         ({"tensor": 4}, ["the vocabulary=454", "mesh.tensor=4", "a divisor of 454"]),
+        ({"fsdp": 4, "rollout": 4}, ["mesh.rollout_tensor=4", "a divisor of 454 for mesh.rollout"]),
+        ({"fsdp": 4, "rollout": 3}, ["mesh.rollout_tensor=3", "mesh.fsdp x mesh.tensor = 4"]),
     ],
 )
 def test_parameters_that_do_not_divide_over_devices_are_named(mesh, named):
-    parts = build.build(runs.make_config(), tiny.make_tokenizer())
-    validate.validate_parameters(parts, mesh_lib.make_mesh(1, 2, 2))
+    rollout = dict(mesh).pop("rollout", 0)
+    mesh = {name: size for name, size in mesh.items() if name != "rollout"}
+    config = runs.make_config(mesh__rollout_tensor=rollout)
+    parts = build.build(config, tiny.make_tokenizer())
+    if not rollout:
+        validate.validate_parameters(parts, mesh_lib.make_mesh(1, 2, 2))
     with pytest.raises(ConfigError) as caught:
         validate.validate_parameters(parts, mesh_lib.make_mesh(1, **mesh))
     for words in named:

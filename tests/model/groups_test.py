@@ -33,12 +33,15 @@ def answer(agent, temperature=1.0, skip=None, rows=slice(None), width=None, keys
     )
 
 
-@pytest.mark.parametrize(("group", "least", "draft"), [(0, 0, 0), (4, 0, 0), (4, 1, 2), (1, 0, 0)])
+@pytest.mark.parametrize(
+    ("group", "least", "draft", "read"),
+    [(0, 0, 0, 0), (4, 0, 0, 0), (4, 1, 2, 3), (1, 0, 0, 0), (0, 0, 0, 2)],
+)
 @pytest.mark.parametrize("buckets", [(8,), (2, 5, 8)])
-def test_responses_are_those_of_all_rows_at_once(group, least, draft, buckets):
+def test_responses_are_those_of_all_rows_at_once(group, least, draft, read, buckets):
     skip = np.array([False, True, False, False, False, False])
     agent = sampling_test.make_agent(
-        group=group, prompt_buckets=buckets, least_rows=least, draft=draft
+        group=group, prompt_buckets=buckets, least_rows=least, draft=draft, read_rows=read
     )
     for temperature in (0.0, 1.0):
         expected = sampling_test.answer(sampling_test.make_agent(), temperature, skip=skip)

@@ -57,7 +57,7 @@ def run(seed=0, temperature=1.0, **how):
     [
         {},
         {"cpu_decode": True},
-        {"draft": 2, "group": 2, "prompt_buckets": (3, 5, 8), "least_rows": 1},
+        {"draft": 2, "group": 2, "prompt_buckets": (3, 5, 8), "least_rows": 1, "read_rows": 1},
     ],
 )
 def test_trajectories_are_those_of_whole_prompts(how):
