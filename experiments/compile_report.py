@@ -46,6 +46,9 @@ RESPONSE = absl_flags.DEFINE_integer(
 LONGEST = absl_flags.DEFINE_integer(
     "longest_response", 0, "Tokens decoded a turn; 0 for half of the longest."
 )
+TOKENS = absl_flags.DEFINE_float(
+    "tokens_a_pass", 1.0, "Tokens that a pass of decoding adds to a row, with rollout.draft."
+)
 QUICK = absl_flags.DEFINE_bool("quick", False, "Compile with least effort, as for a fit check.")
 
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     target = compilation.Target(
         topology,
         hardware.get_topology(topology),
-        workload.Lengths(TURNS.value, PROMPT.value, RESPONSE.value, LONGEST.value),
+        workload.Lengths(TURNS.value, PROMPT.value, RESPONSE.value, LONGEST.value, TOKENS.value),
         QUICK.value,
         flags.DATA_ROOT.value,
     )

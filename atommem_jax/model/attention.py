@@ -126,7 +126,7 @@ def causal(
     if _use_fused(implementation):
         return _fused(queries, keys, values, start, before)
     blocks = []
-    for first in range(0, length, block := max(-(-length // _SHARE), _LEAST)):
+    for first in range(0, length, block := query_block(length)):
         last = min(first + block, length)
         columns = jnp.arange(last, dtype=jnp.int32)
         mask = (columns[None, None, :] <= columns[None, first:, None]) & (
@@ -143,6 +143,11 @@ def _put_before(before: Before, keys: Array, values: Array) -> tuple[Array, Arra
     pairs = zip(first, (keys, values), strict=True)
     joined = [jnp.concatenate(pair, axis=2) for pair in pairs]
     return joined[0], joined[1]
+
+
+def query_block(length: int) -> int:
+    """Queries that "plain" takes at a time, of rows of `length` columns."""
+    return max(-(-length // _SHARE), _LEAST)
 
 
 def row_multiple(implementation: str, length: int) -> int:

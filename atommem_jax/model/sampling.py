@@ -395,14 +395,18 @@ def _feed(decoder: Decoder, state: DecodeState, tokens: Int[Array, "B T"]):
     agent = decoder.agent
     # Rows keep step where nothing is guessed: they write the same slot.
     written = state.written if agent.sampler.draft else jnp.max(state.written)
+    features = match_features(agent, state.prompt, tokens)
+    tokens, start, written, features, recent = program.whole(
+        (tokens, state.start, written, features, state.cache.recent)
+    )
     inputs = {
-        "features": match_features(agent, state.prompt, tokens),
-        "cache": state.cache,
+        "features": features,
+        "cache": state.cache.replace(recent=recent),
         "index": state.cache.prompt_slots + jnp.maximum(written - 1, 0),
     }
     if agent.sampler.cpu_decode:
-        return cpu_decode.forward(agent.model, decoder.params, tokens, state.start, **inputs)
-    return agent.model.apply({"params": decoder.params}, tokens, state.start, **inputs)
+        return cpu_decode.forward(agent.model, decoder.params, tokens, start, **inputs)
+    return agent.model.apply({"params": decoder.params}, tokens, start, **inputs)
 
 
 def _allow(

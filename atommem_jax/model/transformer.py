@@ -454,6 +454,9 @@ class Transformer(nn.Module):
         positions = count_positions(start, slots, prefix)
         if 0 < tail < length and self.config.num_layers <= _FEW_LAYERS and cache is None:
             return self.final_norm(self._layers_with_tail(x, start, positions, tail)), None
+        positions = constrain(positions, "rows", None)
+        if mask is not None:
+            mask = constrain(mask, "rows", None, None)
         x, written = self._layers(cache is not None, x, layered, start, positions, mask, offset)
         x = self.final_norm(x[:, -tail:])
         if cache is None:
@@ -512,6 +515,21 @@ class Transformer(nn.Module):
         cache_dtype: "int8", or "" for what the model computes in. The prompt attends to itself as
           it is computed, and only what is kept is rounded.
         """
+        with program.rows_over_tensor(tokens.shape[0]) as by_rows:
+            found = self._read(tokens, start, features, recent, prefix, cache_dtype, by_rows)
+        hidden, (k, v), recent = found
+        if by_rows:  # decoding wants heads apart
+            copies = _count_copies(self.config)
+
+            def place(x):
+                return constrain(jnp.repeat(x, copies, 2), None, "rows", "heads", None, None)
+
+            k, v = jax.tree.map(place, (k, v))
+        none = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], 0, x.shape[4]), x.dtype), k)
+        return program.whole(hidden), Cache(k, v, none, none, recent, prefix)
+
+    @nn.nowrap
+    def _read(self, tokens, start, features, recent, prefix, cache_dtype, by_rows):
         c = self.config
         batch, length = tokens.shape
         window = self._with_recent(tokens, recent)
@@ -522,9 +540,16 @@ class Transformer(nn.Module):
             kept = (quantize(part, axis=-1) if cache_dtype == INT8 else part for part in parts)
             return tuple(kept)
 
+        def gather(path, p):
+            """Whole, after the cast and not before; int8 and scales are what they are."""
+            stays = path[-1].key == "scale" or p.dtype == jnp.int8
+            return program.whole(p if stays else p.astype(c.dtype))
+
         def run(i, x, cache, **how):
             block = Block(c, True, parent=None, **how)
             own = jax.tree.map(lambda p: p[i], stacked)
+            if by_rows:
+                own = jax.tree_util.tree_map_with_path(gather, own)
             # Outside of a loop XLA leaves out roundings to bfloat16 that a loop makes.
             x = jax.lax.optimization_barrier(x)
             before = None if prefix is None else prefix.of_layer(i)
@@ -542,8 +567,7 @@ class Transformer(nn.Module):
                 0, c.num_layers - 1, lambda i, carry: run(i, *carry), (x, cache)
             )
         x, (k, v) = run(c.num_layers - 1, x, cache, tail=1)
-        none = jax.tree.map(lambda x: jnp.zeros((*x.shape[:3], 0, x.shape[4]), x.dtype), k)
-        return self.final_norm(x), Cache(k, v, none, none, window[:, length:], prefix)
+        return self.final_norm(x), (k, v), window[:, length:]
 
     def embed(
         self, window: Int[Array, "B shifted_T"], features: Bool[Array, "B T F"] | None

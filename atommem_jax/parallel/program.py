@@ -11,23 +11,32 @@ Two wrappers make a program of a function of a batch.
   by the rules `TRAINING`, the function sees the whole batch, and the compiler partitions it.
 """
 
+import contextlib
 import contextvars
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from atommem_jax.parallel.mesh import splits_parameters
-from atommem_jax.parallel.rules import AXES, BATCH, DATA, FSDP, TRAINING, Layout
+from atommem_jax.parallel.rules import AXES, BATCH, DATA, FSDP, TENSOR, TRAINING, Layout
 
 ROWS = PartitionSpec(BATCH)
 """Of a program's argument or result: each share has its own rows of the leading axis."""
 
 WHOLE = PartitionSpec()
 """Of a program's argument or result: every share has all of it."""
+
+_BY_ROWS: Mapping[str, Any] = {"rows": TENSOR, "draws": TENSOR}
+"""Logical axis -> mesh axis within `rows_over_tensor`."""
+
+_rules: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "rules", default=TRAINING
+)
+"""What logical axes mean in what is being traced."""
 
 _in_replica = contextvars.ContextVar("in_replica", default=False)
 """Whether what is being traced is the part of one replica, see `vmap_over_data`."""
@@ -61,7 +70,8 @@ def _present(
 
 
 def _logical_spec(logical: Sequence[str | None], axes: Sequence[str]) -> PartitionSpec:
-    return PartitionSpec(*(_present(TRAINING[name], axes) if name else None for name in logical))
+    rules = _rules.get()
+    return PartitionSpec(*(_present(rules.get(name), axes) if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -105,8 +115,28 @@ def partition_size(logical: str) -> int:
     mesh = partitioned_mesh()
     if mesh is None:
         return 1
-    axes = _present(TRAINING[logical], partitioned_axes(mesh)) or ()
+    axes = _present(_rules.get().get(logical), partitioned_axes(mesh)) or ()
     return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+
+
+@contextlib.contextmanager
+def rows_over_tensor(rows: int) -> Iterator[bool]:
+    """In what is traced within, `tensor` splits rows, and matrices are whole where they are used.
+
+    For `rows` so long that it costs less to gather a matrix than to sum what it gives. Yields
+    whether it does so: without a tensor axis, or where rows do not divide over it, all stays as it
+    is. Only inside `data_parallel`, whose axes of the batch are not the compiler's.
+    """
+    mesh = partitioned_mesh()
+    axes = [] if mesh is None else partitioned_axes(mesh)
+    if mesh is None or axes != [TENSOR] or rows % mesh.shape[TENSOR]:
+        yield False
+        return
+    token = _rules.set(_BY_ROWS)
+    try:
+        yield True
+    finally:
+        _rules.reset(token)
 
 
 def by_hand(function: Callable[..., Any], *, specs: Sequence[Any], out: Any) -> Callable[..., Any]:

@@ -191,8 +191,7 @@ def compile_phase(
         - sizes.alias_size_in_bytes
         + sizes.temp_size_in_bytes
     ) / GIB
-    traffic = hlo.read(
-        compiled.as_text(), dict(mesh.shape), work.trips(name), slices=topology.slices
-    )
-    estimate = roofline.estimate(work.parts(name, traffic, flops), topology, dict(mesh.shape))
+    axes = work.axes(name)
+    traffic = hlo.read(compiled.as_text(), axes, work.trips(name), slices=topology.slices)
+    estimate = roofline.estimate(work.parts(name, traffic, flops), topology, axes)
     return presentation.Phase(name, hbm, limit, flops, split, traffic, estimate)

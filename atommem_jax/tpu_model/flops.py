@@ -13,9 +13,11 @@ loop for rows that have ended, and what rematerialisation computes again.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from atommem_jax.config import LAYERS
+from atommem_jax.model import attention
 from atommem_jax.model.model_config import ModelConfig
 
 BLOCK = 512
@@ -45,9 +47,11 @@ class Rows:
     Attributes:
       count: rows on all devices.
       prompt: tokens of the prompt that exist.
+      prefix: those of them that have been read before (`rollout.cache_prefix`).
+      prefix_width: columns of what holds them; 0 for just `prefix`.
       response: tokens of the response, the end of sequence included.
       width: columns that are computed when scored, at least prompt + response - 1; 0 for just that.
-      prompt_width: columns of the prompt that are prefilled; 0 for just `prompt`.
+      prompt_width: columns of the prompt that are prefilled; 0 for just `prompt - prefix`.
       limit: longest response, for which logits are computed; 0 for just `response`.
     """
 
@@ -57,11 +61,14 @@ class Rows:
     width: int = 0
     prompt_width: int = 0
     limit: int = 0
+    prefix: int = 0
+    prefix_width: int = 0
 
     def __post_init__(self):
         for name, least in (
             ("width", self.fed),
-            ("prompt_width", self.prompt),
+            ("prompt_width", self.unread),
+            ("prefix_width", self.prefix),
             ("limit", self.response),
         ):
             if getattr(self, name) and getattr(self, name) < least:
@@ -69,6 +76,21 @@ class Rows:
                     f"Rows.{name}={getattr(self, name)} is less than the {least} that "
                     f"prompt={self.prompt} and response={self.response} need"
                 )
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that prefill reads."""
+        return self.prompt - self.prefix
+
+    @property
+    def before(self) -> int:
+        """Columns in front of those that prefill reads."""
+        return self.prefix_width or self.prefix
+
+    @property
+    def slots(self) -> int:
+        """Columns that decoding finds in the cache, but for those of drafts."""
+        return self.before + (self.prompt_width or self.unread) + (self.limit or self.response)
 
     @property
     def fed(self) -> int:
@@ -117,12 +139,20 @@ def causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def computed_pairs(length: int, *, blocked: bool) -> int:
-    """Pairs that are computed: the whole square, or the blocks that are not all masked."""
+def computed_pairs(length: int, *, blocked: bool, before: int = 0) -> int:
+    """Pairs that are computed, of rows with `before` columns in front of them.
+
+    By the kernel: blocks that are not all masked. Without it: a few blocks of queries, each with
+    all keys up to its end.
+    """
     if not blocked:
-        return length * length
-    block = next((b for b in (BLOCK, 256, 128) if length % b == 0), length)
-    return causal_pairs(length // block) * block * block
+        block = attention.query_block(length)
+        spans = [(first, min(first + block, length)) for first in range(0, length, block)]
+        return sum((last - first) * (before + last) for first, last in spans)
+    both = math.gcd(length, before + length)
+    block = next((b for b in (BLOCK, 256, 128) if both % b == 0), length)
+    blocks = causal_pairs(length // block) + length // block * (before // block)
+    return blocks * block * block
 
 
 def forward(config: ModelConfig, tokens: float, pairs: float, logits: float) -> float:
@@ -236,16 +266,17 @@ def prefill(config: ModelConfig, rows: Iterable[Rows], *, blocked: bool = False)
     """The prompts of a rollout, into the cache. The first logits count as decoding."""
     total = Flops()
     for row in rows:
-        width = row.prompt_width or row.prompt
-        pairs = computed_pairs(width, blocked=blocked)
+        width = row.prompt_width or row.unread
+        pairs = computed_pairs(width, blocked=blocked, before=row.before)
+        wanted = causal_pairs(row.prompt) - causal_pairs(row.prefix)
         total += row.count * Flops(
-            forward(config, row.prompt, causal_pairs(row.prompt), 0),
-            forward(config, width, pairs, 0) - _left_out(config, width, pairs),
+            forward(config, row.unread, wanted, 0),
+            forward(config, width, pairs, 0) - _left_out(config, width, pairs, row.before),
         )
     return total
 
 
-def _left_out(config: ModelConfig, width: int, pairs: float) -> float:
+def _left_out(config: ModelConfig, width: int, pairs: float, before: int) -> float:
     """FLOPs of a prompt that `Transformer.read` leaves out: the last layer's, but for one column.
 
     Its keys and values are computed of all.
@@ -253,30 +284,35 @@ def _left_out(config: ModelConfig, width: int, pairs: float) -> float:
     c = config
     keys_and_values = 2 * c.width * c.num_kv_heads * c.head_width
     products = 2 * (_layer_matrices(c) - keys_and_values) * (width - 1)
-    return products + (pairs - width) * _per_pair(c) / c.num_layers
+    return products + (pairs - width - before) * _per_pair(c) / c.num_layers
 
 
-def decode(config: ModelConfig, rows: Iterable[Rows], *, steps: int | None = None) -> Flops:
-    """The responses of a rollout, one token at a time.
+def decode(
+    config: ModelConfig, rows: Iterable[Rows], *, passes: int | None = None, draft: int = 0
+) -> Flops:
+    """The responses of a rollout.
 
-    Every step reads logits and draws a token, and all but the first feed the one before; all rows
-    take part, ended or not, and each query is multiplied with every slot of the cache.
+    The first token is read out of the prompt. Every pass feeds the token before and `draft` guesses
+    and reads logits of all; all rows take part, ended or not, and each query is multiplied with
+    every slot of the cache.
 
     Args:
       config: of the model.
-      rows: their `prompt_width` and `limit` say how many slots the cache has.
-      steps: tokens of the longest response, or None to take them from `rows`.
+      rows: their widths and `limit` say how many slots the cache has.
+      passes: after the prompt's; None for one a token of the longest response in `rows`.
+      draft: `rollout.draft`.
     """
     rows = list(rows)
-    steps = max((row.response for row in rows), default=0) if steps is None else steps
+    if passes is None:
+        passes = max((row.response - 1 for row in rows), default=0)
+    fed_columns = passes * (draft + 1)
     total = Flops()
     for row in rows:
         fed = max(row.response - 1, 0)
         attended = causal_pairs(row.prompt + fed) - causal_pairs(row.prompt)
-        slots = (row.prompt_width or row.prompt) + (row.limit or row.response)
         total += row.count * Flops(
             forward(config, fed, attended, row.response),
-            forward(config, steps - 1, (steps - 1) * slots, steps),
+            forward(config, fed_columns, fed_columns * (row.slots + draft), fed_columns + 1),
         )
     return total
 

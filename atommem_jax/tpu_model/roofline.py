@@ -7,9 +7,10 @@ optimiser). A part takes
 
 where compute is hardware FLOPs over peak, memory is bytes moved between HBM and the chip over its
 bandwidth, and collectives are bytes over the bandwidth of the axes that they span, each divided by
-the share of the peak that is assumed to be reached. A collective is hidden where the compiled
-program starts it ahead of its use, and exposed where it waits for the result. MFU is model FLOPs
-over what all devices could do in the time of the phase.
+the share of the peak that is assumed to be reached, and the time that each hop from one device to
+the next takes however little is sent: while decoding little is. A collective is hidden where the
+compiled program starts it ahead of its use, and exposed where it waits for the result. MFU is model
+FLOPs over what all devices could do in the time of the phase.
 
 It is a model: nothing here was measured on a TPU. XLA's own `optimal_seconds` is not used; it
 counts a loop's body once.
@@ -36,12 +37,16 @@ class Assumptions:
       memory: of the HBM bandwidth.
       network: of the bandwidth of links.
       exposed: share of the overlapped collectives' time that computation does not hide.
+      hop: seconds that a message takes to a neighbour however short it is. About one microsecond
+        according to "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding, "A note on
+        ICI latency").
     """
 
     compute: float = 0.75
     memory: float = 0.85
     network: float = 0.85
     exposed: float = 0.0
+    hop: float = 1e-6
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and allowed values."""
@@ -52,6 +57,24 @@ class Assumptions:
                 )
         if not 0 <= self.exposed <= 1:
             raise ValueError(f"assumptions.exposed={self.exposed}: allowed is 0 to 1")
+        if self.hop < 0:
+            raise ValueError(f"assumptions.hop={self.hop}: allowed are 0 and more seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What collectives along the same mesh axes take.
+
+    Attributes:
+      bytes: that one device sends.
+      hops: messages that one device waits for, one after the other.
+    """
+
+    bytes: float = 0.0
+    hops: float = 0.0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(self.bytes + other.bytes, self.hops + other.hops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +85,13 @@ class Part:
       name: e.g. 'decode'.
       flops: of all devices together.
       hbm_bytes: read and written by one device.
-      traffic: (mesh axes joined by '+', overlapped) -> bytes that one device sends.
+      traffic: (mesh axes joined by '+', overlapped) -> what one device sends.
     """
 
     name: str
     flops: flops_lib.Flops = dataclasses.field(default_factory=flops_lib.Flops)
     hbm_bytes: float = 0.0
-    traffic: Mapping[tuple[str, bool], float] = dataclasses.field(default_factory=dict)
+    traffic: Mapping[tuple[str, bool], Sent] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +168,9 @@ def estimate(
         for (axes, overlapped), sent in part.traffic.items():
             bandwidth = axis_bandwidth(axes, topology, mesh) * assumptions.network
             share = assumptions.exposed if overlapped else 1.0
-            exposed += share * sent / bandwidth
-            hidden += (1 - share) * sent / bandwidth
+            taken = sent.bytes / bandwidth + sent.hops * assumptions.hop
+            exposed += share * taken
+            hidden += (1 - share) * taken
         seconds = max(compute, memory, hidden) + exposed
         times.append(PartTime(part.name, seconds, compute, memory, hidden, exposed))
     total = sum(time.seconds for time in times)
@@ -191,32 +215,42 @@ def describe(topology: Topology, assumptions: Assumptions) -> list[str]:
         f"{assumptions.exposed:.0%} of them exposed all the same; the others wait.",
         "A collective sends by the ring algorithm along its mesh axes, over two links where the "
         f"axes fill a ring of the torus (of {g.name}: dimensions that are a multiple of {g.wrap}), "
-        "else over one.",
+        f"else over one; each hop takes {assumptions.hop * 1e6:.1f} microseconds beside that "
+        "(jax-ml.github.io/scaling-book/sharding).",
         "MFU divides model FLOPs: causal half of the attention, no padding, nothing recomputed.",
-        "HBM traffic: weights once a pass, the cache once a step, activations as documented in "
-        "experiments/tpu_model/roofline.py; no start-up, no host, no latency of small operations.",
+        "HBM traffic: weights once a pass, the cache once a pass of decoding and what is written "
+        "of it once more, activations as documented in atommem_jax/tpu_model/roofline.py; no "
+        "start-up, no host, no latency of small operations.",
     ]
 
 
 def traffic_of(
     traffic: Traffic, *, inside: Sequence[str] = (), outside: Sequence[str] = ()
-) -> dict[tuple[str, bool], float]:
-    """Bytes that a device sends, by (axes, overlapped), for `Part.traffic`.
+) -> dict[tuple[str, bool], Sent]:
+    """What a device sends, by (axes, overlapped), for `Part.traffic`.
 
     Args:
       traffic: of a compiled program.
       inside: scopes; only collectives traced within one of them. None given: all.
       outside: scopes to leave out.
     """
-    sums: dict[tuple[str, bool], float] = {}
+    sums: dict[tuple[str, bool], Sent] = {}
     for each in traffic.collectives:
         if inside and not any(map(each.is_in, inside)):
             continue
         if any(map(each.is_in, outside)):
             continue
         key = ("+".join(each.axes), each.overlapped)
-        sums[key] = sums.get(key, 0.0) + each.total
+        hops = count_hops(each.kind, each.group_size) * each.times if each.taken else 0
+        sums[key] = sums.get(key, Sent()) + Sent(each.total, hops)
     return sums
+
+
+def count_hops(kind: str, devices: int) -> int:
+    """Messages that follow each other in a collective of a group of devices, on a ring."""
+    if kind == "collective-permute":
+        return 1
+    return (devices - 1) * (2 if kind == "all-reduce" else 1)
 
 
 # ------------------------------------------------------------------ bytes of HBM, one device
@@ -280,7 +314,7 @@ def memory_of_logits(
 
 
 def cache_bytes(
-    config: ModelConfig, placement: Placement, rows: float, slots: int, cache_dtype: str = ""
+    config: ModelConfig, placement: Placement, rows: float, slots: int, *, cache_dtype: str = ""
 ) -> float:
     """Bytes of the key/value cache of `rows` (of all devices) on one device.
 
@@ -301,24 +335,33 @@ def memory_of_decoding(
     placement: Placement,
     rows: float,
     slots: int,
-    steps: int,
+    later: int,
+    passes: int,
     *,
+    fed: int = 1,
     param_dtype: str = "float32",
     cache_dtype: str = "",
 ) -> float:
-    """Bytes of `steps` decode steps: weights as they are stored and the whole cache, each step.
+    """Bytes of `passes` of decoding: weights as they are stored, the cache and logits, each pass.
+
+    Of the embeddings no more is read than a row a token, unless logits are read out with them.
 
     Args:
       config: of the model.
       placement: of the rollout, where `fsdp` does not split parameters.
       rows: of all devices.
       slots: of the cache, written or not: all are read.
-      steps: of the loop.
+      later: those of them that decoding writes; from layer to layer all are written.
+      passes: of the loop.
+      fed: tokens that each row is fed a pass.
       param_dtype: `rollout.param_dtype`; the scales of int8 are not counted.
       cache_dtype: `rollout.cache_dtype`.
     """
-    weights = flops_lib.count_params(config) * bytes_of(param_dtype) / placement.tensor
-    return steps * (weights + cache_bytes(config, placement, rows, slots, cache_dtype))
+    c = config
+    looked_up = 0 if c.tie_embeddings else c.vocab_size * c.width
+    weights = (flops_lib.count_params(c) - looked_up) * bytes_of(param_dtype) / placement.tensor
+    cache = cache_bytes(c, placement, rows, slots + later, cache_dtype=cache_dtype)
+    return passes * (weights + cache + memory_of_logits(c, placement, rows * fed, train=False))
 
 
 def memory_of_optimizer(
@@ -362,12 +405,17 @@ def memory_of_scoring(
 
 
 def memory_of_prefill(
-    config: ModelConfig, placement: Placement, rows: Sequence[flops_lib.Rows], *, groups: float = 1
+    config: ModelConfig,
+    placement: Placement,
+    rows: Sequence[flops_lib.Rows],
+    *,
+    groups: float = 1,
+    cache_dtype: str = "",
 ) -> float:
     """Bytes of reading prompts into the cache, `groups` of rows after each other."""
     total = memory_of_weights(config, dataclasses.replace(placement, fsdp=1), groups)
     for row in rows:
-        width = row.prompt_width or row.prompt
+        width = row.prompt_width or row.unread
         total += memory_of_activations(config, placement, row.count * width, train=False)
-        total += cache_bytes(config, placement, row.count, width)
+        total += cache_bytes(config, placement, row.count, width, cache_dtype=cache_dtype)
     return total

@@ -1,6 +1,8 @@
 """How much there is to do in a step: FLOPs, bytes and rounds of loops, from mean lengths."""
 
 import dataclasses
+import functools
+import math
 
 from jax.sharding import Mesh
 
@@ -25,7 +27,8 @@ class Lengths:
     turns: int = 11  # of a trajectory (paper: 10.9 calls a task)
     prompt: int = 0  # mean tokens; 0 for three quarters of P
     response: int = 0  # mean tokens; 0 for a quarter of R
-    longest: int = 0  # decode steps a turn; 0 for half of R
+    longest: int = 0  # of a turn's responses, in tokens; 0 for half of R
+    tokens_a_pass: float = 1.0  # that a forward pass adds to a row, with drafts
 
 
 class Workload:
@@ -49,10 +52,17 @@ class Workload:
         self.limits = parts.setting(shape).limits
         self.mesh = dict(mesh.shape)
         self.shares = mesh_lib.batch_shards(mesh)
+        rollouts = mesh_lib.reshape_for_rollouts(mesh, config.mesh.rollout_tensor)
+        self.rollout_mesh = dict(rollouts.shape)
+        self.rollout_shares = mesh_lib.batch_shards(rollouts)
         limit = config.rollout.response_length
         self.prompt = lengths.prompt or max(self.limits.prompt_width * 3 // 4, 1)
         self.response = lengths.response or max(limit // 4, 1)
         self.steps = lengths.longest or max(limit // 2, 1)
+        self.tokens_a_pass = lengths.tokens_a_pass
+        template = parts.agent.template
+        asked = shape.questions * (template.question.shape[0] + shape.question_length)
+        self.prefix_widths = template.prefix.shape[0], asked
         self.blocked = self.model.attention == "splash"
         check(
             self.prompt <= self.limits.prompt_width,
@@ -63,6 +73,16 @@ class Workload:
             f"--response_tokens={self.response} --longest_response={self.steps}: allowed is "
             f"response <= longest <= rollout.response_length={limit}",
         )
+        most = config.rollout.draft + 1
+        check(
+            1.0 <= self.tokens_a_pass <= most,
+            f"--tokens_a_pass={self.tokens_a_pass}: with rollout.draft={config.rollout.draft} a "
+            f"pass adds 1 to {most} tokens; raise rollout.draft, or lower it",
+        )
+
+    def axes(self, name: str) -> dict[str, int]:
+        """Sizes of the axes of the mesh that a phase runs on."""
+        return self.rollout_mesh if name == "rollout" else self.mesh
 
     def _microbatch_rows(self, name):
         section = self.config.sft if name == "sft" else self.config.rl.ppo
@@ -87,24 +107,45 @@ class Workload:
         ]
 
     def _played(self) -> Rows:
+        """The turns of all trajectories, as the rollout reads and answers them."""
+        full, prefix = self.limits.prompt_width, self._prefix()
+        multiple = attention.row_multiple(self.model.attention, full)
+        widths = groups.list_widths(full, multiple, self.config.rollout.prompt_buckets)
+        read = 0 if prefix is None else round(self.prompt / full * prefix.prompt)
         return Rows(
             self.rows,
             self.prompt,
             self.response,
-            prompt_width=self.limits.prompt_width,
+            prompt_width=min(next(w for w in widths if w >= self.prompt - read), full),
             limit=self.config.rollout.response_length,
+            prefix=read,
+            prefix_width=0 if prefix is None else prefix.before + prefix.prompt_width,
         )
+
+    def _prefix(self) -> Rows | None:
+        """What prompts begin with where it is read once a trajectory (`model.prefix`)."""
+        if not self.config.rollout.cache_prefix:
+            return None
+        fixed, questions = self.prefix_widths
+        multiple = attention.row_multiple(self.model.attention, questions)
+        wide = -(-(fixed + questions) // multiple) * multiple - fixed
+        return Rows(self.rows, fixed + questions, 0, prompt_width=wide, prefix=fixed)
 
     @property
     def groups(self) -> int:
         """Groups that a share of the batch answers one after the other."""
-        share, group = self.rows // self.shares, self.config.rollout.microbatch
+        share, group = self.rows // self.rollout_shares, self.config.rollout.microbatch
         return -(-share // group) if 0 < group < share else 1
 
     @property
     def passes(self) -> int:
         """Of a turn, after the prompt's, which gives the first token."""
-        return max(self.steps - 1, 1)
+        return max(math.ceil((self.steps - 1) / self.tokens_a_pass), 1)
+
+    @property
+    def slots(self) -> int:
+        """Of the cache of a row."""
+        return self._played().slots + self.config.rollout.draft
 
     def microbatches(self, name: str) -> int:
         """Of a step, that all devices take part in."""
@@ -136,25 +177,28 @@ class Workload:
         )
 
     def _prefill(self) -> flops_lib.Flops:
-        return self.turns * flops_lib.prefill(self.played, [self._played()], blocked=self.blocked)
+        turns, once = [self._played()], [] if (prefix := self._prefix()) is None else [prefix]
+        read = functools.partial(flops_lib.prefill, self.played, blocked=self.blocked)
+        return self.turns * read(turns) + read(once)
 
     def _decode(self) -> flops_lib.Flops:
-        return self.turns * flops_lib.decode(self.played, [self._played()], steps=self.steps)
+        return self.turns * flops_lib.decode(
+            self.played, [self._played()], passes=self.passes, draft=self.config.rollout.draft
+        )
 
     def split(self, name: str, program: lowering.Program) -> dict[str, float]:
         """GiB a device of what is known by its shape."""
         if name == "rollout":
-            params = flops_lib.count_params(self.model) / self.mesh[rules.TENSOR]
+            placement = self._rollout_placement()
+            params = flops_lib.count_params(self.model) / placement.tensor
             stored = presentation.device_bytes(program.state)
             width = roofline.bytes_of(self.config.rollout.param_dtype)
-            kept = self.config.rollout.cache_dtype
-            group = self.config.rollout.microbatch or self.rows // self.shares
-            slots = self.limits.prompt_width + self.config.rollout.response_length
-            rows = min(group, self.rows // self.shares) * self.shares
-            placement = roofline.Placement(self.shares, self.mesh[rules.TENSOR])
+            share, kept = self.rows // self.rollout_shares, self.config.rollout.cache_dtype
+            rows = min(self.config.rollout.microbatch or share, share) * self.rollout_shares
+            cache = roofline.cache_bytes(self.model, placement, rows, self.slots, cache_dtype=kept)
             return {
                 "parameters": (params * width + stored) / GIB,
-                "KV cache": roofline.cache_bytes(self.model, placement, rows, slots, kept) / GIB,
+                "KV cache": cache / GIB,
                 "memory tables": self._table_bytes() / GIB,
             }
         trained = presentation.device_bytes(program.state.params) / GIB
@@ -164,50 +208,19 @@ class Workload:
             "gradients": trained,
         }
 
+    def _rollout_placement(self) -> roofline.Placement:
+        return roofline.Placement(self.rollout_shares, self.rollout_mesh[rules.TENSOR])
+
     def _table_bytes(self) -> float:
         s = self.limits.memory
         slot = s.entry_length * 4 + s.key_dim * 4 + 13
-        return (self.rows // self.shares) * (s.slots * slot + 4 * s.scratchpad_length)
+        return (self.rows / self.shares) * (s.slots * slot + 4 * s.scratchpad_length)
 
     def parts(self, name: str, traffic: hlo.Traffic, flops: flops_lib.Flops) -> list[roofline.Part]:
         """What a step consists of, for the roofline."""
         tensor, fsdp = self.mesh[rules.TENSOR], self.mesh[rules.FSDP]
         if name == "rollout":
-            placement = roofline.Placement(self.shares, tensor)
-            turns = self.turns
-            slots = self.limits.prompt_width + self.config.rollout.response_length
-            dtype = self.config.rollout.param_dtype
-            return [
-                roofline.Part(
-                    "placing weights",
-                    traffic=roofline.traffic_of(traffic, outside=["turns"]),
-                ),
-                roofline.Part(
-                    "prefill",
-                    self._prefill(),
-                    turns
-                    * roofline.memory_of_prefill(
-                        self.model, placement, [self._played()], groups=self.groups
-                    ),
-                    roofline.traffic_of(traffic, inside=["prefill"]),
-                ),
-                roofline.Part(
-                    "decode",
-                    self._decode(),
-                    turns
-                    * self.groups
-                    * roofline.memory_of_decoding(
-                        self.model,
-                        placement,
-                        self.rows / self.groups,
-                        slots,
-                        self.passes,
-                        param_dtype=dtype,
-                        cache_dtype=self.config.rollout.cache_dtype,
-                    ),
-                    roofline.traffic_of(traffic, inside=["decode"]),
-                ),
-            ]
+            return self._rollout_parts(traffic)
         placement = roofline.Placement(self.shares, tensor, fsdp)
         return [
             roofline.Part(
@@ -228,3 +241,49 @@ class Workload:
                 traffic=roofline.traffic_of(traffic, outside=["microbatches"]),
             ),
         ]
+
+    def _rollout_parts(self, traffic: hlo.Traffic) -> list[roofline.Part]:
+        placement, played, rollout = self._rollout_placement(), self._played(), self.config.rollout
+        placed = roofline.Part(
+            "placing weights", traffic=roofline.traffic_of(traffic, outside=["turns", "prefix"])
+        )
+        # What is not of the model (memory, prompts, records) is taken to cost nothing but traffic.
+        prefill = roofline.Part(
+            "prefill",
+            self._prefill(),
+            self.turns
+            * roofline.memory_of_prefill(
+                self.model,
+                placement,
+                [played],
+                groups=self.read_parts,
+                cache_dtype=rollout.cache_dtype,
+            ),
+            roofline.traffic_of(traffic, inside=["turns", "prefix"], outside=["decode"]),
+        )
+        passes = self.turns * self.groups * self.passes
+        decode = roofline.Part(
+            "decode",
+            self._decode(),
+            roofline.memory_of_decoding(
+                self.model,
+                placement,
+                self.rows / self.groups,
+                self.slots,
+                rollout.response_length + rollout.draft,
+                passes,
+                fed=rollout.draft + 1,
+                param_dtype=rollout.param_dtype,
+                cache_dtype=rollout.cache_dtype,
+            ),
+            roofline.traffic_of(traffic, inside=["decode"]),
+        )
+        return [placed, prefill, decode]
+
+    @property
+    def read_parts(self) -> int:
+        """Parts of a turn's batch that a share reads the prompts of, one after the other."""
+        share = self.rows // self.rollout_shares
+        group = min(self.config.rollout.microbatch or share, share)
+        rows = self.config.rollout.read_rows
+        return self.groups * (-(-group // rows) if 0 < rows < group else 1)

@@ -13,10 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from atommem_jax.config import ConfigError, LoraConfig
 from atommem_jax.model import lora, sampling
 from atommem_jax.model.model_config import ModelConfig
-from atommem_jax.model.transformer import Transformer, init_params
+from atommem_jax.model.transformer import Prefix, Transformer, init_params
 from atommem_jax.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from atommem_jax.tpu_model.flops import Flops, Rows
-from atommem_jax.tpu_model.roofline import Assumptions, Part, Placement
+from atommem_jax.tpu_model.roofline import Assumptions, Part, Placement, Sent
 from tests.helpers import tiny
 
 CONFIG = ModelConfig(
@@ -118,30 +118,69 @@ def test_decoding_costs_as_much_as_scoring_by_the_model():
     assert decoded.model == flops.score(CONFIG, rows, train=False).model
 
 
-def test_generation_executes_exactly_these_flops():
+@pytest.mark.parametrize(
+    ("draft", "width", "before"), [(0, 40, 0), (2, 40, 0), (0, 300, 0), (1, 140, 24)]
+)
+def test_generation_executes_exactly_these_flops(draft, width, before):
     agent = tiny.make_parts().agent
+    agent = agent.replace(sampler=dataclasses.replace(agent.sampler, draft=draft))
     config, limit = agent.model.config, agent.sampler.response_length
-    batch, width, steps = 3, 40, 7
+    batch, passes, full = 3, 6, width + before
     shape = jax.ShapeDtypeStruct
     params = jax.eval_shape(lambda key: init_params(agent.model, key), jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
 
-    def generate(params, prompt, lengths, keys, skip):
+    def generate(params, prompt, lengths, keys, skip, prefix):
         phase = jnp.zeros((batch,), jnp.int32)
         temperature = jnp.ones((), jnp.float32)
         decoder = sampling.make_decoder(agent, params, temperature)
-        return sampling.generate(decoder, prompt, lengths, phase, keys, skip)
+        return sampling.generate(decoder, prompt, lengths, phase, keys, skip, width, prefix)
 
     lengths, skip = shape((batch,), jnp.int32), shape((batch,), bool)
-    prompt = shape((batch, width), jnp.int32)
-    traced = jax.make_jaxpr(generate)(params, prompt, lengths, keys, skip)
-    rows = [Rows(batch, prompt=30, response=5, prompt_width=width, limit=limit)]
-    ours = flops.prefill(config, rows) + flops.decode(config, rows, steps=steps)
+    prompt = shape((batch, full), jnp.int32)
+    room = (config.num_layers, batch, config.num_kv_heads, before, config.head_width)
+    prefix = Prefix(shape(room, jnp.float32), shape(room, jnp.float32), lengths)
+    traced = jax.make_jaxpr(generate)(
+        params, prompt, lengths, keys, skip, prefix if before else None
+    )
+    rows = [
+        Rows(
+            batch,
+            prompt=30,
+            response=5,
+            prompt_width=width,
+            limit=limit,
+            prefix=min(before, 20),
+            prefix_width=before,
+        )
+    ]
+    ours = flops.prefill(config, rows) + flops.decode(config, rows, passes=passes, draft=draft)
     # Left out of the count: the value head, and the flags of tokens that occur in the prompt.
     value_head = batch * 2 * config.width
-    flags = batch * 2 * (width + steps - 1) * width * config.num_features
-    executed = count_products(traced.jaxpr, while_trips=steps - 1)
+    columns = width + passes * (draft + 1)
+    flags = batch * 2 * columns * full * config.num_features
+    executed = count_products(traced.jaxpr, while_trips=passes)
     assert ours.hardware + value_head + flags == executed
+
+
+def test_a_prefix_is_read_once():
+    """By the model: the prompt's tokens and pairs, whether read at once or in two parts."""
+    whole = flops.prefill(CONFIG, [Rows(2, prompt=50, response=1)])
+    first = flops.prefill(CONFIG, [Rows(2, prompt=20, response=0)])
+    rest = flops.prefill(CONFIG, [Rows(2, prompt=50, response=1, prefix=20)])
+    assert (first + rest).model == whole.model
+    with pytest.raises(ValueError, match=r"Rows.prompt_width=29 is less than the 30 that prompt"):
+        Rows(2, prompt=50, response=1, prefix=20, prompt_width=29)
+
+
+def test_blocks_of_the_kernel_behind_a_prefix():
+    assert flops.computed_pairs(1024, blocked=True, before=512) == 5 * 512 * 512
+    assert flops.computed_pairs(1024, blocked=True, before=128) == (8 * 9 // 2 + 8) * 128 * 128
+
+
+def test_pieces_of_plain_attention():
+    """By hand: blocks of 128 queries, with all keys up to their end."""
+    assert flops.computed_pairs(300, blocked=False) == 128 * 128 + 128 * 256 + 44 * 300
 
 
 def test_phases_add_up():
@@ -167,7 +206,8 @@ def test_what_is_computed_again():
     pairs = flops.computed_pairs(1024, blocked=True)
     assert pairs == 3 * 512 * 512  # of the four blocks, one is masked
     products = 4 * CONFIG.num_layers * CONFIG.num_heads * CONFIG.head_width
-    plain = hardware(CONFIG) - 3 * (1024**2 - pairs) * products
+    square = flops.computed_pairs(1024, blocked=False)
+    plain = hardware(CONFIG) - 3 * (square - pairs) * products
     assert hardware(CONFIG, blocked=True) - plain == 1.5 * pairs * products
     assert hardware(remat) > hardware(CONFIG)
 
@@ -258,15 +298,15 @@ def test_a_program_compiled_for_tpu():
 
 # ------------------------------------------------------------------ time
 
-PERFECT = Assumptions(compute=1.0, memory=1.0, network=1.0)
+PERFECT = Assumptions(compute=1.0, memory=1.0, network=1.0, hop=0.0)
 V5E = hardware.parse_topology("v5e:2x2")
 MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 
 
 def test_a_part_takes_as_long_as_its_slowest_resource_and_what_is_exposed():
     compute = Part("score", Flops(4 * 197e12, 2 * 4 * 197e12), hbm_bytes=819e9)
-    memory = Part("decode", hbm_bytes=3 * 819e9, traffic={("fsdp", True): 50e9})
-    network = Part("reduce", traffic={("tensor", False): 100e9, ("fsdp", True): 50e9})
+    memory = Part("decode", hbm_bytes=3 * 819e9, traffic={("fsdp", True): Sent(50e9)})
+    network = Part("reduce", traffic={("tensor", False): Sent(100e9), ("fsdp", True): Sent(50e9)})
     found = roofline.estimate([compute, memory, network], V5E, MESH, PERFECT)
     assert [part.seconds for part in found.parts] == pytest.approx([2, 3, 2 + 1])
     assert [part.bottleneck for part in found.parts] == ["compute", "memory", "network"]
@@ -291,7 +331,7 @@ def test_assumptions_slow_it_down_and_are_stated():
     with pytest.raises(ValueError, match=r"assumptions.memory=0: allowed is above 0 up to 1"):
         roofline.estimate([part], V5E, MESH, Assumptions(memory=0))
     with pytest.raises(ValueError, match=r"axis 'expert': the mesh has data, fsdp, tensor"):
-        roofline.estimate([Part("x", traffic={("expert", True): 1})], V5E, MESH)
+        roofline.estimate([Part("x", traffic={("expert", True): Sent(1)})], V5E, MESH)
 
 
 def test_bandwidth_of_axes():
@@ -304,18 +344,32 @@ def test_bandwidth_of_axes():
     assert roofline.axis_bandwidth("dcn", pod, mesh) == pod.generation.dcn_bandwidth
 
 
-def test_decoding_reads_weights_and_cache_every_step():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    slots, rows, steps = 50, 8, 3
+def test_every_hop_takes_its_time():
+    """1,000 sums over four devices, of 100 bytes: six hops each, whatever the bytes."""
+    traffic = {("tensor", False): Sent(1e5, 6000)}
+    found = roofline.estimate([Part("decode", traffic=traffic)], V5E, MESH, Assumptions(hop=2e-6))
+    assert found.seconds == pytest.approx(0.012, rel=1e-3)
+    assert "each hop takes 2.0 microseconds" in " ".join(found.assumptions)
+    assert [roofline.count_hops(kind, 8) for kind in ("all-reduce", "all-gather")] == [14, 7]
+    assert roofline.count_hops("collective-permute", 8) == 1
+    with pytest.raises(ValueError, match=r"assumptions.hop=-1"):
+        roofline.estimate([], V5E, MESH, Assumptions(hop=-1))
+
+
+def test_decoding_reads_weights_and_cache_every_pass():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", tie_embeddings=False)
+    slots, rows, passes = 50, 8, 3
     cache = 2 * 3 * slots * rows * 2 * 16 * 2
     assert roofline.cache_bytes(config, Placement(), rows, slots) == cache
-    weights = flops.count_params(config) * 4
-    read = roofline.memory_of_decoding(config, Placement(), rows, slots, steps)
-    assert read == steps * (weights + cache)
+    # Of the embeddings a row a token is read, but the readout is another matrix of that size.
+    weights = (flops.count_params(config) - 300 * 64) * 4
+    logits = rows * 2 * 300 * 4 * 3
+    read = roofline.memory_of_decoding(config, Placement(), rows, slots, 10, passes, fed=2)
+    assert read == passes * (weights + cache * 60 / 50 + logits)
     split = Placement(rows=2, tensor=4)  # more devices than key/value heads: copies
     assert roofline.cache_bytes(config, split, rows, slots) == cache / 2 / 2
     # int8: a byte a number, and a float32 scale for each vector.
-    small = roofline.cache_bytes(config, Placement(), rows, slots, "int8")
+    small = roofline.cache_bytes(config, Placement(), rows, slots, cache_dtype="int8")
     vectors = 2 * config.num_layers * config.num_kv_heads * rows * slots
     assert small == vectors * (config.head_width + 4)
 
@@ -367,8 +421,10 @@ def make_traffic():
 
 def test_traffic_of_a_part_is_chosen_by_scope():
     traffic = make_traffic()
-    assert roofline.traffic_of(traffic, inside=["decode"]) == {("fsdp", True): 2.0**20}
-    assert roofline.traffic_of(traffic, outside=["decode"]) == {("data+fsdp", False): 2.0**20}
+    assert roofline.traffic_of(traffic, inside=["decode"]) == {("fsdp", True): Sent(2.0**20, 1)}
+    assert roofline.traffic_of(traffic, outside=["decode"]) == {
+        ("data+fsdp", False): Sent(2.0**20, 2)
+    }
     assert len(roofline.traffic_of(traffic)) == 2
 
 
