@@ -67,8 +67,10 @@ def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
             agent = agent.replace(model=without_adapters(agent.model))
         params = cast_matrices(params, dtype)
         # Cast where they lie, dealt out to the axes of rollouts, and then gathered over `fsdp`.
+        by_inner = {**rules_lib.TRAINING, "embed": (rules_lib.FSDP, mesh_lib.INNER)}
         for to, rules in (
             (mesh, rules_lib.TRAINING),
+            *([(mesh_lib.refine(mesh, rollout_mesh), by_inner)] if rollout_mesh != mesh else []),
             (rollout_mesh, rules_lib.TRAINING),
             (rollout_mesh, rules_lib.ROLLOUT),
         ):

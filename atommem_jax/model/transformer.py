@@ -457,6 +457,8 @@ class Transformer(nn.Module):
         positions = constrain(positions, "rows", None)
         if mask is not None:
             mask = constrain(mask, "rows", None, None)
+        if jnp.ndim(offset):
+            offset = constrain(offset, "rows")
         x, written = self._layers(cache is not None, x, layered, start, positions, mask, offset)
         x = self.final_norm(x[:, -tail:])
         if cache is None:

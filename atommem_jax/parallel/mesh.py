@@ -18,7 +18,10 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from atommem_jax.parallel.rules import AXES, BATCH, FSDP, TENSOR
+from atommem_jax.parallel.rules import AXES, BATCH, DATA, FSDP, TENSOR
+
+INNER = "inner"
+"""See `refine`."""
 
 
 def make_mesh(
@@ -100,6 +103,17 @@ def reshape_for_rollouts(mesh: Mesh, tensor: int) -> Mesh:
         )
     grid = mesh.devices.reshape(-1, whole // tensor, tensor)
     return Mesh(grid, AXES, axis_types=mesh.axis_types)
+
+
+def refine(mesh: Mesh, rollouts: Mesh) -> Mesh:
+    """A mesh with an axis more, of which the axes of both are whole axes or products of them.
+
+    `inner` is what updates have on `fsdp` and rollouts on `tensor`. A program that uses both meshes
+    needs it: the partitioner wants one mesh that can express all shardings of a program.
+    """
+    inner = mesh.shape[FSDP] // rollouts.shape[FSDP]
+    grid = mesh.devices.reshape(-1, rollouts.shape[FSDP], inner, mesh.shape[TENSOR])
+    return Mesh(grid, (DATA, FSDP, INNER, TENSOR), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ their parameters.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -137,7 +138,7 @@ class Layout:
 
     def _divides(self, logical, size, mesh, axis, name) -> bool:
         """Whether to split. False for key/value heads that every device needs; or raises."""
-        count = mesh.shape[axis]
+        count = math.prod(mesh.shape[each] for each in ((axis,) if isinstance(axis, str) else axis))
         if count == 1:
             return False
         units = {"heads": self.num_heads, "kv_heads": self.num_kv_heads}.get(logical, size)

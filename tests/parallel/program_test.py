@@ -256,6 +256,21 @@ def test_no_weight_is_gathered_while_decoding(size, tensor):
     assert most <= 4 * rows * vocabulary
 
 
+def test_neither_mesh_need_be_finer_than_the_other():
+    """Two devices on `tensor` and four while rollouts: compiled, as a vocabulary divides."""
+    config = make_parts().config.replace(
+        {"rl.episodes": ROWS // 2, "rl.ppo.group_size": 2, "mesh.rollout_tensor": 4}
+    )
+    parts = build.build(
+        config, lowering.StandInTokenizer(456, build.reserved_names(make_parts().config))
+    )
+    mesh = mesh_lib.make_mesh(1, 4, 2)
+    lowered = lowering.programs(config, parts, tiny.make_shape(), mesh, ["rollout"])["rollout"]
+    text = lowered.lower().compile().as_text()
+    traffic = hlo.read(text, {"data": 1, "fsdp": 2, "tensor": 4}, {"turns": 4, "groups": 1})
+    assert {each.axes for each in traffic.inside("decode")} == {("tensor",)}
+
+
 @pytest.mark.relaxed_promotion  # Optax raises a float to a counter
 def test_replicas_meet_outside_of_the_loop_over_micro_batches():
     mesh = mesh_lib.make_mesh(2, 4, 1)
