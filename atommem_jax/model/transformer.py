@@ -445,7 +445,9 @@ class Transformer(nn.Module):
         x = self.embed(window, features)
         slots = list_slots(index, length)
         layered: Any = None
-        mask, offset, prefix = None, index, None
+        mask: Any = None
+        offset: Any = index
+        prefix = None
         if cache is not None:
             prefix = cache.prefix
             every = None if prefix is None else prefix.repeat_length()
@@ -454,11 +456,12 @@ class Transformer(nn.Module):
         positions = count_positions(start, slots, prefix)
         if 0 < tail < length and self.config.num_layers <= _FEW_LAYERS and cache is None:
             return self.final_norm(self._layers_with_tail(x, start, positions, tail)), None
-        positions = constrain(positions, "rows", None)
-        if mask is not None:
-            mask = constrain(mask, "rows", None, None)
-        if jnp.ndim(offset):
-            offset = constrain(offset, "rows")
+        if cache is not None:  # whole on `tensor`: else they are gathered again in every layer
+            positions, mask = (
+                constrain(positions, "rows", None),
+                constrain(mask, "rows", None, None),
+            )
+            offset = constrain(offset, "rows") if jnp.ndim(offset) else offset
         x, written = self._layers(cache is not None, x, layered, start, positions, mask, offset)
         x = self.final_norm(x[:, -tail:])
         if cache is None:

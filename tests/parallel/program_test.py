@@ -245,7 +245,7 @@ def test_no_weight_is_gathered_while_decoding(size, tensor):
     assert not any(each.is_in("decode") for each in gathered)
     for each in traffic.inside("decode"):
         assert each.axes == ("tensor",), each
-    # While decoding two sums a layer, one of the embeddings; and a share of the logits, dealt out by rows.
+    # While decoding two sums a layer, one of the embeddings; and logits, dealt out by rows.
     layer = [each for each in traffic.inside("decode") if "layers" in each.op_name]
     assert {each.kind for each in layer} == {"all-reduce"}
     widths = 3  # `rollout.prompt_buckets`: each is a program of its own
