@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from atommem_jax.agent import play as play_lib
 from atommem_jax.agent.build import Parts
 from atommem_jax.config import TeacherConfig
 from atommem_jax.learning import evaluation, rollout
 from atommem_jax.parallel import host_batches, program
+from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import encoding
 from atommem_jax.types import Policy
@@ -35,12 +37,15 @@ def make_player(
     *,
     reading: TeacherConfig | None,
     answering: TeacherConfig | None,
+    tensor: int = 0,
 ):
     """Jitted (params of who reads, of who answers, episodes, ids, seed key, temperature).
 
     It gives trajectories; `None` is a model, whose parameters are taken, and a teacher takes none
-    (pass None).
+    (pass None). tensor: as for `play.make_player`, and models are placed as there.
     """
+    rollout_mesh = mesh_lib.reshape_for_rollouts(mesh, tensor)
+    layout = parts.agent.model.config.layout
 
     def make_policy(script, agent, params, temperature, episodes) -> Policy:
         if script is None:
@@ -52,9 +57,22 @@ def make_player(
         answerer = make_policy(answering, agent, second, temperature, episodes)
         return rollout.run(setting, rollout.by_phase(reader, answerer), episodes, ids, seed)
 
-    play = program.data_parallel(play_local, mesh, rows=("episodes", "ids"), out=program.ROWS)
-    given = host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
-    return functools.partial(jax.jit(play), *given)
+    play_shares = program.data_parallel(
+        play_local, rollout_mesh, rows=("episodes", "ids"), out=program.ROWS
+    )
+
+    @jax.jit
+    def play(agent, setting, first, second, *rest):
+        minds = [
+            None if mind is None else play_lib.place_for_rollouts(mind, layout, mesh, rollout_mesh)
+            for mind in (first, second)
+        ]
+        trajectories = play_shares(agent, setting, *minds, *rest)
+        return jax.lax.with_sharding_constraint(trajectories, NamedSharding(mesh, program.ROWS))
+
+    return functools.partial(
+        play, *host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
+    )
 
 
 def measure(
@@ -68,6 +86,7 @@ def measure(
     answerers: list[str] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    tensor: int = 0,
 ) -> Table:
     """EM of every pair of policies on some examples.
 
@@ -81,6 +100,7 @@ def measure(
       answerers: names of those that answer; None for all.
       temperature: of models; 0 is greedy.
       seed: of all randomness.
+      tensor: `mesh.rollout_tensor`.
     """
     key = host_batches.replicate(jax.random.key(seed), mesh)
     heat = host_batches.replicate(np.float32(temperature), mesh)
@@ -93,7 +113,9 @@ def measure(
         table[reader] = {}
         for answerer in answerers or list(minds):
             (reading, first), (answering, second) = split(minds[reader]), split(minds[answerer])
-            play = make_player(parts, shape, mesh, reading=reading, answering=answering)
+            play = make_player(
+                parts, shape, mesh, reading=reading, answering=answering, tensor=tensor
+            )
             batches = batches_lib.iterate_split(
                 examples,
                 parts.tokenizer,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,20 +67,28 @@ def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
             params = lora.merge(params, model.lora)
             agent = agent.replace(model=without_adapters(agent.model))
         params = cast_matrices(params, dtype)
-        # Cast where they lie, dealt out to the axes of rollouts, and then gathered over `fsdp`.
-        by_inner = {**rules_lib.TRAINING, "embed": (rules_lib.FSDP, mesh_lib.INNER)}
-        for to, rules in (
-            (mesh, rules_lib.TRAINING),
-            *([(mesh_lib.refine(mesh, rollout_mesh), by_inner)] if rollout_mesh != mesh else []),
-            (rollout_mesh, rules_lib.TRAINING),
-            (rollout_mesh, rules_lib.ROLLOUT),
-        ):
-            where = layout.shardings(params, to, rules)
-            params = jax.lax.with_sharding_constraint(params, where)
+        params = place_for_rollouts(params, layout, mesh, rollout_mesh)
         trajectories = play_shares(agent, setting, params, *rest)
         return jax.lax.with_sharding_constraint(trajectories, NamedSharding(mesh, program.ROWS))
 
     return play
+
+
+def place_for_rollouts(params: Any, layout: rules_lib.Layout, mesh: Mesh, rollout_mesh: Mesh):
+    """Inside a program: parameters that lie on `mesh` by `TRAINING`, as rollouts want them.
+
+    They stay where they lie while they are cast, are dealt out to the axes of rollouts, and only
+    then gathered over `fsdp`.
+    """
+    by_inner = {**rules_lib.TRAINING, "embed": (rules_lib.FSDP, mesh_lib.INNER)}
+    for to, rules in (
+        (mesh, rules_lib.TRAINING),
+        *([(mesh_lib.refine(mesh, rollout_mesh), by_inner)] if rollout_mesh != mesh else []),
+        (rollout_mesh, rules_lib.TRAINING),
+        (rollout_mesh, rules_lib.ROLLOUT),
+    ):
+        params = jax.lax.with_sharding_constraint(params, layout.shardings(params, to, rules))
+    return params
 
 
 def cast_matrices(params, dtype: str):

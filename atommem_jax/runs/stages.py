@@ -436,6 +436,7 @@ class Validator:
             self.shape,
             readers=["clean"],
             answerers=["model"],
+            tensor=self.parts.config.mesh.rollout_tensor,
         )
         found = table["clean"]["model"]
         check(

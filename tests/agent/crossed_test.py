@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from atommem_jax.agent import crossed, play
+from atommem_jax.agent import build, crossed, play
 from atommem_jax.config import ConfigError, TeacherConfig
-from atommem_jax.parallel import host_batches
+from atommem_jax.model.transformer import init_params
+from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.runs import stages
 from atommem_jax.types import Phase
@@ -46,6 +47,30 @@ def test_one_policy_for_both_plays_as_it_does_alone():
     scripted = play.make_scripted_player(tiny.make_parts(), tiny.make_shape(), crossed.CLEAN, mesh)
     found = run(reading=crossed.CLEAN, answering=crossed.CLEAN)
     np.testing.assert_array_equal(found.turns.response, scripted(episodes, ids, key).turns.response)
+
+
+def test_a_rollout_mesh_changes_no_turn():
+    config = tiny.make_config().replace({"model.num_heads": 4, "model.num_kv_heads": 2})
+    parts, rows = build.build(config, tiny.make_tokenizer()), 8
+    params = tiny.disturb(init_params(parts.agent.model, jax.random.key(0)), 0.3)
+
+    def play_on(mesh, tensor):
+        player = crossed.make_player(
+            parts, tiny.make_shape(), mesh, reading=crossed.CLEAN, answering=None, tensor=tensor
+        )
+        episodes = jax.device_get(tiny.make_episodes([i // 2 for i in range(rows)])[0])
+        given = host_batches.shard((episodes, np.arange(rows, dtype=np.int32)), mesh)
+        seeds = host_batches.replicate((jax.random.key(4), np.float32(1.0)), mesh)
+        layout = parts.agent.model.config.layout
+        second = jax.device_put(params, layout.shardings(params, mesh))
+        return player(None, second, *given, *seeds)
+
+    mesh = mesh_lib.make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    found, alone = play_on(mesh, 2), play_on(mesh_lib.single(), 0)
+    where = jax.NamedSharding(mesh, program.ROWS)
+    assert found.id.sharding.is_equivalent_to(where, 1)
+    np.testing.assert_array_equal(found.turns.response, alone.turns.response)
+    np.testing.assert_allclose(found.turns.log_probs, alone.turns.log_probs, atol=2e-5)
 
 
 def test_each_turn_is_written_by_whom_it_belongs_to():
