@@ -36,7 +36,7 @@ on_each_mesh = pytest.mark.parametrize("shape", MESHES, ids=str)
 
 
 @functools.cache
-def make_parts():
+def make_parts(changes=()):
     """The tiny experiment with more heads, so that devices can share them."""
     config = tiny.make_config().replace(
         {
@@ -46,14 +46,15 @@ def make_parts():
             "model.remat": True,
             "rollout.score_chunk": 5,
             "rollout.draft": 1,
+            **dict(changes),
         }
     )
     return build.build(config, tiny.make_tokenizer())
 
 
 @functools.cache
-def make_params():
-    params = init_params(make_parts().agent.model, jax.random.key(0))
+def make_params(changes=()):
+    params = init_params(make_parts(changes).agent.model, jax.random.key(0))
     return tiny.disturb(params, 0.1)
 
 
@@ -70,11 +71,11 @@ def make_optimizer():
 
 
 @functools.cache
-def play(shape, tensor=0):
+def play(shape, tensor=0, changes=()):
     """Trajectories of the model, on the mesh; rollouts with `tensor` on that axis."""
     mesh = mesh_lib.make_mesh(*shape)
-    player = play_lib.make_player(make_parts(), tiny.make_shape(), mesh, tensor=tensor)
-    params = place(make_params(), mesh)
+    player = play_lib.make_player(make_parts(changes), tiny.make_shape(), mesh, tensor=tensor)
+    params = place(make_params(changes), mesh)
     episodes, ids = host_batches.shard((make_episodes(), np.arange(ROWS, dtype=np.int32)), mesh)
     seed = host_batches.replicate(jax.random.key(3), mesh)
     heat = host_batches.replicate(np.float32(1.0), mesh)
@@ -132,6 +133,23 @@ def test_a_rollout_is_the_same_on_any_mesh(shape, tensor):
             )
         else:
             np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+INT8 = (("rollout.cache_dtype", "int8"), ("rollout.param_dtype", "int8"))
+PREFIX = (("model.match_features", False), ("rollout.cache_prefix", True))
+
+
+@pytest.mark.parametrize(
+    "changes", [INT8, PREFIX, INT8 + PREFIX], ids=["int8", "prefix", "int8 prefix"]
+)
+def test_what_is_kept_lies_on_the_mesh_of_rollouts(changes):
+    """Every device has one copy of the only key/value head."""
+    ours, theirs = play((1, 8, 1), 2, changes), play(ONE, 0, changes)
+    turns = jax.device_get(ours.turns)
+    np.testing.assert_array_equal(turns.response, theirs.turns.response)
+    # A sum in another order may round to another int8.
+    atol = 5e-3 if changes[:2] == INT8 else 2e-5
+    np.testing.assert_allclose(turns.log_probs, theirs.turns.log_probs, rtol=0, atol=atol)
 
 
 @functools.cache

@@ -45,6 +45,26 @@ def test_a_mesh_of_its_own_reads_fewer_weights():
     assert together.flops == alone.flops
 
 
+def test_an_int8_cache_is_read_as_one():
+    """By hand: a slot of a head has a byte a number and a scale, not two a number."""
+    plain, int8 = make_workload(), make_workload(rollout__cache_dtype="int8")
+    model = plain.model
+    heads = 2 * model.num_layers * model.num_kv_heads * ROWS // 8
+    saved = heads * (2 * model.head_width - (model.head_width + 4))
+
+    ours, theirs = (w.parts("rollout", Traffic((), ()), flops.Flops()) for w in (int8, plain))
+    limit = plain.config.rollout.response_length
+    # A share answers its rows in two groups: each pass of either has half of the cache.
+    read = plain.turns * plain.passes * (plain.slots + limit) * saved
+    assert theirs[2].hbm_bytes - ours[2].hbm_bytes == pytest.approx(read)
+    written = plain.turns * (plain.slots - limit) * saved
+    assert theirs[1].hbm_bytes - ours[1].hbm_bytes == pytest.approx(written)
+
+    nothing = lowering.Program(None, (), {}, (), None, ROWS)
+    kept, whole = (w.split("rollout", nothing)["KV cache"] for w in (int8, plain))
+    assert kept / whole == pytest.approx((model.head_width + 4) / (2 * model.head_width))
+
+
 def test_drafts_feed_more_and_take_fewer_passes():
     lengths = Lengths(turns=2, prompt=9000, response=64, longest=101, tokens_a_pass=2.0)
     drafted = make_workload(lengths, rollout__draft=2)
