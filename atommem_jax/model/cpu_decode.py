@@ -28,6 +28,7 @@ from atommem_jax.model.transformer import (
     Transformer,
     count_positions,
     dot_general,
+    like_stored,
     list_slots,
     mask_slots,
     multiply,
@@ -133,7 +134,9 @@ class _CpuBlock(Block):
 
     @nn.nowrap
     def attend_cached(self, q, k, v, cache, mask, index):
-        k = write_slots(cache.later_keys, jnp.swapaxes(k, 2, 3), index, axis=3)
+        k = like_stored(cache.later_keys, jnp.swapaxes(k, 2, 3), axis=2)
+        v = like_stored(cache.later_values, v, axis=3)
+        k = write_slots(cache.later_keys, k, index, axis=3)
         v = write_slots(cache.later_values, v, index, axis=2)
         pieces = (cache.keys, k), (cache.values, v)
         before = None if cache.prefix is None else cache.prefix.before

@@ -285,21 +285,36 @@ def mask_slots(
     )
 
 
-def write_slots(old: Stored, new: Array, index: int | Int[Array, "*B"], *, axis: int) -> Stored:
-    """`old` [B, ...] with `new` at `index` of an axis, the same in every row or one for each.
+def mask_pieces(
+    start: Int[Array, " B"], slots: Int[Array, "#B T"], count: int
+) -> Bool[Array, "B T count+T"]:
+    """`mask_slots` where what stands at `slots` is not among the cache's, but follows them."""
+    first = jnp.broadcast_to(slots[:, :1], slots.shape)
+    written = mask_slots(start, first - 1, count)
+    new = (slots[:, None, :] <= slots[:, :, None]) & (slots[:, None, :] >= start[:, None, None])
+    return jnp.concatenate([written, new], axis=2)
 
-    Where `old` is int8 what is written becomes so, with a scale for the vectors along the last axis
-    or, where slots lie there, the one before.
+
+def like_stored(old: Stored, new: Array, *, axis: int) -> Stored:
+    """`new` as `old` is kept: where that is int8, with a scale for the vectors along `axis`."""
+    return quantize(new, axis=axis) if isinstance(old, Quantized) else new
+
+
+def write_slots(
+    old: Stored, new: Stored, index: int | Int[Array, "*B"], *, axis: int, rows: int = 0
+) -> Stored:
+    """`old` with `new` at `index` of an axis, the same in every row or one for each.
+
+    rows: the axis that they lie along.
     """
-    stored = quantize(new, axis=3 if axis == 2 else 2) if isinstance(old, Quantized) else new
 
     def write(old, new):
         if jnp.ndim(index) == 0:
             return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
         write_row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-        return jax.vmap(write_row)(old, new, index)
+        return jax.vmap(write_row, (rows, rows, 0), rows)(old, new, index)
 
-    return jax.tree.map(write, old, stored)
+    return jax.tree.map(write, old, new)
 
 
 def _count_copies(config: ModelConfig) -> int:
@@ -308,7 +323,7 @@ def _count_copies(config: ModelConfig) -> int:
 
 
 class Block(nn.Module):
-    """One pre-norm layer. With a cache it writes its keys and values at its later slot `index`."""
+    """One pre-norm layer, which gives its keys and values back where `keep_cache`."""
 
     config: ModelConfig
     keep_cache: bool
@@ -366,11 +381,12 @@ class Block(nn.Module):
 
     @nn.nowrap
     def attend_cached(self, q, k, v, cache, mask, index):
-        """Attention to all slots of the cache once k and v lie in theirs; and its later slots."""
-        k = write_slots(cache.later_keys, k, index, axis=2)
-        v = write_slots(cache.later_values, v, index, axis=2)
+        """Attention to all slots of the cache, and to k and v behind them; and both as kept."""
+        del index  # they are written when all layers have theirs
+        k, v = (like_stored(cache.later_values, x, axis=-1) for x in (k, v))
         before = None if cache.prefix is None else cache.prefix.before
-        return attention.attend(q, (cache.keys, k), (cache.values, v), mask, before), (k, v)
+        keys, values = (cache.keys, cache.later_keys, k), (cache.values, cache.later_values, v)
+        return attention.attend(q, keys, values, mask, before), (k, v)
 
 
 class Transformer(nn.Module):
@@ -452,7 +468,7 @@ class Transformer(nn.Module):
             prefix = cache.prefix
             every = None if prefix is None else prefix.repeat_length()
             layered = cache.replace(recent=None, prefix=every)
-            mask, offset = mask_slots(start, slots, cache.slots), index - cache.prompt_slots
+            mask, offset = mask_pieces(start, slots, cache.slots), index - cache.prompt_slots
         positions = count_positions(start, slots, prefix)
         if 0 < tail < length and self.config.num_layers <= _FEW_LAYERS and cache is None:
             return self.final_norm(self._layers_with_tail(x, start, positions, tail)), None
@@ -466,7 +482,11 @@ class Transformer(nn.Module):
         x = self.final_norm(x[:, -tail:])
         if cache is None:
             return x, None
-        keys, values = written
+        # Once, and not layer by layer: a scan would copy all later slots to write a few.
+        keys, values = (
+            write_slots(old, new, offset, axis=3, rows=1)
+            for old, new in zip((cache.later_keys, cache.later_values), written, strict=True)
+        )
         cache = cache.replace(later_keys=keys, later_values=values, recent=window[:, length:])
         return x, cache
 

@@ -294,7 +294,7 @@ def decode(
 
     The first token is read out of the prompt. Every pass feeds the token before and `draft` guesses
     and reads logits of all; all rows take part, ended or not, and each query is multiplied with
-    every slot of the cache.
+    every slot of the cache and with what is fed.
 
     Args:
       config: of the model.
@@ -310,9 +310,10 @@ def decode(
     for row in rows:
         fed = max(row.response - 1, 0)
         attended = causal_pairs(row.prompt + fed) - causal_pairs(row.prompt)
+        keys = row.slots + draft + (draft + 1)
         total += row.count * Flops(
             forward(config, fed, attended, row.response),
-            forward(config, fed_columns, fed_columns * (row.slots + draft), fed_columns + 1),
+            forward(config, fed_columns, fed_columns * keys, fed_columns + 1),
         )
     return total
 

@@ -218,9 +218,9 @@ def describe(topology: Topology, assumptions: Assumptions) -> list[str]:
         f"else over one; each hop takes {assumptions.hop * 1e6:.1f} microseconds beside that "
         "(jax-ml.github.io/scaling-book/sharding).",
         "MFU divides model FLOPs: causal half of the attention, no padding, nothing recomputed.",
-        "HBM traffic: weights once a pass, the cache once a pass of decoding and what is written "
-        "of it once more, activations as documented in atommem_jax/tpu_model/roofline.py; no "
-        "start-up, no host, no latency of small operations.",
+        "HBM traffic: weights once a pass, the cache once a pass of decoding, activations as "
+        "documented in atommem_jax/tpu_model/roofline.py; no start-up, no host, no latency of "
+        "small operations.",
     ]
 
 
@@ -335,7 +335,6 @@ def memory_of_decoding(
     placement: Placement,
     rows: float,
     slots: int,
-    later: int,
     passes: int,
     *,
     fed: int = 1,
@@ -351,16 +350,15 @@ def memory_of_decoding(
       placement: of the rollout, where `fsdp` does not split parameters.
       rows: of all devices.
       slots: of the cache, written or not: all are read.
-      later: those of them that decoding writes; from layer to layer all are written.
       passes: of the loop.
-      fed: tokens that each row is fed a pass.
+      fed: tokens that each row is fed a pass, whose keys and values are written.
       param_dtype: `rollout.param_dtype`; the scales of int8 are not counted.
       cache_dtype: `rollout.cache_dtype`.
     """
     c = config
     looked_up = 0 if c.tie_embeddings else c.vocab_size * c.width
     weights = (flops_lib.count_params(c) - looked_up) * bytes_of(param_dtype) / placement.tensor
-    cache = cache_bytes(c, placement, rows, slots + later, cache_dtype=cache_dtype)
+    cache = cache_bytes(c, placement, rows, slots + fed, cache_dtype=cache_dtype)
     return passes * (weights + cache + memory_of_logits(c, placement, rows * fed, train=False))
 
 

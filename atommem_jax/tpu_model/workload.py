@@ -270,7 +270,6 @@ class Workload:
                 placement,
                 self.rows / self.groups,
                 self.slots,
-                rollout.response_length + rollout.draft,
                 passes,
                 fed=rollout.draft + 1,
                 param_dtype=rollout.param_dtype,

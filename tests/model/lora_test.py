@@ -363,9 +363,10 @@ def test_so_it_does_in_bfloat16():
         *(rows.prompt, rows.prompt_lengths, rows.response, rows.response_lengths, rows.phase),
         heat,
     )
-    gap = np.where(rows.weights > 0, scores.log_probs - rows.old_log_probs, 0.0)
-    assert np.any(rows.weights > 0)
-    assert np.abs(gap).max() < 1e-5
+    gap = np.abs(np.where(rows.weights > 0, scores.log_probs - rows.old_log_probs, 0.0))
+    # A sum of pieces seldom rounds to another bfloat16; merged adapters do at every token.
+    assert (gap > 1e-5).sum() < 0.03 * np.count_nonzero(rows.weights)
+    assert gap.max() < 0.01
 
 
 @pytest.mark.parametrize("step", [fine_tune, update])
