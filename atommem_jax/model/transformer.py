@@ -62,6 +62,15 @@ class Prefix:
         layers = self.values.shape[0]
         return self.replace(length=jnp.broadcast_to(self.length, (layers, *self.length.shape)))
 
+    def place_by_rows(self, heads: int) -> "Prefix":
+        """Each device has all `heads` of some rows, and each head once: not its copies."""
+
+        def place(x: Array) -> Array:
+            return constrain(x[:, :, :: x.shape[2] // heads], None, "rows", None, None, None)
+
+        keys, values = jax.tree.map(place, (self.keys, self.values))
+        return self.replace(keys=keys, values=values)
+
     def of_layer(self, i: int | Int[Array, ""]) -> "Prefix":
         """What one layer has of it."""
         keys, values = jax.tree.map(lambda x: x[i], (self.keys, self.values))
@@ -560,6 +569,8 @@ class Transformer(nn.Module):
         window = self._with_recent(tokens, recent)
         positions = count_positions(start, list_slots(0, length), prefix)
         stacked = self.variables["params"]["layers"]
+        if by_rows and prefix is not None:
+            prefix = prefix.place_by_rows(c.num_kv_heads)
 
         def keep(parts):
             kept = (quantize(part, axis=-1) if cache_dtype == INT8 else part for part in parts)

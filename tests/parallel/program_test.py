@@ -274,17 +274,26 @@ def test_no_weight_is_gathered_while_decoding(size, tensor):
     assert most <= 4 * rows * vocabulary
 
 
-def test_neither_mesh_need_be_finer_than_the_other():
-    """Two devices on `tensor` and four while rollouts: compiled, as a vocabulary divides."""
+def lower_over_four(**changes):
+    """Two devices on `tensor`, and four while rollouts, over which this vocabulary divides."""
     config = make_parts().config.replace(
-        {"rl.episodes": ROWS // 2, "rl.ppo.group_size": 2, "mesh.rollout_tensor": 4}
+        {"rl.episodes": ROWS // 2, "rl.ppo.group_size": 2, "mesh.rollout_tensor": 4, **changes}
     )
     parts = build.build(
         config, lowering.StandInTokenizer(456, build.reserved_names(make_parts().config))
     )
     mesh = mesh_lib.make_mesh(1, 4, 2)
     lowered = lowering.programs(config, parts, tiny.make_shape(), mesh, ["rollout"])["rollout"]
-    text = lowered.lower().compile().as_text()
+    return lowered.lower()
+
+
+def test_heads_have_copies_behind_a_prefix_too():
+    """Two key/value heads for four devices: a prefix has each twice, rows being read once."""
+    assert lower_over_four(**{**dict(INT8 + PREFIX), "model.num_kv_heads": 2})
+
+
+def test_neither_mesh_need_be_finer_than_the_other():
+    text = lower_over_four().compile().as_text()
     traffic = hlo.read(text, {"data": 1, "fsdp": 2, "tensor": 4}, {"turns": 4, "groups": 1})
     assert {each.axes for each in traffic.inside("decode")} == {("tensor",)}
 
