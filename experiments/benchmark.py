@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
         bench.run(name)
         if JSON.value:
             suites.write(bench.results, JSON.value)
-    print(suites.render(bench.results))
+    print(suites.render(bench.results, bench.config))
     if JSON.value:
         print(f"results: {JSON.value}")
 

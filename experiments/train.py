@@ -32,7 +32,7 @@ from atommem_jax.config import Experiment, check, parse, paths
 from atommem_jax.metrics import SilentWriter, open_writer
 from atommem_jax.parallel import processes, rules
 from atommem_jax.runs import agreement, resume, stages
-from atommem_jax.runs.recorder import Recorder
+from atommem_jax.runs.recorder import Recorder, watch_rl
 from atommem_jax.tasks import encoding
 from atommem_jax.weights.checkpoint import Checkpointer
 from experiments import flags
@@ -83,6 +83,8 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
     tokenizer = load.choose_tokenizer(config, dataset)
     examples = load.find_split(dataset, "train", "the split")
     validation = load.find_split(dataset, config.eval.split, "eval.split")
+    if config.debug.overfit:
+        examples = validation = examples[: config.debug.overfit]
     shape = encoding.fit_shape(examples, tokenizer)
     agreement.check_same_data(tokenizer, examples, shape)
 
@@ -119,8 +121,9 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
             processes.say(f"resuming {workdir} at step {step} of {last}")
         writer.resume(step)
         params, base = resume.find_start(config, plan, tokenizer, mesh, saved, workdir)
+        watch = watch_rl(workdir, step) if processes.is_main() else None
         recorder = Recorder(
-            config, checkpointer, writer, validator, tokenizer.to_bytes(), shape, base
+            config, checkpointer, writer, validator, tokenizer.to_bytes(), shape, base, watch
         )
 
         # -------------------------------------------------------------- loop

@@ -37,7 +37,9 @@ ORDER = {
         "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "
         "huggingface hf_export"
     ),
-    "learning": "rollout reward advantage loss gate optimizer microbatches trainer evaluation",
+    "learning": (
+        "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
+    ),
     "agent": "build play crossed validate load score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",

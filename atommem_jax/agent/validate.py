@@ -44,6 +44,11 @@ def validate(config: Experiment) -> None:
             "rollouts",
         )
     check(
+        config.debug.overfit == 0 or not config.sft.data,
+        f"debug.overfit={config.debug.overfit} trains on a few samples, and sft.data="
+        f"{config.sft.data} brings trajectories of others; set sft.data='', or debug.overfit=0",
+    )
+    check(
         config.prompt == "compact" or not config.model.match_features,
         f"model.match_features=True needs headers of one token each, and prompt={config.prompt!r} "
         "has others; set model.match_features=False",

@@ -20,6 +20,7 @@ from atommem_jax.config.sections import (
     CheckpointConfig,
     Choices,
     Count,
+    DebugConfig,
     DecoderConfig,
     EvalConfig,
     LoraConfig,
@@ -62,6 +63,7 @@ class Experiment(Section):
     rl: RlConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
+    debug: DebugConfig
     # Sizes of an `EpisodeShape`, where a config has them in place of data.
     shape: Mapping[str, int] | None = None
 

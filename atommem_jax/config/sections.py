@@ -499,3 +499,10 @@ class CheckpointConfig(Section):
 
     keep_last: Positive
     keep_best: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig(Section):
+    """Aids for finding out why something is not learned."""
+
+    overfit: Count  # train on so many samples alone, and validate on the same; 0: on all

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from atommem_jax import text_files
 from atommem_jax.config import Experiment
-from atommem_jax.metrics import BucketWriter, MetricWriter, SilentWriter
+from atommem_jax.learning import collapse
+from atommem_jax.metrics import BucketWriter, MetricWriter, SilentWriter, read_metrics
 from atommem_jax.parallel import processes
 from atommem_jax.runs.stages import Metrics, Stage, State, Validator
 from atommem_jax.tasks.encoding import EpisodeShape
@@ -33,6 +35,7 @@ class Recorder:
       tokenizer: its bytes, for the checkpoints.
       shape: of the episodes that are trained on.
       base: {"base": fingerprint} where adapters are trained, else nothing.
+      watch: looks for signs that the policy collapses under RL; absent on all but one process.
     """
 
     config: Experiment
@@ -42,6 +45,7 @@ class Recorder:
     tokenizer: bytes
     shape: EpisodeShape
     base: Mapping[str, str]
+    watch: collapse.Watch | None = None
 
     def __post_init__(self) -> None:
         self._clock = time.perf_counter()
@@ -65,6 +69,9 @@ class Recorder:
             now = time.perf_counter()
             self.writer.write(step, stage.name, {**metrics, "seconds": now - self._clock})
             self._clock = now
+        if stage.name == "rl" and self.watch:
+            for sign in self.watch.look(metrics):
+                text_files.warn(f"rl step {done}: {sign}")
         results = None
         if is_last or done % stage.config.eval_every == 0:
             results = self.validate(stage.params(state))
@@ -91,6 +98,15 @@ class Recorder:
         if stopping:
             self.checkpointer.wait()
         return stopping
+
+
+def watch_rl(workdir: str, step: int) -> collapse.Watch:
+    """What looks for signs of collapse, having seen what this run logged up to `step`."""
+    try:
+        records = read_metrics(workdir) if step else []
+    except FileNotFoundError:  # what only tells of a run does not keep it from going on
+        records = []
+    return collapse.Watch(r for r in records if r["stage"] == "rl" and r["step"] <= step)
 
 
 @jax.jit

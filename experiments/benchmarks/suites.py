@@ -17,7 +17,7 @@ from atommem_jax.config import ConfigError, Experiment, check
 from atommem_jax.model.transformer import init_params
 from atommem_jax.parallel import rules
 from atommem_jax.runs import validity
-from atommem_jax.tasks import batches, encoding, teacher
+from atommem_jax.tasks import batches, encoding
 from atommem_jax.weights.hf_config import PublishedError
 from experiments.benchmarks import (
     convert_suite,
@@ -145,7 +145,8 @@ class Benchmark:
 
     def _run_task(self) -> None:
         episodes = self._options.episodes
-        table = validity.measure(self.config, self._dataset, teacher.SCRIPTED, episodes=episodes)
+        rows = validity.list_rows(self.config)
+        table = validity.measure(self.config, self._dataset, rows, episodes=episodes)
         self.results["task"] = table
 
     def _run_growth(self) -> None:
@@ -238,8 +239,8 @@ def write(results: Results, path: str) -> None:
     aside.replace(file)
 
 
-def render(results: Results) -> str:
-    """All results as text."""
+def render(results: Results, config: Experiment) -> str:
+    """All results as text; `config` is that of the experiment they were measured with."""
     lines = []
     found = dict(results.get("decode", {}))
     if found:
@@ -265,7 +266,7 @@ def render(results: Results) -> str:
     for name, seconds in results["compile_seconds"].items():
         lines.append(f"compilation of {name}: {seconds:.1f} s")
     if "task" in results:
-        lines.append(validity.render(results["task"]))
+        lines.append(validity.render(results["task"], validity.list_rows(config)))
     for point in results.get("convert", ()):
         lines.append(
             f"beside a model of {point['model_mib']:.0f} MiB the host held "

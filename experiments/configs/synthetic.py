@@ -191,4 +191,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_best = 1
+
+    config.debug = ConfigDict()
+    config.debug.overfit = 0  # train and validate on so many samples alone; 0: on all
     return config

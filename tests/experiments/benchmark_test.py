@@ -414,7 +414,7 @@ def test_the_json_holds_what_surrounds_the_comparisons(results):
         assert all(seconds >= 0 for seconds in found["seconds"].values())
     assert results["task"]["clean"]["test_1x"]["episodes"] == 8
     assert {"rollout", "update", "memory"} <= set(results["compile_seconds"])
-    text = suites.render(results)
+    text = suites.render(results, runs.make_config())
     for part in ("memory.faiss ", "train.torch_compile", "not run", "phases of rollout", "clean"):
         assert part in text
 

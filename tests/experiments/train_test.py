@@ -138,6 +138,22 @@ def test_gae_trains_the_value_head(tmp_path, run_here):
     assert "reference" not in runs.read_state(tmp_path, 2)
 
 
+@pytest.mark.long
+@pytest.mark.relaxed_promotion
+def test_both_stages_learn_a_few_samples_by_heart(tmp_path, run_here):
+    """With `debug.overfit` what does not reach 1 is a fault of the loop, and not of the data."""
+    config = runs.make_config(
+        **{"debug__overfit": 2, "model__width": 32, "model__num_layers": 2},
+        **{"sft__steps": 120, "sft__eval_every": 120, "sft__save_every": 120},
+        **{"rl__steps": 30, "rl__eval_every": 30, "rl__save_every": 30, "rl__ppo__kl_coef": 0.0},
+        **{"rl__ppo__entropy_coef": 0.0, "rl__ppo__group_size": 8},
+    )
+    run_here(config, tmp_path)
+    before, after = (r for r in read_metrics(tmp_path) if r["stage"] == "eval")
+    assert (before["episodes"], after["episodes"]) == (2, 2)
+    assert before["em"] < after["em"] == 1.0
+
+
 @pytest.mark.relaxed_promotion
 def test_gradients_that_are_not_finite_end_the_run(tmp_path, run_here, monkeypatch):
     def score(self, trajectories, aliases):
@@ -345,6 +361,7 @@ def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path
         ({"sft__save_every": 0}, ["sft.save_every=0", "at least 1"]),
         ({"rl__steps": -1}, ["rl.steps=-1", "0 or more"]),
         ({"rollout__top_p": 1.5}, ["top_p=1.5"]),
+        ({"debug__overfit": 2, "sft__data": "/d"}, ["debug.overfit=2", "sft.data=/d"]),
         ({"rollout__cache_dtype": "int4"}, ["rollout.cache_dtype='int4'", "'', 'int8'"]),
         (
             {"rollout__cache_dtype": "int8"},

@@ -169,14 +169,15 @@ def share_run(
 ) -> Shared:
     """A run that nothing disturbs: the first test to ask for it by this name makes it.
 
-    With `until` it is ended without more ado once that moment of its workdir is reached.
+    With `until` it is ended without more ado once that moment of its workdir is reached. A name
+    stands for one run: who asks for it with other settings is told so.
     """
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # the workers have it in common
     workdir, data_root = root / "shared" / name, root / "shared" / "data"
     workdir.parent.mkdir(exist_ok=True)
-    printed = workdir.with_name(f"{name}.txt")
+    printed, asked = (workdir.with_name(f"{name}.{what}") for what in ("txt", "settings"))
     with filelock.FileLock(workdir.with_name(f"{name}.lock")):
         if not printed.exists():
             shutil.rmtree(workdir, ignore_errors=True)  # of one that failed
@@ -186,7 +187,9 @@ def share_run(
                 else:
                     group.wait_until(until(workdir), "the last step that is compared")
                 text = group.printed()
+            asked.write_text(repr(settings))
             printed.write_text(text)
+    assert asked.read_text() == repr(settings), f"the shared run {name} has other settings"
     return Shared(workdir, data_root, printed.read_text())
 
 

@@ -48,6 +48,9 @@ OVERRIDES = {
     "eval.batch_size": 8,
 }
 
+# Not the targets that are taken by default: some matrices of a layer only, and one outside of all.
+ADAPTERS = {"lora__rank": 2, "lora__targets": ("query", "down", "embedder")}
+
 # What a clock measured; everything else of a repeated step must be the same.
 _TIMINGS = {
     "seconds",

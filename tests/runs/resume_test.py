@@ -47,9 +47,6 @@ SPLIT_SETTINGS = {
 SPLIT = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
 WHOLE = {"mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 1}
 
-# Not the targets that are taken by default: some matrices of a layer only, and one outside of all.
-ADAPTERS = {"lora__rank": 2, "lora__targets": ("query", "down", "embedder")}
-
 
 @pytest.fixture(scope="module")
 def share(tmp_path_factory) -> Callable[[str], processes.Shared]:
@@ -60,7 +57,7 @@ def share(tmp_path_factory) -> Callable[[str], processes.Shared]:
             share("one")  # it fills the compilation cache
             return processes.share_run(tmp_path_factory, "two", 2)
         if name == "adapters":
-            settings = {"init_from": share("one").workdir} | ADAPTERS
+            settings = {"init_from": share("one").workdir} | runs.ADAPTERS
             return processes.share_run(tmp_path_factory, "adapters", **settings)
         if name == "split":  # one process with the four devices
             settings = SPLIT_SETTINGS | SPLIT | {"sft__save_every": SPLIT_STEPS}
@@ -151,7 +148,7 @@ ROWS = {
     ),
     "adapters": Row(
         reference="adapters",
-        settings=ADAPTERS,  # and a base that was moved
+        settings=runs.ADAPTERS,  # and a base that was moved
         stop=None,
         kills=(Kill(0, after(SFT_END + 1, "rl"), in_save=True),),
     ),
