@@ -2,12 +2,13 @@
 
     python experiments/demo.py --workdir=runs/demo
 
-Trains by SFT, then by RL, on documents of one length only (1x). The baselines
-(`tasks/workflows.py`) have as much RL, from the same SFT checkpoint where a program manages their
-memory, else after an SFT of their own. Then everything is evaluated at 1x, 2x and 4x as many facts
-(those of `config.task.scales` up to 4), greedily and at temperature 1. Writes
-<workdir>/results.json and <workdir>/report/index.html. Interrupted, it goes on where it was. While
-train.py works in <workdir> it holds the folder, and afterwards this script does.
+Trains by SFT, then by RL, on documents of one length only (1x), and evaluates both at documents of
+1x, 2x and 4x that length (those of `config.task.scales` up to 4), greedily and at temperature 1.
+Then there is a page to look at, and the baselines follow (`tasks/workflows.py`): they have as much
+RL, from the same SFT checkpoint where a program manages their memory, else after an SFT of their
+own; and the page is made again. Writes <workdir>/results.json and <workdir>/report/index.html.
+Interrupted, it goes on where it was. While train.py works in <workdir> it holds the folder, and
+afterwards this script does.
 """
 
 import json
@@ -30,10 +31,11 @@ from atommem_jax.runs import resume
 from atommem_jax.tasks import datasets, workflows
 from experiments import flags
 
-CONFIG = flags.define_config("experiments/configs/synthetic.py")
+CONFIG = flags.define_config("experiments/configs/village.py")
 WORKDIR = flags.define_workdir("Where everything goes.", "runs/demo")
 
 LARGEST_SCALE = 4
+LEARNED = ("atommem_sft", "atommem_rl")
 TEMPERATURES = {"": 0.0, "_t1": 1.0}
 BASELINES = absl_flags.DEFINE_list(
     "baselines",
@@ -75,13 +77,10 @@ def run(
         f"task.scales={tuple(config.task.get('scales', ()))}: the demo needs 1 among them, at "
         "which it trains; --config.task.scales=(1,2,4) are those of its table",
     )
-    # ------------------------------------------------------------------ the learned policy
     _train(workdir, {})
     with folder_lock.hold(workdir, f"--workdir={workdir}"):
         results = _compare(config, workdir, data_root, scales, baselines, started)
-        print()
-        page = run_lib.make(workdir, data_root)
-    _print(results, workdir, page)
+    _print(results, workdir)
 
 
 def _compare(
@@ -92,16 +91,19 @@ def _compare(
     baselines: Sequence[str],
     started: float,
 ) -> dict[str, Any]:
-    """Evaluates what was trained, then trains and evaluates the baselines; writes the results."""
+    """Evaluates what was trained, then trains and evaluates the baselines; publishes after each."""
     dataset = build.load_dataset(config, data_root)
     methods: dict[str, Cells] = {}
-    rates: dict[str, Any] = {}
-    sft_end, end = resume.stage_ends(config)
-    for name, step in (("atommem_sft", sft_end), ("atommem_rl", end)):
-        measured = _measure(workdir, step, dataset, scales, name, methods)
-        rates |= {method: summary["categories"] for method, summary in measured.items()}
+    results: dict[str, Any] = {"methods": methods, "categories_1x": {}, "seed": config.seed}
 
-    # ------------------------------------------------------------------ baselines
+    # ------------------------------------------------------------------ the learned policy
+    for name, step in zip(LEARNED, resume.stage_ends(config), strict=True):
+        for row, summary in _measure(workdir, step, dataset, scales, name, methods).items():
+            results["categories_1x"][row] = summary["categories"]
+    page_lib.plot_learning(read_metrics(workdir), workdir / "learning.png")
+    _publish(results, workdir, data_root, started)
+
+    # ------------------------------------------------------------------ what it is compared with
     for name in baselines:
         print(f"\nbaseline {name}", flush=True)
         folder = workdir / "baselines" / name
@@ -109,22 +111,22 @@ def _compare(
         _train(folder, changes)
         end = resume.stage_ends(config.replace(changes))[1]
         _measure(folder, end, dataset, scales, name, methods)
-
-    # ------------------------------------------------------------------ results
-    records = read_metrics(workdir)
-    page_lib.plot_learning(records, workdir / "learning.png")
-    seconds = {
-        stage: sum(r["seconds"] for r in records if r["stage"] == stage) for stage in ("sft", "rl")
-    }
-    seconds["total"] = time.perf_counter() - started
-    results = {
-        "methods": methods,
-        "seconds": seconds,
-        "categories_1x": rates,
-        "seed": config.seed,
-    }
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if baselines:
+        _publish(results, workdir, data_root, started)
     return results
+
+
+def _publish(
+    results: dict[str, Any], workdir: pathlib.Path, data_root: str, started: float
+) -> None:
+    """Writes the results with the seconds so far and the page about them; prints where it is."""
+    records = read_metrics(workdir)
+    results["seconds"] = {
+        stage: sum(r["seconds"] for r in records if r["stage"] == stage) for stage in ("sft", "rl")
+    } | {"total": time.perf_counter() - started}
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    page = run_lib.make(workdir, data_root)
+    print(f"\nopen this in a browser: {page.resolve()}", flush=True)
 
 
 def _baseline(config: Experiment, workdir: pathlib.Path, name: str) -> dict[str, Any]:
@@ -187,10 +189,9 @@ def _measure(
     return first
 
 
-def _print(results: dict[str, Any], workdir: pathlib.Path, page: pathlib.Path) -> None:
-    print(f"\nopen this in a browser: {page.resolve()}")
+def _print(results: dict[str, Any], workdir: pathlib.Path) -> None:
     print("\nWhat happens to facts, test 1x, greedy (share created / updated):")
-    before, after = (results["categories_1x"][name] for name in ("atommem_sft", "atommem_rl"))
+    before, after = (results["categories_1x"][name] for name in LEARNED)
     for category in sorted(before):
         b, a = before[category], after.get(category, before[category])
         print(

@@ -18,9 +18,9 @@ from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
 from atommem_jax.language.grammar import compile_grammar
-from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer
+from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
 from atommem_jax.learning import rollout
-from atommem_jax.memory.embedding import HashedBagOfTokens
+from atommem_jax.memory.embedding import HashedBagOfTokens, most_times
 from atommem_jax.model import attention
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.sampling import Agent, SamplerConfig
@@ -44,6 +44,13 @@ class Parts:
     script: teacher.Script
     workflow: workflows.Workflow
     embed: HashedBagOfTokens
+
+    @property
+    def habits(self) -> keeper.Habits | None:
+        """What the teacher does in place of operations that the workflow lacks; None: by rates."""
+        if self.config.task.name != "village":
+            return None
+        return keeper.BEST_ABLATED.get(self.config.workflow)
 
     def make_teacher(self, rates: TeacherConfig, habits: keeper.Habits | None = None) -> Policy:
         """The scripted policy of the task, with rates of mistakes that may be traced.
@@ -206,8 +213,31 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
             protocol, tokenizer, response_length=r.response_length, max_text=max_text
         ),
         workflow=workflow,
-        embed=HashedBagOfTokens(vocab_size=tokenizer.vocab_size, dim=m.key_dim),
+        embed=HashedBagOfTokens(
+            vocab_size=tokenizer.vocab_size,
+            dim=m.key_dim,
+            weights=weigh_tokens(config, tokenizer),
+        ),
     )
+
+
+def weigh_tokens(config: Experiment, tokenizer: Tokenizer) -> bytes:
+    """How often each token counts in a search, see `HashedBagOfTokens`.
+
+    Raises ConfigError for texts too long to be weighed.
+    """
+    m = config.memory
+    if m.weighting == "uniform":
+        return b""
+    longest = max(m.entry_length, m.query_length)
+    most = most_times(m.key_dim, longest)
+    check(
+        most > 1,
+        f"memory.weighting='rarity' leaves no room for weights with texts of {longest} tokens "
+        f"(memory.entry_length, memory.query_length) in memory.key_dim={m.key_dim}; lower one, or "
+        "set memory.weighting='uniform'",
+    )
+    return weigh_by_rarity(tokenizer, most)
 
 
 def make_template(

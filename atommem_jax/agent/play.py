@@ -119,7 +119,8 @@ def make_scripted_player(
 
     habits: see `Parts.make_teacher`.
     """
-    play = make_scripted_program(parts, mesh, scratchpad_only=_restrict(parts, config)[1])
+    scratchpad_only = _restrict(parts, config, habits)[1]
+    play = make_scripted_program(parts, mesh, scratchpad_only=scratchpad_only)
     return bind_script(play, parts, shape, config, mesh, habits)
 
 
@@ -149,13 +150,18 @@ def bind_script(
     habits: keeper.Habits | None = None,
 ):
     """(episodes, ids, seed key) -> trajectories, of a `make_scripted_program` of these `parts`."""
-    rates, _ = _restrict(parts, config)
+    rates, _ = _restrict(parts, config, habits)
     traced = (parts.setting(shape), rates, jax.tree.map(np.asarray, habits))
     return functools.partial(play, *host_batches.replicate(traced, mesh))
 
 
-def _restrict(parts: Parts, config: TeacherConfig) -> tuple[dict[str, np.float32], bool]:
-    """Rates of a teacher that keeps to the workflow's kinds, and whether it has no store."""
-    fields = dataclasses.asdict(parts.workflow.restrict(config))
+def _restrict(
+    parts: Parts, config: TeacherConfig, habits: keeper.Habits | None
+) -> tuple[dict[str, np.float32], bool]:
+    """Rates of a teacher that keeps to the workflow's kinds, and whether it has no store.
+
+    Habits say themselves what a script has; then rates tell of its mistakes alone.
+    """
+    fields = dataclasses.asdict(config if habits else parts.workflow.restrict(config))
     scratchpad_only = fields.pop("scratchpad_only")
     return {name: np.float32(value) for name, value in fields.items()}, scratchpad_only

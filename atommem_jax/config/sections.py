@@ -186,6 +186,8 @@ class MemoryConfig(Section):
     query_length: Positive = 8  # Y
     key_dim: Positive = 128  # D
     eviction: Annotated[str, Choices(*EVICTION_POLICIES)] = "lru"
+    # How tokens count in a search: all alike, or the rarer the more, see `memory.embedding`.
+    weighting: Annotated[str, Choices("uniform", "rarity")] = "uniform"
 
     def _check_together(self, prefix: str) -> None:
         check(

@@ -24,6 +24,7 @@ _ABSENT: Mapping[str, Any] = {
     "mesh.slices": 1,
     "mesh.rollout_tensor": 0,
     "tokenizer.character_coverage": 1.0,
+    "memory.weighting": "uniform",
     "rollout.param_dtype": "float32",
     "rollout.cache_dtype": "",
     "rollout.cpu_decode": False,

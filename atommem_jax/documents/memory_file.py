@@ -120,6 +120,8 @@ def identify(sizes: MemoryConfig, embed: Any, tokenizer: Tokenizer) -> dict[str,
     fields = dataclasses.fields(embed) if dataclasses.is_dataclass(embed) else ()
     values = {field.name: getattr(embed, field.name) for field in fields}
     plain = {name: v for name, v in values.items() if isinstance(v, (str, int, float))}
+    digests = {name: v for name, v in values.items() if isinstance(v, bytes) and v}
+    plain |= {name: hashlib.sha256(v).hexdigest()[:16] for name, v in digests.items()}
     return {
         "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest()[:16],
         "embedding": {"kind": type(embed).__name__} | plain,

@@ -17,8 +17,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from jaxtyping import Float
 
 _ESCAPE = "\u2581"  # SentencePiece's own spelling of a space
 _FILE_NAME = "tokenizer.model"
@@ -63,6 +65,29 @@ class Tokenizer(Protocol):
     def to_bytes(self) -> bytes:
         """Everything needed to rebuild the tokenizer with the class's `from_bytes`."""
         ...
+
+    @property
+    def information(self) -> Float[np.ndarray, " V"]:
+        """How much each token tells, in nats: about -log of its share of the training text."""
+        ...
+
+
+_TIMES_A_NAT = 8
+
+
+def weigh_by_rarity(tokenizer: Tokenizer, most: int) -> bytes:
+    """How often each token is to count in a search: an octet of 1 to min(`most`, 255) for each id.
+
+    Inverse frequency (Spärck Jones 1972), rounded to integers so that sums stay exact: 1 for the
+    commonest token, and 8 more, or as many as `most` leaves room for, for every nat that another
+    one tells beyond it. Frequencies are those of the text that the tokenizer was trained on, which
+    it knows itself.
+    """
+    nats = tokenizer.information
+    nats = nats - nats.min()
+    room = min(most, 255) - 1
+    scale = min(_TIMES_A_NAT, room / max(float(nats.max()), 1e-9))
+    return (np.floor(scale * nats + 0.5) + 1).astype(np.uint8).tobytes()
 
 
 def _check_encodable(text: str) -> None:
@@ -210,6 +235,14 @@ class SentencePieceTokenizer:
     def to_bytes(self) -> bytes:
         """The serialised SentencePiece model."""
         return self._model
+
+    @property
+    def information(self) -> Float[np.ndarray, " V"]:
+        """The log-probabilities of the unigram model; what it has none for is as rare as any."""
+        scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
+        nats = -np.array(scores, np.float64)
+        # Bytes and reserved tokens come with 0.
+        return np.where(nats > 0, nats, nats.max())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -399,6 +432,16 @@ class HuggingFaceTokenizer:
         fields |= {"bos_token": self.bos_token} if self.bos_token else {}
         fields |= {"published": self.published} if self.published else {}
         return json.dumps(fields).encode()
+
+    @property
+    def information(self) -> Float[np.ndarray, " V"]:
+        """By the law of Zipf and Mandelbrot: a share falls with rank + 32.
+
+        Merges were learned from the commonest on, in the order of their ids, and bytes, among them
+        punctuation, come before them.
+        """
+        rank = np.maximum(np.arange(self.vocab_size, dtype=np.float64) - 256, 0.0)
+        return np.log(rank + 32)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:

@@ -1,17 +1,26 @@
 """From token ids to unit key vectors, the coordinates in which memory is searched.
 
-An embedding is any hashable callable of type `types.Embed`. The one here has no weights: each
+An embedding is any hashable callable of type `types.Embed`. The one here learns nothing: each
 token id owns a fixed row of random signs, and a text is the normalised sum of its rows, so that
-the cosine of two texts approximates the cosine of their token counts.
+the cosine of two texts approximates the cosine of their token counts. Tokens may count by how rare
+they are: a question of many function words is else nearest to whatever has the same ones.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+_SQUARES = 1 << 40  # sums of squares stay below it
+
+
+def most_times(dim: int, length: int) -> int:
+    """How often a token may count at most, where texts have up to `length` tokens."""
+    return math.isqrt((_SQUARES - 1) // dim) // length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +30,10 @@ class HashedBagOfTokens:
     The row of a token depends on `seed` and its id alone: a larger vocabulary adds rows and
     changes none, and a larger `dim` adds columns. The noise in a cosine is about 1/sqrt(dim).
 
+    Attributes:
+      weights: how often a token counts, an octet of 1 to 255 for each id; empty: all count once.
+        `tokenizer.weigh_by_rarity` makes them.
+
     Raises:
       ValueError: a field out of its range.
     """
@@ -28,6 +41,7 @@ class HashedBagOfTokens:
     vocab_size: int
     dim: int = 128
     seed: int = 0
+    weights: bytes = b""
 
     def __post_init__(self) -> None:
         for field, least in (("vocab_size", 1), ("dim", 1), ("seed", 0)):
@@ -37,6 +51,12 @@ class HashedBagOfTokens:
                     f"HashedBagOfTokens.{field}={value}: must be at least {least}; "
                     f"pass a larger {field}"
                 )
+        if self.weights and (len(self.weights) != self.vocab_size or 0 in self.weights):
+            raise ValueError(
+                f"HashedBagOfTokens.weights: found {len(self.weights)} octets, the least "
+                f"{min(self.weights)}: allowed are vocab_size={self.vocab_size} octets of at least "
+                "1, or none"
+            )
 
     def __call__(
         self, tokens: Int[Array, "*b L"], length: Int[Array, " *b"]
@@ -51,27 +71,31 @@ class HashedBagOfTokens:
           float32 unit vectors; zero for an empty text.
 
         Raises:
-          ValueError: L so large that the norm could overflow, or shapes that do not agree.
+          ValueError: L so large that the norm could be rounded, or shapes that do not agree.
         """
         width = tokens.shape[-1]
+        heaviest = width * max(self.weights, default=1)
         if length.shape != tokens.shape[:-1]:
             raise ValueError(
                 f"length.shape={length.shape}: must be tokens.shape[:-1]={tokens.shape[:-1]}; "
                 "pass one length per text"
             )
-        if width * width * self.dim > np.iinfo(np.int32).max:
+        if heaviest * heaviest * self.dim >= _SQUARES:
             raise ValueError(
-                f"texts of {width} tokens in dim={self.dim}: tokens² x dim must stay below 2**31; "
-                "cut the texts or lower dim"
+                f"texts of {width} tokens in dim={self.dim}, a token counting up to "
+                f"{max(self.weights, default=1)} times: (tokens x times)² x dim must stay below "
+                "2**40; cut the texts or lower dim"
             )
         position = jax.lax.broadcasted_iota(length.dtype, tokens.shape, tokens.ndim - 1)
         written = position < length[..., None]
-        signs = jnp.asarray(self._signs)[tokens]
         # Sums and squares are integers, hence exact: the key of a text does not depend on its
         # padding, on the order of its tokens, or on how the compiler groups a batch.
-        sums = jnp.where(written[..., None], signs, jnp.int8(0)).sum(axis=-2, dtype=jnp.int32)
-        square = jnp.maximum((sums * sums).sum(axis=-1, keepdims=True, dtype=jnp.int32), 1)
-        return sums.astype(jnp.float32) / jnp.sqrt(square.astype(jnp.float32))
+        signs = jnp.asarray(self._signs)[tokens]
+        if self.weights:
+            times = jnp.asarray(np.frombuffer(self.weights, np.uint8))[tokens].astype(jnp.int16)
+            signs = signs.astype(jnp.int16) * times[..., None]
+        sums = jnp.where(written[..., None], signs, 0).sum(axis=-2, dtype=jnp.int32)
+        return sums.astype(jnp.float32) / jnp.sqrt(jnp.maximum(_sum_squares(sums), 1.0))
 
     @functools.cached_property
     def _signs(self) -> np.ndarray:
@@ -83,6 +107,23 @@ class HashedBagOfTokens:
         octets = stream.astype("<u8").view(np.uint8)  # little-endian on every host
         bits = np.unpackbits(octets, axis=1, bitorder="little")[:, : self.dim]
         return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
+
+
+def _sum_squares(x: Int[Array, "*b D"]) -> Float[Array, "*b 1"]:
+    """The sum over the last axis of x², below 2**40, rounded to float32 once.
+
+    In pieces that fit an int32: x is 256 high + low, and so is its square, of powers of 256.
+    """
+    high, low = x >> 8, x & 255
+
+    def total(products):
+        return products.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+
+    both = total(high * low)  # counts 2**9 times
+    rest = total(low * low) + ((both & 127) << 9)
+    above = total(high * high) + (both >> 7) + (rest >> 16)  # counts 2**16 times
+    # Both terms are exact in float32, so that their sum is the only rounding.
+    return above.astype(jnp.float32) * 65536.0 + (rest & 65535).astype(jnp.float32)
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

@@ -182,7 +182,8 @@ class Sft(Stage):
                 self.config.data, parts, parts.setting(shape), self.config.min_reward
             )
             return
-        self.play = play.make_scripted_player(parts, shape, parts.config.teacher, mesh)
+        teacher = parts.config.teacher
+        self.play = play.make_scripted_player(parts, shape, teacher, mesh, parts.habits)
         self.seed = self.key(_TEACHER)
 
     def batches(self) -> Any:

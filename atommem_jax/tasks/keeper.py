@@ -98,6 +98,20 @@ ABLATED: Mapping[str, tuple[Habits, ...]] = {
 }
 """Scripts without one operation each (all that edits entries is one): the best of each counts."""
 
+BEST_ABLATED: Mapping[str, Habits] = {
+    "no_update": Habits(_without(ActionKind.UPDATE), (_WORKER, _HOLDER, _BELLS), reset=True),
+    "no_delete": Habits(
+        _without(ActionKind.DELETE), (_WORKER, _HOLDER, _BELLS), recycle=True, reset=True
+    ),
+    "no_scratchpad": Habits(
+        _without(ActionKind.SCRATCHPAD), (_HOLDER, _WORKER, _BELLS), reset=True
+    ),
+    "no_read": Habits(_without(ActionKind.READ), (_HOLDER, _BELLS, _WORKER), reset=True),
+    "no_store": Habits(_without(*EDITS), (_WORKER, _HOLDER, _BELLS), reset=True),
+}
+"""Workflow -> the one of `ABLATED` that had the most right answers at every scale, over 128 test
+episodes each: what SFT imitates where the workflow lacks the operation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Words:

@@ -130,6 +130,7 @@ WORKFLOWS: dict[str, Workflow] = {
     "no_update": _without(ActionKind.UPDATE),
     "no_delete": _without(ActionKind.DELETE),
     "no_scratchpad": _without(ActionKind.SCRATCHPAD),
+    "no_read": _without(ActionKind.READ),
     "no_store": _without(*EDITS),
 }
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from atommem_jax.agent import build, play
 from atommem_jax.config import Experiment
@@ -39,6 +40,11 @@ class StandInTokenizer:
         self.reserved = {name: 2 + i for i, name in enumerate(reserved)}
         special = 2 + len(reserved)
         self.token_bytes = (b"",) * special + (b"x",) * (vocab_size - special)
+
+    @property
+    def information(self) -> Float[np.ndarray, " V"]:
+        """Nothing: without text all tokens are alike."""
+        return np.zeros(self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Raises NotImplementedError."""

@@ -39,7 +39,6 @@ def get_config() -> ConfigDict:
     config.memory.entry_length = 72
     config.memory.scratchpad_length = 8
     config.memory.query_length = 64
-    config.memory.key_dim = 512
     config.rollout.max_actions = 4
     config.rollout.read_budget = 0
     config.rollout.response_length = 256

@@ -235,6 +235,7 @@ def get_config(name: str = "qwen3_8b") -> ConfigDict:
     config.memory.scratchpad_length = 2048
     config.memory.query_length = 64
     config.memory.key_dim = 1024
+    config.memory.weighting = "rarity"
 
     config.rollout.max_actions = 8
     config.rollout.response_length = 2048

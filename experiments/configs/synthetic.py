@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
     config.memory.query_length = 8
     config.memory.key_dim = 128
     config.memory.eviction = "lru"
+    config.memory.weighting = "uniform"  # or "rarity": rare tokens count more in a search
 
     config.rollout = ConfigDict()
     config.rollout.max_actions = 3

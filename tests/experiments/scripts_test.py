@@ -130,11 +130,13 @@ def test_the_demo_draws_and_prints_what_it_measured(demo):
         np.testing.assert_allclose(scores, measured, atol=6e-4)
 
 
-def test_the_demo_opens_its_results_with_the_report(demo):
+def test_the_demo_has_a_page_before_its_baselines_and_after_them(demo):
     workdir, printed = demo
-    (path,) = re.findall(r"^open this in a browser: (.*)$", printed, re.MULTILINE)
+    path, again = re.findall(r"^open this in a browser: (.*)$", printed, re.MULTILINE)
+    assert path == again
     assert pathlib.Path(path) == (workdir / "report" / "index.html").resolve()
-    assert printed.index(path) < printed.index("Exact match")
+    assert printed.index(path) < printed.index("\nbaseline ")
+    assert printed.rindex("\nbaseline ") < printed.rindex(path) < printed.index("Exact match")
     page = pathlib.Path(path).read_text(encoding="utf-8")
     for name in ("learned, after SFT", "learned, after RL", *BASELINES):
         assert f">{name.replace('_', ' ')}<" in page

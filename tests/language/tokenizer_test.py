@@ -153,6 +153,27 @@ def test_training_needs_text_and_room():
         tokenizer_lib.SentencePieceTokenizer.train(TEXTS, 100)
 
 
+def test_what_is_rare_counts_more_in_a_search(pieces, bpe):
+    """ "works" stands in half of the texts, each name in two or three of 300."""
+    for tokenizer in (pieces, bpe):
+        weights = tokenizer_lib.weigh_by_rarity(tokenizer, 127)
+        assert len(weights) == tokenizer.vocab_size
+        assert min(weights) == 1
+        assert max(weights) <= 127
+    weights = tokenizer_lib.weigh_by_rarity(pieces, 127)
+    (common,), (rare,) = pieces.encode("does"), pieces.encode(NAMES[3])
+    assert weights[rare] > weights[common] + 8  # a nat and more
+    # A byte is as rare as any piece: what has none is a rare character.
+    assert weights[pieces.encode("\u3000")[-1]] == max(weights)
+
+
+def test_less_room_leaves_smaller_weights_in_the_same_order(pieces):
+    wide, narrow = (tokenizer_lib.weigh_by_rarity(pieces, most) for most in (127, 9))
+    assert max(narrow) <= 9
+    order = sorted(range(len(wide)), key=wide.__getitem__)
+    assert all(narrow[a] <= narrow[b] for a, b in itertools.pairwise(order))
+
+
 def test_bpe_text_never_becomes_an_added_token(bpe):
     assert set(bpe.reserved) == {"<create>", "<tool>", "works", "tool"}
     text = "<create> works tool(toolbox) <tool><|end|>"

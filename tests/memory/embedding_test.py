@@ -1,5 +1,7 @@
 """Keys: exact properties, and what a hashed projection promises about cosines."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,13 +99,52 @@ def test_sizes_must_be_positive(field):
         embedding.HashedBagOfTokens(**{"vocab_size": 5, "dim": 5, field: 0})
 
 
-def test_texts_too_long_for_exact_norms_are_refused():
-    """4,096² x 128 is 2**31: one repeated token would overflow the square."""
-    embed = embedding.HashedBagOfTokens(vocab_size=5)
-    with pytest.raises(ValueError, match="texts of 4096 tokens in dim=128"):
-        embed(jnp.zeros(4096, jnp.int32), jnp.int32(1))
-    longest = embed(jnp.zeros(4095, jnp.int32), jnp.int32(4095))
+@pytest.mark.parametrize("times", [1, 200])
+def test_texts_too_long_for_exact_norms_are_refused(times):
+    """A repeated token adds up to the largest sums there can be: its key is that of one of it."""
+    weights = b"" if times == 1 else bytes([times] * 5)
+    embed = embedding.HashedBagOfTokens(vocab_size=5, dim=1024, weights=weights)
+    most = 32767 // times  # 32,768² x 1,024 is 2**40
+    with pytest.raises(ValueError, match=f"texts of {most + 1} tokens in dim=1024"):
+        embed(jnp.zeros(most + 1, jnp.int32), jnp.int32(1))
+    longest = embed(jnp.zeros(most, jnp.int32), jnp.int32(most))
     np.testing.assert_array_equal(longest, embed(jnp.zeros(1, jnp.int32), jnp.int32(1)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_keys_are_those_of_python_integers(weighted):
+    """Whose squares need more than 32 bits."""
+    rng = np.random.default_rng(5)
+    weights = bytes(rng.integers(1, 256, 40).tolist())
+    embed = embedding.HashedBagOfTokens(40, dim=256, weights=weights if weighted else b"")
+    tokens = rng.integers(0, 40, (4, 250))
+    tokens[0] = 7
+    lengths = np.array([250, 250, 31, 0], np.int32)
+    keys = np.asarray(jax.jit(embed)(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths)))
+    for row, length, key in zip(tokens.tolist(), lengths.tolist(), keys, strict=True):
+        sums = [0] * 256
+        for token in row[:length]:
+            times = weights[token] if weighted else 1
+            sums = [s + times * int(x) for s, x in zip(sums, embed._signs[token], strict=True)]
+        square = sum(s * s for s in sums)
+        found = jax.jit(embedding._sum_squares)(jnp.asarray(sums, jnp.int32))
+        np.testing.assert_array_equal(found, np.float32([square]))
+        # A compiled quotient may be a product with the reciprocal.
+        wanted = np.array(sums) / math.sqrt(max(square, 1))
+        np.testing.assert_allclose(key, wanted, rtol=3e-7)
+
+
+def test_weights_must_be_an_octet_for_each_token():
+    for weights in (bytes(4), bytes([1] * 3)):
+        with pytest.raises(ValueError, match=r"HashedBagOfTokens\.weights.*vocab_size=4 octets"):
+            embedding.HashedBagOfTokens(vocab_size=4, weights=weights)
+
+
+def test_the_largest_weights_that_texts_leave_room_for():
+    most = embedding.most_times(1024, 128)
+    embed = embedding.HashedBagOfTokens(3, dim=1024, weights=bytes([most] * 3))
+    embed(jnp.zeros(128, jnp.int32), jnp.int32(128))
+    assert (128 * (most + 1)) ** 2 * 1024 >= 1 << 40
 
 
 def test_one_length_per_text():
