@@ -53,8 +53,8 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
     config.teacher.set_query = 1.0
     config.teacher.answer_known = 1.0
 
-    config.sft.steps = 700
-    config.sft.eval_every = 350
+    config.sft.steps = 900
+    config.sft.eval_every = 450
     config.rl.steps = 40
     config.rl.optimizer.learning_rate = 7e-4
     return config
