@@ -19,21 +19,31 @@ from atommem_jax.parallel import rules as rules_lib
 from atommem_jax.tasks import encoding, keeper
 
 
-def make_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh, *, tensor: int = 0):
+def make_player(
+    parts: Parts,
+    shape: encoding.EpisodeShape,
+    mesh: Mesh,
+    *,
+    tensor: int = 0,
+    teacher: TeacherConfig | None = None,
+):
     """Jitted (params, episodes, ids, seed key, temperature) -> trajectories of the model.
 
     Episodes and ids are sharded over `mesh`, and so are the trajectories. Parameters may lie
     anywhere: they are moved, and cast to `rollout.param_dtype`, once a rollout.
 
     tensor: `mesh.rollout_tensor`, see `mesh.reshape_for_rollouts`; raises ValueError as it does.
+    teacher: its responses to the views of the model are recorded, see `rollout.run`.
     """
-    play = make_program(parts, mesh, tensor=tensor)
+    play = make_program(parts, mesh, tensor=tensor, teacher=teacher)
     return functools.partial(
         play, *host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
     )
 
 
-def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
+def make_program(
+    parts: Parts, mesh: Mesh, *, tensor: int = 0, teacher: TeacherConfig | None = None
+):
     """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
 
     Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
@@ -42,6 +52,7 @@ def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
 
     tensor: as for `make_player`. What is given lies on `mesh`, and so does what comes back; between
       the two everything lies on the mesh of rollouts, which has the same devices.
+    teacher: as for `make_player`.
     """
     rollout_mesh = mesh_lib.reshape_for_rollouts(mesh, tensor)
     model = parts.agent.model.config
@@ -52,7 +63,16 @@ def make_program(parts: Parts, mesh: Mesh, *, tensor: int = 0):
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
         policy = rollout.model_policy(agent, params, temperature, episodes)
         policy = parts.workflow.apply(policy, parts.make_teacher)
-        return rollout.run(setting, policy, episodes, ids, seed)
+        label = None
+        if teacher is not None:
+            rates, scratchpad_only = _restrict(parts, teacher, parts.habits)
+            known = TeacherConfig(
+                **{name: float(rate) for name, rate in rates.items()},
+                scratchpad_only=scratchpad_only,
+            )
+            label = parts.make_teacher(known, parts.habits)
+            label = parts.workflow.apply(label, parts.make_teacher)
+        return rollout.run(setting, policy, episodes, ids, seed, label=label)
 
     play_shares = program.data_parallel(
         play_local,

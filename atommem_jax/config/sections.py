@@ -460,9 +460,19 @@ class SftConfig(Section):
     microbatch_rows: Positive
     length_buckets: tuple[int, ...]
     optimizer: OptimizerConfig
+    # Whose trajectories are learned from after `student_after` steps: the teacher's ('none'); the
+    # student's own states, with what the teacher would have done there ('dagger'); the student's
+    # own, where they are worth `min_reward` ('rft', rejection-sampling fine-tuning).
+    student: Annotated[str, Choices("none", "dagger", "rft")] = "none"
+    student_after: Count = 0
 
     def _check_together(self, prefix: str) -> None:
         check_length_buckets(self.length_buckets, f"{prefix}.length_buckets")
+        check(
+            self.student == "none" or not self.data,
+            f"{prefix}.student={self.student!r} plays new trajectories, and {prefix}.data="
+            f"{self.data} brings collected ones; set one of them to nothing",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

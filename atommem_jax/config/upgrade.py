@@ -41,6 +41,8 @@ _ABSENT: Mapping[str, Any] = {
     "teacher.count": 1.0,
     "sft.data": "",
     "sft.length_buckets": (5, 8),
+    "sft.student": "none",
+    "sft.student_after": 0,
     "rl.ppo.length_buckets": (5, 8),
     "rl.reward": "",
     "rl.resample": 0,

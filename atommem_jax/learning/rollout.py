@@ -352,11 +352,24 @@ def act(
     return jax.tree.map(where_live, new, env), record
 
 
-def _one_turn(setting, policy, env, episodes, keys, width):
+def _one_turn(setting, policy, env, episodes, keys, width, label):
     """A turn of a batch: (environments, record)."""
     seen = look(setting, env, episodes)
     view = seen.view.replace(width=width)
-    return act(setting, env, seen, episodes, policy(view, episodes, keys))
+    after, record = act(setting, env, seen, episodes, policy(view, episodes, keys))
+    return after, record if label is None else _relabel(record, label(view, episodes, keys))
+
+
+def _relabel(record: Turns, said: Response) -> Turns:
+    """The record of a turn with what someone else would have said in it, where it took place."""
+    live = record.live
+    return record.replace(
+        response=jnp.where(live[:, None], said.tokens, record.response),
+        response_lengths=jnp.where(live, said.lengths, 0),
+        log_probs=jnp.where(live[:, None], said.log_probs, 0.0),
+        values=jnp.where(live, said.values, 0.0),
+        scripted=live & said.scripted,
+    )
 
 
 def trajectory_keys(seed: PRNGKeyArray, ids: Int[Array, " B"]) -> PRNGKeyArray:
@@ -376,6 +389,7 @@ def run(
     ids: Int[Array, " B"],
     seed: PRNGKeyArray,
     widths: Int[Array, "B T"] | None = None,
+    label: Policy | None = None,
 ) -> Trajectory:
     """Plays a batch of episodes to their end.
 
@@ -387,6 +401,8 @@ def run(
       seed: a scalar PRNG key.
       widths: `Turns.width` of a recorded rollout of the same trajectories, to play them again with
         the same bits; None lets the policy choose.
+      label: whose responses are recorded in the place of the policy's, on the policy's own states
+        (DAgger, Ross et al. 2011); `actions` and `report` stay those of what was done.
 
     Returns:
       Trajectory with leaves [B, ...]; turns past an episode's end are zero, `live` False.
@@ -398,7 +414,7 @@ def run(
 
     def step(env, turn):
         width = None if widths is None else widths[:, turn]
-        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn), width)
+        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn), width, label)
 
     record = jax.eval_shape(step, env, jnp.zeros((), jnp.int32))[1]
     records = jax.tree.map(lambda x: jnp.zeros((max_turns, *x.shape), x.dtype), record)

@@ -185,6 +185,15 @@ class Sft(Stage):
         teacher = parts.config.teacher
         self.play = play.make_scripted_player(parts, shape, teacher, mesh, parts.habits)
         self.seed = self.key(_TEACHER)
+        if self.config.student != "none":
+            self.play_student = play.make_player(
+                parts,
+                shape,
+                mesh,
+                tensor=parts.config.mesh.rollout_tensor,
+                teacher=teacher if self.config.student == "dagger" else None,
+            )
+            self.temperature = host_batches.replicate(np.float32(1.0), mesh)
 
     def batches(self) -> Any:
         """This stage's resumable stream: of `EpisodeBatch`, or of `store.Lessons`."""
@@ -195,11 +204,14 @@ class Sft(Stage):
         )
 
     def rollout(self, state: State, batch, step: int) -> Trajectory:
-        """The teacher's trajectories: played now, or those that were collected."""
+        """What is learned from: the teacher's trajectories, played now or collected, or others."""
         if self.lessons is not None:
             return host_batches.shard(batch.trajectories, self.mesh)
         episodes = host_batches.shard(batch.episodes, self.mesh)
-        return self.play(episodes, self.ids(step, self.config.episodes), self.seed)
+        ids = self.ids(step, self.config.episodes)
+        if self._is_students(step):
+            return self.play_student(self.params(state), episodes, ids, self.seed, self.temperature)
+        return self.play(episodes, ids, self.seed)
 
     def reward(self, trajectories: Trajectory, batch) -> Reward:
         """What the teacher's answers are worth, and how many questions there are."""
@@ -213,6 +225,8 @@ class Sft(Stage):
     ) -> tuple[State, Metrics]:
         """One optimiser step on the trajectories that are good enough."""
         keep = reward.scores.sum(axis=1) / reward.counts >= self.config.min_reward
+        if self.config.student == "dagger" and self._is_students(step):
+            keep = np.ones_like(keep)  # the teacher's words are right wherever they fall
         train, metrics = trainer.sft_step(
             self.agent,
             state["train"],
@@ -227,7 +241,11 @@ class Sft(Stage):
         exact = reward.exact.sum(axis=1)
         exact, counts = host_batches.gather_rows((exact, reward.counts), self.mesh)
         em = exact.sum() / counts.sum()
-        return {**state, "train": train}, {**jax.device_get(metrics), "teacher_em": em}
+        whose = "student_em" if self._is_students(step) else "teacher_em"
+        return {**state, "train": train}, {**jax.device_get(metrics), whose: em}
+
+    def _is_students(self, step: int) -> bool:
+        return self.config.student != "none" and step >= self.config.student_after
 
     def refill(
         self, state: State, trajectories: Trajectory, reward: Reward, batches: Any, step: int

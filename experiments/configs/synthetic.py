@@ -114,6 +114,8 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict()
     config.sft.data = ""  # a folder of collect.py to learn from; '' for the scripted teacher
+    config.sft.student = "none"  # or "dagger", "rft": the student's own trajectories, at the end
+    config.sft.student_after = 0  # steps that imitate the teacher's trajectories in any case
     config.sft.steps = 900
     config.sft.episodes = 8
     config.sft.min_reward = 0.5
