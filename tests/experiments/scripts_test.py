@@ -24,6 +24,7 @@ from tests.helpers import forks, runs, tiny
 SFT_END = runs.SFT_STEPS
 END = runs.SFT_STEPS + runs.RL_STEPS
 EPISODES = runs.OVERRIDES["task.test_examples"]
+QUESTIONS = 3  # an episode of the village
 BASELINES = ("scratchpad_only", "store_all_one_read")
 METHODS = tuple(
     f"{name}{suffix}"
@@ -213,8 +214,8 @@ def test_every_sample_of_a_split_is_scored_once(demo):
         summary = json.loads((workdir / "eval" / f"{stem}.json").read_text())
         # The last batch is filled up to 16: what fills it is not counted.
         rows = [(record["episode"], record["question"]) for record in records]
-        assert sorted(rows) == [(e, q) for e in range(EPISODES) for q in range(2)]
-        assert (summary["episodes"], summary["questions"]) == (EPISODES, 2 * EPISODES)
+        assert sorted(rows) == [(e, q) for e in range(EPISODES) for q in range(QUESTIONS)]
+        assert (summary["episodes"], summary["questions"]) == (EPISODES, QUESTIONS * EPISODES)
         right = []
         for record in records:
             words = record["answer"].lower().strip(string.punctuation + " ")
@@ -245,7 +246,7 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         assert records == read_lines(workdir / "eval" / f"{name}.jsonl")
         summary = json.loads((tmp_path / f"{name}.json").read_text())
         assert summary == json.loads((workdir / "eval" / f"{name}.json").read_text())
-        assert line.split()[-2:] == [str(EPISODES), str(2 * EPISODES)]
+        assert line.split()[-2:] == [str(EPISODES), str(QUESTIONS * EPISODES)]
         assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
 
 
@@ -305,7 +306,7 @@ def test_a_checkpoint_says_what_its_episodes_were_like(demo, data_root):
     train_split = build.load_dataset(loaded.parts.config, str(data_root)).split("train")
     shape = encoding.fit_shape(train_split, loaded.parts.tokenizer)
     assert loaded.trained_shape == shape
-    assert (shape.facts, shape.questions) == (1, 2)
+    assert (shape.facts, shape.questions) == (3, QUESTIONS)
 
 
 def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
