@@ -107,6 +107,12 @@ def _promotion(request):
         yield
 
 
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory) -> pathlib.Path:
+    """Where the runs of a file keep their data sets."""
+    return tmp_path_factory.mktemp("data")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
     """The folder with the public data sets; tests that need it are skipped where it is absent."""

@@ -64,11 +64,6 @@ def read_lines(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def collection(tmp_path_factory, data_root):
     """(folder, what the last run printed, requests of all runs) of a run that was killed once."""
     folder = tmp_path_factory.mktemp("teacher")

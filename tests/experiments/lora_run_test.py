@@ -36,11 +36,6 @@ from tests.model.lora_test import (
 from tests.weights import hf_tokenizer_test, huggingface_test
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))
-
-
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch):
     """Scripts called in this process keep its own compilation cache, and have their flags."""

@@ -19,11 +19,6 @@ FIGURES = ("em_by_scale", "em_curve", "operations", "occupancy", "policy", "sft"
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_root):
     """The workdir of the smallest run, evaluated on one split."""
     workdir = tmp_path_factory.mktemp("runs") / "mine"

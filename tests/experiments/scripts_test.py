@@ -33,11 +33,6 @@ METHODS = tuple(
 )
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
 def make_flags(**overrides) -> list[str]:
     """The tiny config as flags, without what the demo's task has no field for."""
     return [flag for flag in runs.make_flags(**overrides) if "task.base_facts" not in flag]

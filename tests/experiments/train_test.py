@@ -28,11 +28,6 @@ END = runs.SFT_STEPS + runs.RL_STEPS
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """Workdir of a run that nothing disturbed."""
     return processes.share_run(tmp_path_factory, "one").workdir

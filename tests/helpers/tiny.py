@@ -14,6 +14,7 @@ from atommem_jax.agent import build
 from atommem_jax.config import Experiment, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.learning import rollout
+from atommem_jax.model import sampling
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.tasks import batches, encoding, synthetic
 from atommem_jax.types import ActionKind, Phase
@@ -115,6 +116,20 @@ def make_episodes(indices):
     """Episodes [B] on the device, and their aliases."""
     batch = make_dataset().stack(indices)
     return jax.device_put(batch.episodes), batch.aliases
+
+
+def score_rows(agent, params, rows) -> sampling.Scores:
+    """What the learner says of the responses in `rows`, a `Batch` or `Turns`, at temperature 1."""
+    return sampling.score(
+        agent,
+        params,
+        rows.prompt,
+        rows.prompt_lengths,
+        rows.response,
+        rows.response_lengths,
+        rows.phase,
+        jnp.float32(1.0),
+    )
 
 
 @jax.jit

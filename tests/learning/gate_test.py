@@ -18,16 +18,7 @@ from tests.model.sampling_test import PROMPT
 
 @jax.jit
 def score(params, rows):
-    return sampling.score(
-        make_parts().agent,
-        params,
-        rows.prompt,
-        rows.prompt_lengths,
-        rows.response,
-        rows.response_lengths,
-        rows.phase,
-        jnp.float32(1.0),
-    )
+    return tiny.score_rows(make_parts().agent, params, rows)
 
 
 @functools.cache

@@ -11,11 +11,9 @@ import pytest
 
 from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import microbatches, trainer
-from atommem_jax.model import sampling
 from atommem_jax.types import EMPTY, ActionKind
 from tests.helpers import tiny
 from tests.helpers.updates import (
-    ONE,
     RECORDER,
     ROWS,
     agent,
@@ -127,16 +125,7 @@ def straightforward_gradients(trajectories, advantages, *, low=0.2, high=0.28, d
     @jax.jit
     def gradient(params, turns, advantages):
         def total(params):
-            scores = sampling.score(
-                agent(),
-                params,
-                turns.prompt,
-                turns.prompt_lengths,
-                turns.response,
-                turns.response_lengths,
-                turns.phase,
-                ONE,
-            )
+            scores = tiny.score_rows(agent(), params, turns)
             ratio = jnp.exp(scores.log_probs - turns.log_probs)
             a = advantages[:, None] * jnp.ones_like(ratio)
             worse = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - low, 1 + high) * a)
@@ -222,16 +211,7 @@ def test_truncated_importance_follows_its_formula():
     @jax.jit
     def gradient(params, flat, factor):
         def total(params):
-            scores = sampling.score(
-                agent(),
-                params,
-                flat.prompt,
-                flat.prompt_lengths,
-                flat.response,
-                flat.response_lengths,
-                flat.phase,
-                ONE,
-            )
+            scores = tiny.score_rows(agent(), params, flat)
             return -jnp.where(factor != 0, factor * scores.log_probs, 0.0).sum()
 
         return jax.grad(total)(params)
@@ -298,16 +278,7 @@ def test_value_kl_and_entropy_terms_follow_their_formulas():
         real = jnp.arange(flat.response.shape[1])[None] < flat.response_lengths[:, None]
 
         def score(params):
-            return sampling.score(
-                agent(),
-                params,
-                flat.prompt,
-                flat.prompt_lengths,
-                flat.response,
-                flat.response_lengths,
-                flat.phase,
-                ONE,
-            )
+            return tiny.score_rows(agent(), params, flat)
 
         def mean(x):
             return jnp.where(real, x, 0.0).sum() / real.sum().astype(jnp.float32)
@@ -422,10 +393,7 @@ def test_a_reward_less_the_divergence_from_the_reference():
     drift = np.zeros(turns.live.shape, np.float32)
     for b in range(ROWS):
         row = jax.tree.map(lambda x, b=b: x[b], turns)
-        scores = sampling.score(
-            agent(), reference, row.prompt, row.prompt_lengths, row.response,
-            row.response_lengths, row.phase, ONE,
-        )  # fmt: skip
+        scores = tiny.score_rows(agent(), reference, row)
         real = np.arange(row.response.shape[1])[None] < np.asarray(row.response_lengths)[:, None]
         gap = np.where(real, np.asarray(row.log_probs) - np.asarray(scores.log_probs), 0.0)
         drift[b] = np.where(row.live, gap.sum(axis=1), 0.0)

@@ -17,7 +17,7 @@ from atommem_jax.config import LAYERS, LoraConfig, OptimizerConfig, PPOConfig
 from atommem_jax.config import flatten as flatten_config
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import trainer
-from atommem_jax.model import lora, sampling
+from atommem_jax.model import lora
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.transformer import Transformer, init_params, without_adapters
 from atommem_jax.parallel import host_batches
@@ -357,12 +357,7 @@ def test_so_it_does_in_bfloat16():
     episodes, ids = host_batches.shard((make_episodes(), np.arange(ROWS, dtype=np.int32)), mesh)
     seed, heat = host_batches.replicate((jax.random.key(3), np.float32(1.0)), mesh)
     rows = trainer.make_batch(player(params, episodes, ids, seed, heat))
-    scores = jax.jit(sampling.score)(
-        parts.agent,
-        params,
-        *(rows.prompt, rows.prompt_lengths, rows.response, rows.response_lengths, rows.phase),
-        heat,
-    )
+    scores = jax.jit(tiny.score_rows)(parts.agent, params, rows)
     gap = np.abs(np.where(rows.weights > 0, scores.log_probs - rows.old_log_probs, 0.0))
     # Attention sums a row's cache and its new keys apart, in float32. Where such a sum lies on the
     # edge between two bfloat16 it now and then rounds to the other one (9 tokens of this test, at

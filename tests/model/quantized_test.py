@@ -215,16 +215,7 @@ def test_a_prefix_is_kept_in_int8(how):
     played = prefix_test.run(cache_prefix=True, cache_dtype="int8", **how)
     parts = prefix_test.make_parts()
     rows = trainer.make_batch(played)
-    scores = jax.jit(sampling.score)(
-        parts.agent,
-        prefix_test.make_params(),
-        rows.prompt,
-        rows.prompt_lengths,
-        rows.response,
-        rows.response_lengths,
-        rows.phase,
-        jnp.float32(1.0),
-    )
+    scores = jax.jit(tiny.score_rows)(parts.agent, prefix_test.make_params(), rows)
     gap = np.abs(np.asarray(scores.log_probs - rows.old_log_probs))[np.asarray(rows.weights) > 0]
     assert played.turns.live.sum() > 10
     assert_moved(gap, "prefix")

@@ -279,11 +279,6 @@ EVALUATIONS = [{{"splits": ["test_1x"], "temperatures": [0.0], "episodes": 8}}]
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory, data_root):
     """The same run in a folder, which nothing disturbs."""
     folder = tmp_path_factory.mktemp("reference")

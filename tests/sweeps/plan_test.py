@@ -244,11 +244,6 @@ def test_devices_are_the_cores_of_a_share_that_divide_the_batches(make_sweep):
 # The committed sweeps
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.mark.parametrize("name", COMMITTED)
 def test_every_run_fits_its_data(name, data_root):
     plan = load_committed(name, **{"task.train_examples": 512, "task.test_examples": 24})

@@ -62,11 +62,6 @@ EXAMPLE: schema.Example = {
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def dataset(data_root) -> datasets.Dataset:
     return datasets.prepare(TASK, data_root)
 
