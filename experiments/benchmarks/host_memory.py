@@ -1,6 +1,6 @@
 """The slot table as an agent framework keeps it: one object a trajectory, Python lists, an index.
 
-The semantics are those of `memory.slot_table` (eviction 'lru' and 'oldest'), so that a rollout
+The semantics are those of `memory.slot_table`, so that a rollout
 can be driven from the host with the same results. Vectors live in an index of the trajectory's
 own: FAISS, one call an operation, or a NumPy matrix. Texts are embedded for all trajectories of
 a turn at once, which no framework that asks an embedding service one by one does: a courtesy.
@@ -148,7 +148,7 @@ class HostMemory:
         return [self.entries[slot] for slot in self.shown]
 
     def apply(self, action: HostAction, permitted: frozenset, key: np.ndarray | None) -> bool:
-        """Applies one action; `key` is that of its text if it is stored. Tells if it was valid."""
+        """Applies one action; `key` is that of its text if it is stored. Tells if it was done."""
         kind, text = action.kind, action.text
         if kind not in permitted or not action.well_formed:
             return False
@@ -162,6 +162,8 @@ class HostMemory:
             if slot == EMPTY:
                 return False
         if kind == ActionKind.CREATE:
+            if not self.free and self.sizes.eviction == "reject":
+                return False
             slot = self._make_room()
             self.entries[slot] = text[: self.sizes.entry_length]
             self.index.put(slot, key)
@@ -204,6 +206,8 @@ class HostEmbedding:
         tokens = jnp.arange(embed.vocab_size, dtype=jnp.int32)[:, None]
         keys = embed(tokens, jnp.ones(embed.vocab_size, jnp.int32))
         signs = np.sign(np.asarray(keys))
+        if embed.weights:
+            signs *= np.frombuffer(embed.weights, np.uint8)[:, None]
         self._signs = np.concatenate([signs, np.zeros((1, embed.dim), np.float32)])
         self._pad = embed.vocab_size
 

@@ -139,7 +139,7 @@ class Ours:
     def _start(self, operations: Operations):
         """Tables filled by creates, and the first query."""
         sizes, length = dataclasses.asdict(self._load.sizes), self._load.entry_length
-        sizes.pop("eviction")
+        del sizes["eviction"], sizes["weighting"]
 
         def start(texts, query):
             slots = texts.shape[0]

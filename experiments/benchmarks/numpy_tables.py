@@ -13,7 +13,7 @@ from experiments.benchmarks.host_memory import HostEmbedding
 
 
 class NumpyTables:
-    """B tables with the semantics of `memory.slot_table`, eviction 'lru' or 'oldest'."""
+    """B tables with the semantics of `memory.slot_table`."""
 
     def __init__(self, count: int, sizes: MemoryConfig, embed: HostEmbedding, pad_key: int):
         """`pad_key` is the id by which `embed` knows padding; texts are stored with it."""
@@ -104,6 +104,8 @@ class NumpyTables:
         delete = sound & (kind == ActionKind.DELETE) & (aimed != EMPTY)
         read = sound & (kind == ActionKind.READ)
         note = sound & (kind == ActionKind.SCRATCHPAD)
+        if self.sizes.eviction == "reject":
+            create &= ~self.valid.all(axis=1)
         applied = create | update | delete | read | note
         self.clock += applied
 

@@ -88,10 +88,6 @@ class Benchmark:
             self.config.rollout.top_p == 1.0,
             f"rollout.top_p={self.config.rollout.top_p}: the PyTorch peer samples with 1.0 only",
         )
-        check(
-            self.config.memory.eviction != "reject",
-            "memory.eviction='reject': the host peers know 'lru' and 'oldest' only",
-        )
         self._clock = timing.CompileClock()
         self.results: Results = {
             "machine": timing.describe_machine(),

@@ -84,7 +84,7 @@ def lesson(sampled):
 # Memory
 
 
-@pytest.fixture(scope="module", params=["lru", "oldest"])
+@pytest.fixture(scope="module", params=["lru", "oldest", "reject"])
 def operations(request):
     load = dataclasses.replace(LOAD, eviction=request.param)
     return load, memory_suite.draw_operations(load, blocks=2, seed=4)
@@ -126,12 +126,13 @@ def test_the_operations_are_mixed_and_some_are_invalid(operations, ours):
     reports = [report for _, report in ours[2]]
     totals = {
         field: sum(np.asarray(getattr(report, field)).sum(axis=0) for report in reports)
-        for field in ("applied", "invalid", "evicted")
+        for field in ("applied", "invalid", "evicted", "rejected")
     }
     kinds = [k for k in ActionKind if k not in (ActionKind.NONE, ActionKind.ANSWER)]
     assert (totals["applied"][kinds] > 0).all()
     assert totals["invalid"][ActionKind.UPDATE] > 0
-    assert totals["evicted"][ActionKind.CREATE] > 0
+    refuses = operations[0].eviction == "reject"
+    assert (totals["rejected" if refuses else "evicted"][ActionKind.CREATE] > 0).all()
 
 
 # ---------------------------------------------------------------------------------------------
