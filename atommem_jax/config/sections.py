@@ -416,6 +416,7 @@ class PPOConfig(Section):
     kl_kind: Annotated[str, Choices("k1", "k2", "k3")] = "k3"
     value_coef: NotNegative = 0.5  # used with estimator "gae" only
     value_clip: NotNegative = 0.0  # 0 turns it off
+    value_warmup: Count = 0  # first steps of RL, in which the value head alone learns ("gae")
 
     def validate(self, prefix: str = "ppo") -> None:
         """As `Section.validate`."""
@@ -433,6 +434,11 @@ class PPOConfig(Section):
             self.estimator != "group" or self.group_size >= 2,
             f"{prefix}.estimator='group' needs {prefix}.group_size of at least 2, found "
             f"{self.group_size}; raise it or use {prefix}.estimator='gae'",
+        )
+        check(
+            self.value_warmup == 0 or self.estimator == "gae",
+            f"{prefix}.value_warmup={self.value_warmup}: {prefix}.estimator={self.estimator!r} has "
+            "no use for values; set it to 0, or the estimator to 'gae'",
         )
 
     @property

@@ -53,6 +53,7 @@ _ABSENT: Mapping[str, Any] = {
     "rl.ppo.reward_kl_coef": 0.0,
     "rl.ppo.learn_from_cut": True,
     "rl.ppo.importance_cap": 0.0,
+    "rl.ppo.value_warmup": 0,
     "debug.overfit": 0,
 }
 """Path of a field that older configs lack -> the value they were run with."""

@@ -319,7 +319,7 @@ def fixed_log_probs(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("optimizer", "config", "mesh"), donate_argnames=("state",)
+    jax.jit, static_argnames=("optimizer", "config", "mesh", "warming"), donate_argnames=("state",)
 )
 def update_step(
     agent: Agent,
@@ -335,6 +335,7 @@ def update_step(
     optimizer: optax.GradientTransformation,
     config: PPOConfig,
     mesh: Mesh | None = None,
+    warming: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """PPO on one rollout: `epochs` times over `minibatches` sets of whole trajectories.
 
@@ -344,7 +345,8 @@ def update_step(
     Trajectories (siblings adjacent), rewards and num_questions are sharded over `mesh` (None: the
     first device alone), the rest is replicated. `reference` holds the parameters that the KL is to,
     needed with `kl_coef`; `key` deals the mini-batches. `frozen` are the parameters beside those of
-    the state, and of the reference, see `lora.partition`.
+    the state, and of the reference, see `lora.partition`. With `warming` only the value head
+    learns, so that it knows something before advantages are made of what it says.
 
     Returns:
       The new state and metrics: means over all optimiser steps, except log_prob_gap, the largest
@@ -395,7 +397,7 @@ def update_step(
 
         def one_minibatch(state, chosen):
             return _minibatch_step(
-                config, optimizer, agent, temperature, frozen, state, batch, chosen
+                config, optimizer, agent, temperature, frozen, state, batch, chosen, warming
             )
 
         def one_epoch(state, epoch):
@@ -469,7 +471,16 @@ def _deal(
     return rows.reshape(minibatches, blocks * max_turns)
 
 
-def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch, chosen):
+def _keep_value_head(tree: PyTree, others: PyTree) -> PyTree:
+    """The value head of `tree`, and all other parameters of `others`."""
+
+    def pick(path, ours, theirs):
+        return ours if "value_head" in jax.tree_util.keystr(path) else theirs
+
+    return jax.tree_util.tree_map_with_path(pick, tree, others)
+
+
+def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch, chosen, warming):
     """One optimiser step on the rows `chosen` of every device."""
     # A single mini-batch is the batch: rows are ordered later.
     part = batch if config.minibatches == 1 else jax.tree.map(lambda x: x[chosen], batch)
@@ -497,7 +508,12 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
     )
     sums["scored"] = jnp.sum(jnp.where(active[:, None], weights, 0.0)) / tokens
     grads, sums = program.psum((grads, sums))
+    before = state.params
+    if warming:
+        grads = _keep_value_head(grads, jax.tree.map(jnp.zeros_like, grads))
     state, extra = apply_gradients(state, grads, optimizer, wanted)
+    if warming:  # weight decay moves what has no gradient
+        state = state.replace(params=_keep_value_head(state.params, before))
     state = program.constrain_params(agent.model.config.layout, state)
     return state, {**sums, **program.pmax(maxima), **extra}
 

@@ -368,6 +368,7 @@ class Rl(Stage):
             optimizer=self.optimizer,
             config=self.ppo,
             mesh=self.mesh,
+            warming=step < self.ppo.value_warmup,
         )
         metrics = jax.device_get(metrics)
         whole = Reward(*host_batches.gather_rows(tuple(reward), self.mesh))

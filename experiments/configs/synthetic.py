@@ -185,6 +185,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.kl_kind = "k3"
     config.rl.ppo.value_coef = 0.5
     config.rl.ppo.value_clip = 0.0
+    config.rl.ppo.value_warmup = 0  # first steps, in which the value head alone learns ("gae")
 
     config.eval = ConfigDict()
     config.eval.split = "validation_1x"

@@ -351,6 +351,7 @@ def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path
         ({"rl__ppo__minibatches": 3}, ["rl.ppo.minibatches=3", "rl.episodes", "group_size", "16"]),
         ({"rl__ppo__group_size": 1}, ["rl.ppo.group_size", "found 1", "gae"]),
         ({"rl__ppo__estimator": "grpo"}, ["rl.ppo.estimator='grpo'", "group", "gae"]),
+        ({"rl__ppo__value_warmup": 2}, ["rl.ppo.value_warmup=2", "'group'", "'gae'"]),
         ({"rl__ppo__kl_kind": "k4"}, ["rl.ppo.kl_kind='k4'", "k3"]),
         ({"rl__temperature": 0.0}, ["rl.temperature=0.0", "above 0"]),
         ({"rl__optimizer__schedule": "linear"}, ["rl.optimizer.schedule='linear'", "cosine"]),

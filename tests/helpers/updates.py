@@ -81,7 +81,7 @@ def new_state(optimizer, params=None):
     return host_batches.replicate(state, mesh.single())  # where a step leaves it
 
 
-def update(state, trajectories, rewards, config, optimizer, reference=None, seed=0):
+def update(state, trajectories, rewards, config, optimizer, reference=None, seed=0, warming=False):
     return trainer.update_step(
         agent(),
         state,
@@ -93,6 +93,7 @@ def update(state, trajectories, rewards, config, optimizer, reference=None, seed
         reference,
         optimizer=optimizer,
         config=config,
+        warming=warming,
     )
 
 

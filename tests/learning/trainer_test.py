@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from atommem_jax.config import OptimizerConfig, PPOConfig
 from atommem_jax.learning import microbatches, trainer
@@ -309,6 +310,25 @@ def test_value_kl_and_entropy_terms_follow_their_formulas():
     same = jax.tree.map(jnp.copy, make_params())
     _, metrics = update(new_state(RECORDER), sample(), rewards, GAE, RECORDER, reference=same)
     assert abs(metrics["reference_kl"]) < 1e-6
+
+
+def test_while_values_warm_up_the_policy_stays():
+    """Weight decay included; and the head learns as it does beside the policy."""
+    config = PPOConfig(estimator="gae", group_size=1, microbatch_rows=64, minibatches=2)
+    adam = make_optimizer(learning_rate=0.01, weight_decay=0.1)
+    state = new_state(adam)
+    errors = []
+    for _ in range(6):
+        state, metrics = update(state, sample(), draw_rewards(), config, adam, warming=True)
+        errors.append(float(metrics["value_loss"]))
+    before, after = traverse_util.flatten_dict(make_params()), state.params
+    for path, leaf in traverse_util.flatten_dict(after).items():
+        same = np.array_equal(leaf, before[path])
+        assert same == ("value_head" not in path), path
+    assert errors[-1] < 0.8 * errors[0]
+    state, _ = update(state, sample(), draw_rewards(), config, adam)
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), state.params, make_params())
+    assert all(jax.tree.leaves(moved))
 
 
 def test_a_batch_without_contrast_moves_nothing():
