@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     config.rollout.answer_read_budget = 1
     config.rollout.constrained = True
     config.rollout.top_p = 1.0
-    config.rollout.microbatch = 64  # turns written at a time on a device; 0 for all
+    config.rollout.microbatch = 16  # turns written at a time on a device; 0 for all
     config.rollout.param_dtype = "float32"  # "bfloat16" with model.dtype="bfloat16"; or "int8"
     config.rollout.cache_dtype = ""  # of keys and values: model.dtype, or "int8"
     config.rollout.cpu_decode = (

@@ -43,6 +43,7 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
     config.rollout.answer_length = 2
     config.rollout.read_budget = 1
     config.rollout.answer_read_budget = 1
+    config.rollout.prompt_buckets = (6, 7, 8)
 
     config.teacher.store_support = 0.98
     config.teacher.store_distractor = 0.02
@@ -55,6 +56,8 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
 
     config.sft.steps = 900
     config.sft.eval_every = 450
+    config.sft.length_buckets = (6, 7, 8)
     config.rl.steps = 40
     config.rl.optimizer.learning_rate = 7e-4
+    config.rl.ppo.length_buckets = (6, 7, 8)
     return config
