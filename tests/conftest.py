@@ -107,6 +107,23 @@ def _promotion(request):
         yield
 
 
+# Of the 65,530 that Linux allows a process by default.
+_MOST_MAPPINGS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Lets go of compiled programs before there are more than the system has mappings for.
+
+    XLA takes about seven of memory for each, and ends the process with a segmentation fault where
+    none is left.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory) -> pathlib.Path:
     """Where the runs of a file keep their data sets."""
