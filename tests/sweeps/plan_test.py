@@ -279,11 +279,16 @@ def test_no_run_is_another_under_a_second_name(name):
     assert len(set(configs)) == len(configs)
 
 
-def test_the_main_table_has_every_method_with_every_seed():
-    plan = load_committed("main_table")
-    ablations = {"no_update", "no_delete", "no_scratchpad", "no_store"}
+ABLATIONS = {"no_update", "no_delete", "no_scratchpad", "no_read", "no_store"}
+
+
+@pytest.mark.parametrize(
+    ("table", "missing"), [("main_table", ABLATIONS), ("village_table", set())]
+)
+def test_a_table_has_every_method_with_every_seed(table, missing):
+    plan = load_committed(table)
     found = {(run.config.workflow, run.config.seed) for run in plan.runs}
-    methods = set(workflows.WORKFLOWS) - ablations
+    methods = set(workflows.WORKFLOWS) - missing
     assert found == {(method, seed) for method in methods for seed in (0, 1, 2)}
     for run in plan.runs:
         learned = f"learned/seed{run.config.seed}"
