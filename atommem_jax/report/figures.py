@@ -120,8 +120,10 @@ def draw_operations(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     rows = _find_stage(runs, "rl")
     if not rows:
         return None
-    figure, panels = plt.subplots(2, 2, figsize=(4.9, 4.2), sharex=True, layout="constrained")
-    for axes, operation in zip(panels.flat, _OPERATIONS, strict=False):
+    figure, panels = plt.subplots(2, 3, figsize=(6.2, 4.2), sharex=True, layout="constrained")
+    panels.flat[-1].remove()
+    panels[0, -1].tick_params(labelbottom=True)
+    for axes, operation in zip(panels.flat[:-1], _OPERATIONS, strict=True):
         for i, name, rl in rows:
             axes.plot(
                 _count_steps(rl),
@@ -131,9 +133,9 @@ def draw_operations(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
                 label=_shorten(name),
             )
         axes.set_title(operation)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         _start_at_zero(axes, least=0.1)
-    for axes in panels[1]:
+    for axes in (*panels[1, :-1], panels[0, -1]):
         axes.set_xlabel("RL step")
     for axes in panels[:, 0]:
         axes.set_ylabel("a turn")

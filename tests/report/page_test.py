@@ -131,6 +131,7 @@ def test_operations_are_counted_a_turn():
         "read",
         "update",
         "delete",
+        "scratchpad",
     ]
     for axes in figure.axes:
         lines = read_lines(axes)
