@@ -135,6 +135,9 @@ def _baseline(config: Experiment, workdir: pathlib.Path, name: str) -> dict[str,
     if workflows.find(name).program is not None:
         start = workdir / "checkpoints" / str(config.sft.steps)
         changes |= {"init_from": str(start), "sft.steps": 0}
+    else:
+        # Its teacher may answer a third of the questions at best, which is what it can learn.
+        changes |= {"sft.min_reward": min(config.sft.min_reward, 0.3)}
     return changes
 
 
