@@ -110,9 +110,7 @@ class _Player:
 
     def play(self, env, episodes, ids, first_turn):
         turn = host_batches.replicate(np.int32(first_turn), self._mesh)
-        return self._player.play(
-            self._params, env, episodes, ids, self._key, self._heat, turn
-        )
+        return self._player.play(self._params, env, episodes, ids, self._key, self._heat, turn)
 
 
 def _save(place: pathlib.Path, cell: Mapping[str, Any], saved: long_evaluation.Saved) -> None:

@@ -73,9 +73,7 @@ def make_segment_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh) 
         return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
 
     play = _compile(parts, mesh, 0, play_local, rows=("env", "episodes", "ids"))
-    start = jax.jit(
-        program.data_parallel(start_local, mesh, rows=("episodes",), out=program.ROWS)
-    )
+    start = jax.jit(program.data_parallel(start_local, mesh, rows=("episodes",), out=program.ROWS))
     agent, setting = host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
     return SegmentPlayer(
         functools.partial(start, setting), functools.partial(play, agent, setting), turns

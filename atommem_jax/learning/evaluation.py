@@ -134,23 +134,42 @@ def _at_least_one(count: Any) -> Any:
     return max(count, 1.0)
 
 
+Handled = list[tuple[int, list[int], str]]
+"""(chunk, categories of its facts, what was done in its turns) of each chunk that has facts."""
+
+
 def find_handling(
     turns: Turns, category: Int[np.ndarray, "B C U"], first_chunk: Int[np.ndarray, " B"]
-) -> Iterator[list[tuple[int, str]]]:
-    """Per episode: (category, what its turn did) of every fact that was read in these turns [B T].
+) -> list[Handled]:
+    """What these turns [B T] did, in each episode, with the facts that they showed.
 
     `category` is that of the chunks from `first_chunk` on.
     """
     names = {ActionKind.CREATE: "create", ActionKind.UPDATE: "update"}
+    found: list[Handled] = []
     for b in range(category.shape[0]):
         done: dict[int, str] = {}
         for t in np.flatnonzero(turns.live[b] & (turns.phase[b] == Phase.READING)):
-            chunk = int(turns.chunk[b, t]) - int(first_chunk[b])
+            chunk = int(turns.chunk[b, t])
             done.setdefault(chunk, "none")
             for kind, name in names.items():
                 if turns.report.applied[b, t, kind]:
                     done[chunk] = name
-        yield [(int(c), what) for chunk, what in done.items() for c in category[b, chunk] if c >= 0]
+        found.append([])
+        for chunk, what in done.items():
+            row = category[b, chunk - first_chunk[b]]
+            if (row >= 0).any():
+                found[b].append((chunk, row[row >= 0].tolist(), what))
+    return found
+
+
+def join_handling(before: Handled, after: Handled) -> Handled:
+    """What two segments did, of which the second may go on with the last chunk of the first."""
+    if not before or not after or before[-1][0] != after[0][0]:
+        return before + after
+    chunk, categories, what = after[0]
+    what = before[-1][2] if what == "none" else what
+    return [*before[:-1], (chunk, categories, what), *after[1:]]
 
 
 def evaluate(
@@ -195,7 +214,7 @@ def evaluate(
         )
         e = batch.episodes
         questions = decode_answers(e.questions, e.question_lengths, decode)
-        given = Given(answers, lengths, log_probs, turn_counts, list(handled))
+        given = Given(answers, lengths, log_probs, turn_counts, handled)
         found = make_records(given, questions, batch.aliases, batch.ids, ids, decode, metric)
         records += [record for b in np.flatnonzero(rows < real) for record in found[b]]
         kept = host_batches.first_rows(trajectories, real)
@@ -214,7 +233,7 @@ class Given:
     lengths: Int[np.ndarray, "B Q"]  # of the answers, in tokens
     log_probs: Float[np.ndarray, "B Q"]  # of the turns that answered
     turns: Int[np.ndarray, " B"]  # that were played
-    handled: Sequence[list[tuple[int, str]]]  # see `find_handling`
+    handled: Sequence[Handled]  # see `find_handling`
 
 
 def make_records(
@@ -246,12 +265,18 @@ def make_records(
                 **{name: float(score[b, q]) for name, score in scores.items()},
                 "log_prob": float(given.log_probs[b, q]),
                 "turns": int(given.turns[b]),
-                "handled": given.handled[b] if q == 0 else [],
+                "handled": list(_by_fact(given.handled[b])) if q == 0 else [],
             }
             for q, expected in enumerate(accepted)
         ]
         for b, accepted in enumerate(aliases)
     ]
+
+
+def _by_fact(handled: Handled) -> Iterator[tuple[int, str]]:
+    for _, categories, what in handled:
+        for category in categories:
+            yield category, what
 
 
 def merge(parts: Sequence[list[Record]]) -> list[Record]:

@@ -54,7 +54,7 @@ class Saved:
     chunks: list[int] = dataclasses.field(default_factory=list)  # next to read, of each row
     environments: str = ""  # leaves, see `_pack`; '' before the first turn
     played: list[int] = dataclasses.field(default_factory=list)  # turns, of each row
-    handled: list[list[tuple[int, str]]] = dataclasses.field(default_factory=list)
+    handled: list[evaluation.Handled] = dataclasses.field(default_factory=list)
     records: list[Record] = dataclasses.field(default_factory=list)  # of the batches before
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # see `evaluation.tally`
     episodes: int = 0  # of the batches before
@@ -162,7 +162,8 @@ def _note(saved: Saved, turns: Turns, window: Episode) -> None:
     found = evaluation.find_handling(
         turns, np.asarray(window.annotations.category), np.asarray(window.first_chunk)
     )
-    saved.handled = [before + new for before, new in zip(saved.handled, found, strict=True)]
+    pairs = zip(saved.handled, found, strict=True)
+    saved.handled = [evaluation.join_handling(before, new) for before, new in pairs]
 
 
 def _add(sums: dict[str, float], more: dict[str, Any]) -> None:

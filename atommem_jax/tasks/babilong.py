@@ -226,4 +226,3 @@ def split_books(books: Sequence[pathlib.Path]) -> Iterator[str]:
             line = " ".join(sentence.split())
             if line:
                 yield line
-

@@ -188,4 +188,3 @@ class Layout:
             last = pieces[-1]
             pieces[-1] = last._replace(ids=last.ids + waiting)
         return Chunk(pieces, {n: min(place, len(pieces) - 1) for n, place in places.items()})
-

@@ -152,9 +152,7 @@ def _concatenate(lists: Iterable[list[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 
 
-def fit_shape(
-    examples: Iterable[Example], tokenizer: Tokenizer, window: int = 0
-) -> EpisodeShape:
+def fit_shape(examples: Iterable[Example], tokenizer: Tokenizer, window: int = 0) -> EpisodeShape:
     """The smallest shape that holds all of `examples`; reads and tokenises each once.
 
     window: chunks that are held at a time of a document that is longer (`EpisodeStream`); 0 holds
