@@ -30,7 +30,7 @@ ORDER = {
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema user_functions builders synthetic village babi multihop_files multihop_qa custom "
+        "schema user_functions background builders synthetic village babi babilong multihop_files multihop_qa custom "
         "datasets encoding batches teacher keeper workflows"
     ),
     "weights": (
@@ -38,9 +38,9 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
+        "rollout reward advantage loss gate optimizer microbatches trainer evaluation long_evaluation collapse"
     ),
-    "agent": "build play crossed validate load score",
+    "agent": "build play crossed validate load long_score score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",

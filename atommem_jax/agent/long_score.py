@@ -38,6 +38,9 @@ def play_long(
     """Records and statistics of `examples`, played in segments of `eval.segment` turns.
 
     Args:
+      loaded: the agent.
+      dataset: that the split is of.
+      examples: of the split, that are played.
       cell: `split`, `temperature` and `seed`, and all else that says of what a file is.
       label: before the name of the split, in the progress bar.
       out: folder of the file that says where the evaluation stands, which is removed at its end,
@@ -154,8 +157,8 @@ def write_turns(
                 "phase": Phase(int(turns.phase[b, t])).name.lower(),
                 "chunk": int(turns.chunk[b, t]),
                 "question": int(turns.question[b, t]),
-                "shown": [decode(entry) for entry in turns.shown_entries[b, t]],
-                "said": decode(turns.response[b, t]),
+                "shown": [decode(np.asarray(entry)) for entry in turns.shown_entries[b, t]],
+                "said": decode(np.asarray(turns.response[b, t])),
                 "applied": turns.report.applied[b, t].tolist(),
             }
             file.write(json.dumps(line) + "\n")

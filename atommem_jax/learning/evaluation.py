@@ -213,7 +213,7 @@ def evaluate(
             np.asarray(batch.episodes.first_chunk),
         )
         e = batch.episodes
-        questions = decode_answers(e.questions, e.question_lengths, decode)
+        questions = decode_answers(np.asarray(e.questions), np.asarray(e.question_lengths), decode)
         given = Given(answers, lengths, log_probs, turn_counts, handled)
         found = make_records(given, questions, batch.aliases, batch.ids, ids, decode, metric)
         records += [record for b in np.flatnonzero(rows < real) for record in found[b]]

@@ -144,11 +144,10 @@ class LongEvaluation:
                 saved.chunks = chunks.tolist()
                 saved.environments = _pack(host_batches.fetch(env))
                 self.save(saved)
-        given = evaluation.Given(
-            *host_batches.fetch((env.answers, env.answer_lengths, env.answer_log_prob)),
-            turns=np.array(saved.played),
-            handled=saved.handled,
+        answers, lengths, log_probs = host_batches.fetch(
+            (env.answers, env.answer_lengths, env.answer_log_prob)
         )
+        given = evaluation.Given(answers, lengths, log_probs, np.array(saved.played), saved.handled)
         found = evaluation.make_records(
             given, batch.questions, batch.aliases, batch.ids, trajectories, self.decode, self.metric
         )

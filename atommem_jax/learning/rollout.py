@@ -435,14 +435,19 @@ def run_segment(
     """Plays the next turns of a batch of episodes; segment after segment they are those of `run`.
 
     Args:
+      setting: as for `run`.
+      policy: as for `run`.
       env: environments [B] before the segment: of `start`, or after the last segment.
       episodes: of a long document a window of chunks; it must hold `turns` chunks from `env.chunk`
         on, or the rest of the document.
+      ids: as for `run`.
+      seed: as for `run`.
       first_turn: number of the segment's first turn: turns before it.
       turns: of the segment, static; fewer where every trajectory ends before.
       widths: as for `run`, of the turns of this segment.
+      label: as for `run`.
 
-    The others are those of `run`. Returns environments [B] after it, and records [T B].
+    Returns environments [B] after it, and records [T B].
     """
     keys = trajectory_keys(seed, ids)
 

@@ -12,7 +12,6 @@ tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million 
 """
 
 import dataclasses
-import enum
 import hashlib
 import os
 import pathlib
@@ -208,8 +207,8 @@ def write_books(config: BabilongConfig, data_root: str) -> str:
     digest = hashlib.sha256()
     for part, found in books.items():
         digest.update(part.encode())
-        for path in found:
-            digest.update(path.read_bytes())
+        for book in found:
+            digest.update(book.read_bytes())
     folder = f"books_{digest.hexdigest()[:12]}"
     os.makedirs(os.path.join(data_root, folder), exist_ok=True)
     for part, name in _FILES.items():

@@ -14,7 +14,7 @@ import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.tasks import background
-from atommem_jax.tasks.schema import Example, Fact
+from atommem_jax.tasks.schema import Example
 from atommem_jax.types import EMPTY, Annotations, Episode
 
 
@@ -116,7 +116,8 @@ def _read_chunks(
     example: Example, encode_text: TextEncoder
 ) -> tuple[list[list[background.Piece]], dict[int, tuple[int, int]]]:
     """What is read, and where each of the example's facts is in it."""
-    pieces, places = [], {}
+    pieces: list[list[background.Piece]] = []
+    places: dict[int, tuple[int, int]] = {}
     for c, chunk in enumerate(_iterate_chunks(example, encode_text)):
         pieces.append(chunk.pieces)
         places |= {number: (c, place) for number, place in chunk.places.items()}

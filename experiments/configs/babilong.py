@@ -5,8 +5,8 @@
         --workdir=runs/babilong1
     python experiments/evaluate.py --checkpoint=runs/babilong1 --split=test_1k --split=test_1m
 
-Trained on at most 2,000 tokens, evaluated on up to ten million, in segments of 64 turns. An entry is
-a note of at most four words (`atommem_jax/tasks/babi.py`), and the whole table is shown at every
+Trained on at most 2,000 tokens, evaluated on up to ten million, in segments of 64 turns. An entry
+is a note of at most four words (`atommem_jax/tasks/babi.py`), and the whole table is shown at every
 turn.
 """
 
