@@ -30,15 +30,16 @@ ORDER = {
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema user_functions background builders synthetic village babi babilong multihop_files multihop_qa custom "
-        "datasets encoding batches teacher keeper workflows"
+        "schema user_functions background builders synthetic village babi babilong multihop_files "
+        "multihop_qa custom datasets encoding batches teacher keeper workflows"
     ),
     "weights": (
         "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation long_evaluation collapse"
+        "rollout reward advantage loss gate optimizer microbatches trainer evaluation "
+        "long_evaluation collapse"
     ),
     "agent": "build play crossed validate load long_score score",
     "report": "replay trace figures page run",
