@@ -38,7 +38,8 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
+        "rollout reward table_history evidence life_cycle advantage loss gate optimizer "
+        "microbatches trainer evaluation collapse"
     ),
     "agent": "build play crossed validate load score",
     "report": "replay trace figures page run",

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from atommem_jax.learning import reward
+from atommem_jax.learning import life_cycle, reward
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks.batches import EpisodeBatch
@@ -133,6 +133,7 @@ def evaluate(
     first_id: int = 0,
     mesh: Mesh | None = None,
     metric: reward.Metric = reward.exact_match,
+    eviction: str = "",
 ) -> tuple[list[Record], dict[str, float]]:
     """Plays every sample once; with several processes each decodes and scores its own rows.
 
@@ -144,6 +145,8 @@ def evaluate(
       first_id: trajectory id of the split's first sample; the others follow in order.
       mesh: what the batches are sharded over; None is the first device alone.
       metric: the reward of the task; one of its own is recorded beside EM and F1.
+      eviction: of the memory that is played with: then records say where each wrong answer broke
+        (`life_cycle`); '' leaves that out.
 
     Returns:
       One record a question, and statistics weighted by episodes; those of all processes, on each.
@@ -167,6 +170,12 @@ def evaluate(
         if metric is not reward.exact_match:
             own["reward"] = score_answers(texts, batch.aliases, metric)
         handled = list(_handling(trajectories, batch.episodes))
+        chains = []
+        if eviction:
+            local = host_batches.fetch(trajectories)
+            chains = life_cycle.follow_batch(
+                local, batch.episodes, em == 1.0, decode=decode, eviction=eviction
+            )
         for b in np.flatnonzero(rows < real):
             for q, accepted in enumerate(batch.aliases[b]):
                 question = batch.episodes.questions[b, q]
@@ -182,6 +191,7 @@ def evaluate(
                         "em": float(em[b, q]),
                         "f1": float(f1[b, q]),
                         **{name: float(scores[b, q]) for name, scores in own.items()},
+                        **(chains[b][q].describe() if chains else {}),
                         "log_prob": float(log_probs[b, q]),
                         "turns": int(turn_counts[b]),
                         "handled": handled[b] if q == 0 else [],
