@@ -42,7 +42,7 @@ ORDER = {
         "microbatches trainer evaluation collapse"
     ),
     "agent": "build play crossed validate load score",
-    "report": "replay trace figures page run",
+    "report": "replay trace figures failures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",

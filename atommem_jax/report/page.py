@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from atommem_jax.config import paths
-from atommem_jax.report import figures
+from atommem_jax.report import failures, figures
+from atommem_jax.report.failures import Failures
 from atommem_jax.report.figures import Cell, Record, Scores, plot_learning
 
 __all__ = ["Missing", "Run", "Traces", "name_method", "plot_learning", "sort_columns", "write"]
@@ -46,6 +47,7 @@ class Run:
       records: of its `metrics.jsonl`; may be empty.
       scores: method -> scale -> em, ci_low, ci_high, episodes; may be empty.
       slots: capacity of its table, if known.
+      failures: method -> scale -> stage -> share of the questions that broke there; may be empty.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Run:
     records: Sequence[Record] = ()
     scores: Scores = dataclasses.field(default_factory=dict)
     slots: int | None = None
+    failures: Failures = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +190,20 @@ def _draw(runs: Sequence[Run]) -> dict[str, tuple[Figure | None, str]]:
     records = {run.name: run.records for run in runs}
     scores = {run.name: run.scores for run in runs}
     slots = {run.name: run.slots for run in runs if run.slots}
+    broken = {run.name: run.failures for run in runs if run.failures}
     labels = {method: label(method) for _, method in figures.order_methods(scores)}
     return {
         "em_by_scale": (
             figures.draw_scores(scores, sort_columns(runs), labels),
             "Exact match by scale, methods ordered by their mean; bars are 95% intervals.",
+        ),
+        "failures": (
+            failures.draw_failures(broken, sort_columns(runs), labels),
+            "Wrong answers by the stage at which the chain of their facts first broke.",
+        ),
+        "failures_over_training": (
+            failures.draw_failures_over_training(records),
+            "Wrong answers of each validation by stage.",
         ),
         "em_curve": (
             figures.draw_em_curve(records),
@@ -225,7 +237,7 @@ class _Drawing:
     @property
     def wide(self) -> bool:
         """Whether a narrow window does not hold it."""
-        return self.name == "em_by_scale"
+        return self.name in ("em_by_scale", "failures")
 
 
 def _save_figures(folder: pathlib.Path, runs: Sequence[Run]) -> list[_Drawing]:

@@ -5,6 +5,7 @@ Without flags of its own, so that any script can make a report when its work is 
 
 import pathlib
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from atommem_jax.config import ConfigError, Experiment, check, parse, paths
 from atommem_jax.learning import evaluation
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import host_batches
+from atommem_jax.report import failures, trace
 from atommem_jax.report import page as page_lib
-from atommem_jax.report import trace
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import workflows
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
@@ -112,6 +113,7 @@ def read_run(name: str, workdir: pathlib.Path) -> page_lib.Run:
         records=records,
         scores=read_scores(workdir, records, config.workflow if config else "learned"),
         slots=int(find_sizes(config)["slots"]) if config else None,
+        failures=read_failures(workdir, records, config.workflow if config else "learned"),
     )
 
 
@@ -146,18 +148,35 @@ def describe_config(config: Experiment) -> dict[str, str]:
 def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
     """Method -> scale -> score, from `eval/` and `results.json`; the latter has the last word."""
     scores: dict[str, dict[str, Any]] = {}
-    for path in sorted((workdir / "eval").glob("*.json")):
-        summary = read_summary(path)
-        if summary is None:
-            continue
-        method = page_lib.name_method(summary["step"], summary["temperature"], records, workflow)
-        cell = {key: summary[key] for key in _CELL}
-        scores.setdefault(method, {})[summary["split"].removeprefix("test_")] = cell
+    for method, scale, summary in _read_summaries(workdir, records, workflow):
+        scores.setdefault(method, {})[scale] = {key: summary[key] for key in _CELL}
     results = workdir / "results.json"
     if results.is_file():
         for method, row in _read_methods(results).items():
             scores[method] = scores.get(method, {}) | row
     return scores
+
+
+def read_failures(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
+    """Method -> scale -> shares by stage, of those evaluations in `eval/` that tell them."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, scale, summary in _read_summaries(workdir, records, workflow):
+        shares = failures.read_shares(summary)
+        if shares is not None:
+            found.setdefault(method, {})[scale] = shares
+    return found
+
+
+def _read_summaries(
+    workdir: pathlib.Path, records: list, workflow: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(method, scale, summary) of every evaluation in `eval/`."""
+    for path in sorted((workdir / "eval").glob("*.json")):
+        summary = read_summary(path)
+        if summary is not None:
+            step, heat = summary["step"], summary["temperature"]
+            method = page_lib.name_method(step, heat, records, workflow)
+            yield method, summary["split"].removeprefix("test_"), summary
 
 
 def _read_methods(path: pathlib.Path) -> dict[str, dict[str, Any]]:
