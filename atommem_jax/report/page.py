@@ -25,6 +25,7 @@ from atommem_jax.report.figures import Cell, Record, Scores, plot_learning
 __all__ = ["Missing", "Run", "Traces", "name_method", "plot_learning", "sort_columns", "write"]
 
 PAGE = "index.html"
+_SCRIPTS = ("elements.js", "paths.js", "page.js")  # each may use those before it
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("atommem_jax.report", "assets"),
@@ -60,10 +61,22 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Episodes as `trace.describe` gives them, and what they are of: {label: value}."""
+    """Episodes as `trace.describe` gives them, and what they are of: {label: value}.
+
+    `beside` are the same episodes, in the same order, as someone else played them.
+    """
 
     episodes: Sequence[Mapping[str, Any]]
     facts: Mapping[str, str]
+    name: str = ""  # who played them, where there is someone beside
+    beside: "Traces | None" = None
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script reads."""
+        if self.beside is None:
+            return {"episodes": self.episodes}
+        names = [self.name, self.beside.name]
+        return {"episodes": self.episodes, "beside": self.beside.episodes, "names": names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +150,7 @@ def write(
         figures=_save_figures(path, runs),
         traces=traces if traces and traces.episodes else None,
         style=_read_asset("page.css"),
-        script=_read_asset("page.js"),
+        script="\n".join(map(_read_asset, _SCRIPTS)),
     )
     paths.write_text(path / PAGE, page)
     return path / PAGE
