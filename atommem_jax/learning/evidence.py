@@ -16,8 +16,9 @@ it in `needs`: "Ralda works at Silver Anchor" has done its duty once "Ralda Nort
 where that is.
 
 Facts that are counted (all about the same subject or none; the answer is their number, and stands
-in none of them) are held by a number: after the third of them "three" holds all three. The number
-must be there before the next one comes.
+in none of them) are held by a number, among no other words than those of the facts and of the
+question: after the third of them "three", or "bells three", holds all three. The number must be
+there before the next one comes.
 """
 
 import dataclasses
@@ -69,6 +70,7 @@ class Need:
     object: frozenset[str]
     owners: tuple[frozenset[str], ...]  # subjects under which an entry may hold it; its own first
     counted: bool
+    asked: frozenset[str]  # words of the question
 
     def names(self, words: frozenset[str]) -> bool:
         """Whether a text of these words says whom the fact is about."""
@@ -77,7 +79,7 @@ class Need:
     def resembles(self, words: frozenset[str]) -> bool:
         """Whether a text of these words seems to be meant for it, though it does not hold it."""
         if self.counted:
-            return any(_write_number(number) <= words for number in _NUMBERS)
+            return any(text <= words for number in _NUMBERS for text in _write_number(number))
         return self.names(words) or bool(words & (self.object or self.content))
 
     def share(self, words: frozenset[str]) -> frozenset[str]:
@@ -99,9 +101,10 @@ def read_needs(episode: Episode, q: int, read: Reader) -> list[Need]:
         contents.append(read(tokens.tolist()))
         subjects.append(read(tokens[: int(a.subject_length[c, u])].tolist()) & contents[-1])
     gold = read(np.asarray(a.gold[q])[: int(a.gold_length[q])].tolist())
+    asked = read(np.asarray(episode.questions[q])[: int(episode.question_lengths[q])].tolist())
     counted = (
         len(set(subjects)) == 1
-        and gold == _write_number(len(indices))
+        and gold in _write_number(len(indices))
         and not any(gold <= content for content in contents)
     )
     needs = []
@@ -111,12 +114,15 @@ def read_needs(episode: Episode, q: int, read: Reader) -> list[Need]:
         found = frozenset[str]().union(*hangs_on)
         owners = [subjects[n], *(words for words in others if not words <= found)]
         owners = [owner for owner in owners if owner]
-        needs.append(Need(indices[n], c, contents[n], subjects[n], found, tuple(owners), counted))
+        needs.append(
+            Need(indices[n], c, contents[n], subjects[n], found, tuple(owners), counted, asked)
+        )
     return needs
 
 
-def _write_number(number: int) -> frozenset[str]:
-    return frozenset({_NUMBERS.get(number, f"{number}")})
+def _write_number(number: int) -> tuple[frozenset[str], ...]:
+    """As a word, and in digits."""
+    return tuple(frozenset({text}) for text in (_NUMBERS.get(number, ""), f"{number}") if text)
 
 
 def _has_most(words: frozenset[str], part: frozenset[str]) -> bool:
@@ -132,8 +138,8 @@ def holds(words: frozenset[str], needs: Sequence[Need], n: int, seen: Sequence[b
     if not words:
         return False
     if need.counted:
-        counts = range(n + 1, sum(seen) + 1)
-        return any(_write_number(count) <= words for count in counts)
+        rest = words - need.content - need.asked
+        return any(rest in _write_number(count) for count in range(n + 1, sum(seen) + 1))
     if need.content <= words:
         return True
     if not need.object:

@@ -219,7 +219,8 @@ class _Follower:
         self.table = dict(held)
         self.events: list[Event] = []
         self.holders: list[tuple[int, tuple[int, ...]]] = []
-        self.lost: tuple[int, Stage] | None = None  # of the last time that it was
+        self.lost: tuple[int, Stage] | None = None  # (step, how), while it is
+        self.gone: tuple[int, Stage] | None = None  # of a count that began anew after a loss
         self.stored = False  # in time
         self.line: int | None = None  # slot of the entry that first held it
         self.updates: int | None = None
@@ -270,17 +271,27 @@ class _Follower:
         if now and not last:
             self.events.append(Event(row, "stored"))
             self.stored |= i < self._find_limit()
+            if self.lost is not None and self.gone is None and self._begins_anew(i):
+                self.gone = self.lost
+            self.lost = None
             if self.line is None and now[0] != SCRATCHPAD and not self.need.counted:
                 self.line, self.updates = now[0], 0
                 self.brought = self.need.share(self.read(self.table[now[0]]))
         elif last and not now:
             stage = cause or Stage.OVERWRITTEN
             self.events.append(Event(row, stage.value))
-            self.lost = (row, stage)
+            self.lost = (i, stage)
         elif now != last:
             self.events.append(Event(row, "carried"))
         if now != last:
             self.holders.append((row, now))
+
+    def _begins_anew(self, i: int) -> bool:
+        """Whether a count that was lost stands again, but short of what was seen since."""
+        seen = [k for k, first in enumerate(self.first) if first <= i]
+        return self.need.counted and not any(
+            self._is_held(text, i, seen[-1]) for text in self.table.values()
+        )
 
     def _judge(self) -> tuple[Stage | None, int]:
         """Where it broke, and in which turn."""
@@ -291,8 +302,9 @@ class _Follower:
         if not self.stored:
             told = [step for step in self.steps[begun:limit] if step.chunk == self.need.chunk]
             return self._explain(told), (told[-1] if told else self.steps[begun]).row
-        if self.lost is not None and not self.holders[-1][1]:
-            return self.lost[1], self.lost[0]
+        lost = self.gone or self.lost
+        if lost is not None:
+            return lost[1], self.steps[lost[0]].row
         if not any(event.what == "shown" for event in self.events):
             return Stage.NOT_SHOWN, self.steps[self.asked[-1]].row if self.asked else last
         return None, EMPTY
@@ -321,9 +333,10 @@ class _Follower:
         found = [slot for slot, text in self.table.items() if self._is_held(text, i)]
         return tuple(sorted(found, key=lambda slot: (slot == SCRATCHPAD, slot)))
 
-    def _is_held(self, text: Text, i: int) -> bool:
+    def _is_held(self, text: Text, i: int, n: int | None = None) -> bool:
+        """Whether a text holds the fact, or that of number n, after step i."""
         seen = [first <= i for first in self.first]
-        return evidence.holds(self.read(text), self.needs, self.n, seen)
+        return evidence.holds(self.read(text), self.needs, self.n if n is None else n, seen)
 
     def _find_displayed(self, step: Step) -> list[Text]:
         """What a turn sees of the memory: the entries shown, and the scratchpad."""

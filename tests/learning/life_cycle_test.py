@@ -215,6 +215,9 @@ def count(*numbers):
         (("one", "two", "three", "four"), Stage.CORRUPTED, 2),  # counted what is no bell
         (("one", "two", "Bob", "three"), Stage.NOT_USED, None),
         (("one", "two", None, None), Stage.NOT_WRITTEN, 3),
+        (("one", "two", "Bob", "one"), Stage.OVERWRITTEN, 2),  # and begun anew
+        (("bells: one", "2 bells", "two bells sounds", "many: 3"), Stage.NOT_USED, None),
+        (("bells one", "two bells", "Ann has two", "one"), Stage.CORRUPTED, 2),
     ],
 )
 def test_counted_facts_are_held_by_the_number_so_far(numbers, stage, broke):
