@@ -14,6 +14,7 @@
     deleted: ["\u2212", "deleted"],
     evicted: ["\u00d7", "evicted"],
   };
+  const MOST_EVENTS = 40; // of a fact that are listed, those about the current turn
   const MOST_ROWS = 16; // of a larger table only entries and changes are listed
 
   let episode = 0; // index into episodes
@@ -104,7 +105,7 @@
         { class: current ? "current" : null },
         element("th", { scope: "row" }, q.facts && q.facts.length ? choose : `${i + 1}`),
         element("td", {}, quote(q.text), current ? element("small", {}, " put in this turn") : null),
-        element("td", { "data-title": "answer" }, ...renderGiven(q)),
+        element("td", { "data-title": other ? names[0] : "answer" }, ...renderGiven(q)),
         other ? element("td", { "data-title": names[1] }, ...renderGiven(other.questions[i])) : null,
         scored ? element("td", { "data-title": "gold" }, q.gold.join(" / ")) : null,
       );
@@ -142,7 +143,8 @@
 
   function renderFacts(q, name, mine) {
     const facts = q.facts.map((fact, f) => {
-      const events = fact.events.map(([at, what]) => {
+      const [before, near, after] = chooseEvents(fact.events, turn, MOST_EVENTS);
+      const events = near.map(([at, what]) => {
         const attributes = { class: `event ${what}`, "aria-current": mine && at === turn ? "step" : null };
         const text = `${at + 1} ${nameStage(what)}`;
         return mine
@@ -150,14 +152,20 @@
           : element("span", attributes, text);
       });
       const drift = fact.updates
-        ? element("small", {}, ` ${Math.round(100 * fact.survived)}% left after ${fact.updates} updates`)
+        ? element("small", {}, ` ${Math.round(100 * fact.survived)}% left after Updates: ${fact.updates}`)
         : null;
       return element(
         "li",
         { "data-fact": f },
         element("p", {}, badge(`fact fact-${f % 6}`, `fact ${f + 1}`), " ", quote(fact.note || fact.text), " ",
           fact.stage ? badge("wrong", nameStage(fact.stage)) : badge("right", "there when needed"), drift),
-        element("p", { class: "events" }, element("small", {}, "turn "), ...events),
+        element(
+          "p",
+          { class: "events" },
+          element("small", {}, before ? `${before} earlier, turn ` : "turn "),
+          ...events,
+          after ? element("small", {}, `${after} later`) : null,
+        ),
       );
     });
     const title = `The facts behind question ${question + 1}` + (name ? `, ${name}` : "");
@@ -461,22 +469,21 @@
     if (pressed) pressed.focus({ preventScroll: true });
   }
 
-  // Browsers take it ill if the address changes hundreds of times in some seconds.
-  const PAUSE = 100; // milliseconds
-  let written = -PAUSE;
+  // Browsers refuse more than some 200 changes of the address in ten seconds.
+  const MOST_CHANGES = 100;
+  const SPAN = 10_000; // milliseconds
+  let changes = []; // when the address was changed, of late
   let waiting = null;
 
   function writeAddress() {
-    const left = written + PAUSE - performance.now();
-    if (waiting !== null) return;
-    if (left > 0) {
-      waiting = setTimeout(() => {
-        waiting = null;
-        writeAddress();
-      }, left);
+    const now = performance.now();
+    changes = changes.filter((time) => time > now - SPAN);
+    clearTimeout(waiting);
+    if (changes.length >= MOST_CHANGES) {
+      waiting = setTimeout(writeAddress, changes[0] + SPAN - now);
       return;
     }
-    written = performance.now();
+    changes.push(now);
     const told = question === chooseQuestion(episodes[episode]) ? "" : `&question=${question + 1}`;
     history.replaceState(null, "", `#episode=${episodes[episode].episode}&turn=${turn + 1}${told}`);
   }

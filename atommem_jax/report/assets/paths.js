@@ -93,6 +93,15 @@ function findHeld(q, t) {
   return held;
 }
 
+/** Of a list ordered by turn the `most` nearest to turn `t`: [number before, these, number after]. */
+function chooseEvents(events, t, most) {
+  const at = events.findIndex(([turn]) => turn > t);
+  const middle = at < 0 ? events.length : at;
+  const first = Math.max(0, Math.min(middle - most / 2, events.length - most));
+  const near = events.slice(first, first + most);
+  return [first, near, events.length - first - near.length];
+}
+
 /** 'lost', 'kept' or null: what the timeline tells of a turn by its ground. */
 function judgeTurn(q, t) {
   const events = findPath(q).get(t) || [];
