@@ -6,13 +6,13 @@
     python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
 
 `--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
-per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints a
-table for each temperature.
+per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints
+two tables for each temperature: the scores, and at which stage wrong answers broke (`life_cycle`).
 """
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -22,6 +22,7 @@ from atommem_jax.agent import build, crossed
 from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.agent.score import evaluate_split
 from atommem_jax.config import check, paths
+from atommem_jax.learning import life_cycle
 from atommem_jax.tasks import datasets
 from experiments import flags
 
@@ -122,6 +123,7 @@ def evaluate(
     for temperature in TEMPERATURES.value:
         print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
         print(_HEADER)
+        summaries = {}
         for split in splits:
             summary = evaluate_split(
                 loaded,
@@ -134,7 +136,17 @@ def evaluate(
                 skip_existing=SKIP_EXISTING.value,
             )
             print(_render(split, summary), flush=True)
+            summaries[split] = summary
+        print(render_stages(summaries), flush=True)
     print(f"records and summaries: {out}")
+
+
+def render_stages(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the wrong answers of each split broke; of summaries that say so."""
+    told = {split: summary for split, summary in summaries.items() if "stages" in summary}
+    counts = {split: summary["stages"] for split, summary in told.items()}
+    questions = {split: summary["questions"] for split, summary in told.items()}
+    return life_cycle.render(counts, questions) if told else "older results: no stages recorded"
 
 
 _HEADER = f"{'split':12} {'EM':>6} {'95% interval':>16} {'F1':>6} {'episodes':>9} {'questions':>10}"

@@ -2,10 +2,11 @@
 
     python experiments/report.py --workdir=runs/demo
     python experiments/report.py --workdir=runs/demo --compare=runs/demo1 --split=test_8x
+    python experiments/report.py --workdir=runs/demo --beside=900 --temperature=1
 
 Writes <workdir>/report/index.html, which needs no network: results with intervals, curves, and
-the memory trace of some episodes, played again from the checkpoint. What a run lacks is left out,
-and the page says which command makes it.
+the memory trace of some episodes, played again from the checkpoint, with the way of the facts
+behind each answer. What a run lacks is left out, and the page says which command makes it.
 """
 
 from absl import flags as absl_flags
@@ -29,6 +30,12 @@ STEP = absl_flags.DEFINE_string("step", "last", "Checkpoint to trace: 'last', 'b
 TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Temperature of the traced episodes; 0 is greedy.", lower_bound=0.0
 )
+BESIDE = absl_flags.DEFINE_string(
+    "beside",
+    "",
+    "A step of this run, such as the end of SFT, or another workdir of the same task: the traced "
+    "episodes are shown as it played them too, side by side.",
+)
 OUT = flags.define_path("out", None, "Folder of the report. Default: <workdir>/report.")
 
 
@@ -49,6 +56,7 @@ def main(argv) -> None:
             step=STEP.value,
             temperature=TEMPERATURE.value,
             out=out,
+            beside=BESIDE.value,
         )
 
 

@@ -38,11 +38,11 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation "
-        "long_evaluation collapse"
+        "rollout reward table_history evidence life_cycle advantage loss gate optimizer "
+        "microbatches trainer evaluation long_evaluation collapse"
     ),
     "agent": "build play crossed validate load long_score score",
-    "report": "replay trace figures page run",
+    "report": "replay trace figures failures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",

@@ -84,6 +84,7 @@ def play_long(
             decode=tokenizer.decode,
             mesh=loaded.mesh,
             metric=reward.find(config.task),
+            eviction=loaded.parts.setting(shape).limits.memory.eviction,
             save=None if place is None else functools.partial(_save, place, cell),
             on_turns=on_turns,
             on_tokens=bar.update,

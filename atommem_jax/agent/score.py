@@ -13,7 +13,7 @@ from atommem_jax import text_files
 from atommem_jax.agent import build, long_score
 from atommem_jax.agent.load import Loaded, find_split
 from atommem_jax.config import paths
-from atommem_jax.learning import evaluation, reward
+from atommem_jax.learning import evaluation, life_cycle, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import datasets, encoding, schema
@@ -68,6 +68,8 @@ def evaluate_split(
     summary |= cell | {
         "statistics": statistics,
         "categories": evaluation.category_rates(records, categories),
+        "stages": life_cycle.count_stages(records),
+        "drift": life_cycle.average_drift(records),
     }
     if out is not None:
         _write(out, name, records, summary)
@@ -95,6 +97,7 @@ def _play_whole(
         tokenizer.decode,
         mesh=mesh,
         metric=reward.find(loaded.parts.config.task),
+        eviction=loaded.parts.setting(shape).limits.memory.eviction,
     )
 
 

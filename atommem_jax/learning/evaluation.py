@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from atommem_jax.learning import reward
+from atommem_jax.learning import life_cycle, reward
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks.batches import EpisodeBatch
@@ -180,6 +180,7 @@ def evaluate(
     first_id: int = 0,
     mesh: Mesh | None = None,
     metric: reward.Metric = reward.exact_match,
+    eviction: str = "",
 ) -> tuple[list[Record], dict[str, float]]:
     """Plays every sample once; with several processes each decodes and scores its own rows.
 
@@ -191,6 +192,8 @@ def evaluate(
       first_id: trajectory id of the split's first sample; the others follow in order.
       mesh: what the batches are sharded over; None is the first device alone.
       metric: the reward of the task; one of its own is recorded beside EM and F1.
+      eviction: of the memory that is played with: then records say where each wrong answer broke
+        (`life_cycle`); '' leaves that out.
 
     Returns:
       One record a question, and statistics weighted by episodes; those of all processes, on each.
@@ -216,6 +219,9 @@ def evaluate(
         questions = decode_answers(np.asarray(e.questions), np.asarray(e.question_lengths), decode)
         given = Given(answers, lengths, log_probs, turn_counts, handled)
         found = make_records(given, questions, batch.aliases, batch.ids, ids, decode, metric)
+        if eviction:
+            local = host_batches.fetch(trajectories)
+            tell_paths(found, local, batch.episodes, decode, eviction)
         records += [record for b in np.flatnonzero(rows < real) for record in found[b]]
         kept = host_batches.first_rows(trajectories, real)
         for name, value in jax.device_get(statistics(kept)).items():
@@ -271,6 +277,25 @@ def make_records(
         ]
         for b, accepted in enumerate(aliases)
     ]
+
+
+def tell_paths(
+    records: Sequence[Sequence[Record]],
+    trajectories: Trajectory,
+    episodes: Episode,
+    decode: Callable[[Sequence[int]], str],
+    eviction: str,
+) -> None:
+    """Adds to the records of each trajectory where its wrong answers broke (`life_cycle`)."""
+    right = np.zeros(trajectories.answer_lengths.shape, bool)
+    for b, row in enumerate(records):
+        right[b, : len(row)] = [record["em"] == 1.0 for record in row]
+    chains = life_cycle.follow_batch(
+        trajectories, episodes, right, decode=decode, eviction=eviction
+    )
+    for row, paths in zip(records, chains, strict=True):
+        for record, path in zip(row, paths, strict=True):
+            record |= path.describe()
 
 
 def _by_fact(handled: Handled) -> Iterator[tuple[int, str]]:

@@ -2,7 +2,8 @@
 
 A segment is a fixed number of turns in one jitted program (`rollout.run_segment`). Between two of
 them only the environments stay on the devices, and of the document only the window that the next
-segment may need is made (`encoding.EpisodeStream`). Records of turns are handed on, or dropped.
+segment may need is made (`encoding.EpisodeStream`). Of the turns are kept those in which something
+was written, a fact was read or a question put: enough to tell where a wrong answer broke.
 
 Where it stands can be written down after any segment (`Saved`) and taken up again: trajectories
 are those of a rollout over the whole, whatever the length of a segment and wherever it was killed.
@@ -12,7 +13,7 @@ import base64
 import dataclasses
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -25,7 +26,7 @@ from atommem_jax.learning.evaluation import Record
 from atommem_jax.learning.rollout import Environment
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.tasks.batches import StreamBatch
-from atommem_jax.types import Episode, Phase, Turns
+from atommem_jax.types import EMPTY, Actions, Episode, Phase, Report, Trajectory, Turns
 
 SEGMENTS_BETWEEN_SAVES = 32
 """So that what is lost with a killed process is a minute or so."""
@@ -55,6 +56,7 @@ class Saved:
     environments: str = ""  # leaves, see `_pack`; '' before the first turn
     played: list[int] = dataclasses.field(default_factory=list)  # turns, of each row
     handled: list[evaluation.Handled] = dataclasses.field(default_factory=list)
+    kept: list[str] = dataclasses.field(default_factory=list)  # turns of each row, see `_pack`
     records: list[Record] = dataclasses.field(default_factory=list)  # of the batches before
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # see `evaluation.tally`
     episodes: int = 0  # of the batches before
@@ -69,6 +71,7 @@ class LongEvaluation:
       decode: token ids -> text.
       mesh: what the batches are sharded over.
       metric: the reward of the task.
+      eviction: of the memory that is played with; '' leaves out where wrong answers broke.
       save: is called now and then with where it stands.
       on_turns: is handed the turns of each segment, on the host, with the batch and how many of its
         rows are real.
@@ -79,6 +82,7 @@ class LongEvaluation:
     decode: Callable[[Any], str]
     mesh: Mesh
     metric: reward.Metric = reward.exact_match
+    eviction: str = ""
     save: Callable[[Saved], None] | None = None
     on_turns: Callable[[StreamBatch, int, Turns], None] | None = None
     on_tokens: Callable[[int], None] | None = None
@@ -115,9 +119,12 @@ class LongEvaluation:
         rows = host_batches.process_rows(self.mesh, host_batches.whole_size(self.mesh, count))
         trajectories = (saved.episodes + rows).astype(np.int32)
         ids = host_batches.shard(trajectories, self.mesh)
-        mine = rows < real
+        mine = int((rows < real).sum())  # rows are ascending
         saved.played = saved.played or [0] * count
         saved.handled = saved.handled or [[] for _ in range(count)]
+        kept = [_unpack_turns(text) for text in saved.kept] or [[] for _ in range(count)]
+        for stream, turns in zip(batch.streams, kept, strict=True):
+            stream.mark(_find_chunks(turns))
         window = batch.window(np.array(saved.chunks or [0] * count))
         episodes = host_batches.shard(window, self.mesh)
         env = self.player.start(episodes)
@@ -129,8 +136,9 @@ class LongEvaluation:
             _add(saved.sums, evaluation.tally(host_batches.first_rows(turns, real)))
             turns = host_batches.fetch(turns)
             if self.on_turns is not None:
-                self.on_turns(batch, int(mine.sum()), turns)
+                self.on_turns(batch, mine, turns)
             _note(saved, turns, window)
+            _keep(kept, turns, window, batch)
             saved.turn += self.player.turns
             before = batch.tokens_read.sum()
             phases, chunks = host_batches.fetch((env.phase, env.chunk))
@@ -143,15 +151,63 @@ class LongEvaluation:
             if self.save is not None and segment % SEGMENTS_BETWEEN_SAVES == 0:
                 saved.chunks = chunks.tolist()
                 saved.environments = _pack(host_batches.fetch(env))
+                saved.kept = [_pack(_join_turns(row) if row else []) for row in kept]
                 self.save(saved)
-        answers, lengths, log_probs = host_batches.fetch(
-            (env.answers, env.answer_lengths, env.answer_log_prob)
+        found = self._score(batch, host_batches.fetch(env), saved, kept, trajectories)
+        saved.records += [record for row in found[:mine] for record in row]
+
+    def _score(
+        self,
+        batch: StreamBatch,
+        env: Environment,
+        saved: Saved,
+        kept: Sequence[list[Turns]],
+        trajectories: Int[np.ndarray, " B"],
+    ) -> list[list[Record]]:
+        """The records of a batch whose trajectories are over."""
+        given = evaluation.Given(
+            np.asarray(env.answers),
+            np.asarray(env.answer_lengths),
+            np.asarray(env.answer_log_prob),
+            np.array(saved.played),
+            saved.handled,
         )
-        given = evaluation.Given(answers, lengths, log_probs, np.array(saved.played), saved.handled)
         found = evaluation.make_records(
             given, batch.questions, batch.aliases, batch.ids, trajectories, self.decode, self.metric
         )
-        saved.records += [record for row in np.flatnonzero(mine) for record in found[row]]
+        if self.eviction:
+            for b, records in enumerate(found):
+                row = jax.tree.map(lambda leaf, b=b: leaf[b], env)
+                digest = make_digest(int(trajectories[b]), row, kept[b])
+                evaluation.tell_paths(
+                    [records],
+                    jax.tree.map(lambda leaf: np.asarray(leaf)[None], digest),
+                    jax.tree.map(lambda leaf: leaf[None], batch.streams[b].digest()),
+                    self.decode,
+                    self.eviction,
+                )
+        return found
+
+
+def make_digest(number: int, env: Environment, kept: Sequence[Turns]) -> Trajectory:
+    """The turns of a long trajectory that were kept, as a trajectory of an `EpisodeStream.digest`.
+
+    Args:
+      number: id of the trajectory.
+      env: at its end, without a leading axis.
+      kept: turns without a leading axis, in their order.
+    """
+    turns = _join_turns(kept)
+    numbers = np.array(_find_chunks(kept), np.int64)
+    chunk = np.where(turns.chunk == EMPTY, EMPTY, np.searchsorted(numbers, turns.chunk))
+    return Trajectory(
+        id=np.int32(number),
+        turns=turns.replace(chunk=chunk.astype(np.int32)),
+        answers=env.answers,
+        answer_lengths=env.answer_lengths,
+        answer_log_prob=env.answer_log_prob,
+        memory=env.memory,
+    )
 
 
 def _note(saved: Saved, turns: Turns, window: Episode) -> None:
@@ -163,6 +219,31 @@ def _note(saved: Saved, turns: Turns, window: Episode) -> None:
     )
     pairs = zip(saved.handled, found, strict=True)
     saved.handled = [evaluation.join_handling(before, new) for before, new in pairs]
+
+
+def _keep(kept: list[list[Turns]], turns: Turns, window: Episode, batch: StreamBatch) -> None:
+    """Keeps the turns that tell of the memory, and marks their chunks in the documents."""
+    # What a prompt was is most of a record, and follows from the rest.
+    turns = turns.replace(prompt=np.zeros((*turns.live.shape, 0), np.int32))
+    has_fact = (np.asarray(window.annotations.category) != EMPTY).any(axis=2)
+    places = np.clip(turns.chunk - np.asarray(window.first_chunk)[:, None], 0, None)
+    reads_fact = np.take_along_axis(has_fact, np.minimum(places, has_fact.shape[1] - 1), axis=1)
+    tells = turns.live & ((turns.actions.count > 0) | (turns.phase != Phase.READING) | reads_fact)
+    for b, row in enumerate(tells):
+        at = np.flatnonzero(row)
+        if at.size:
+            kept[b].append(jax.tree.map(lambda leaf, b=b, at=at: leaf[b, at], turns))
+            numbers = turns.chunk[b, at]
+            batch.streams[b].mark(numbers[numbers != EMPTY].tolist())
+
+
+def _join_turns(parts: Sequence[Turns]) -> Turns:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _find_chunks(parts: Sequence[Turns]) -> list[int]:
+    """The numbers of the chunks that turns have read, ascending."""
+    return sorted({int(n) for part in parts for n in np.asarray(part.chunk) if n != EMPTY})
 
 
 def _add(sums: dict[str, float], more: dict[str, Any]) -> None:
@@ -177,13 +258,32 @@ def _pack(tree: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def _read_leaves(text: str) -> list[np.ndarray]:
+    with np.load(io.BytesIO(base64.b64decode(text))) as file:
+        return [file[f"arr_{i}"] for i in range(len(file.files))]
+
+
+def _unpack_turns(text: str) -> list[Turns]:
+    """The turns of one row that were packed; none where there were none."""
+    leaves = _read_leaves(text)
+    if not leaves:
+        return []
+    nested: dict[str, Any] = {"actions": _name_fields(Actions), "report": _name_fields(Report)}
+    structure = jax.tree.structure(Turns(**{**vars(_name_fields(Turns)), **nested}))
+    return [jax.tree.unflatten(structure, leaves)]
+
+
+def _name_fields(kind: Any) -> Any:
+    """One of its kind, that holds nothing but the names of its fields."""
+    return kind(**{field.name: field.name for field in dataclasses.fields(kind)})
+
+
 def _unpack(text: str, like: Any) -> Any:
     """The tree whose leaves were packed; `like` is another of the same structure.
 
     Raises ValueError where shapes differ.
     """
-    with np.load(io.BytesIO(base64.b64decode(text))) as file:
-        leaves = [file[f"arr_{i}"] for i in range(len(file.files))]
+    leaves = _read_leaves(text)
     old, structure = jax.tree.flatten(like)
     if [leaf.shape for leaf in old] != [leaf.shape for leaf in leaves]:
         raise ValueError("what was saved of this evaluation is of another agent; remove it")

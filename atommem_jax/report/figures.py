@@ -67,7 +67,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
+def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
     """`draw` under the style of all figures, whatever the process has set."""
 
     @functools.wraps(draw)
@@ -82,7 +82,7 @@ def _styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 # Figures
 
 
-@_styled
+@styled
 def draw_em_curve(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     """Exact match over RL: of training, and of validation with its interval.
 
@@ -114,7 +114,7 @@ def draw_em_curve(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def draw_operations(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     """Operations applied a turn over RL, a panel for each kind."""
     rows = _find_stage(runs, "rl")
@@ -130,7 +130,7 @@ def draw_operations(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
                 _per_turn(rl, f"applied/{operation}"),
                 color=SERIES[i],
                 linestyle=_LINES[i],
-                label=_shorten(name),
+                label=shorten(name),
             )
         axes.set_title(operation)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -145,7 +145,7 @@ def draw_operations(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def draw_occupancy(
     runs: Mapping[str, Sequence[Record]], slots: Mapping[str, int] | None = None
 ) -> Figure | None:
@@ -166,7 +166,7 @@ def draw_occupancy(
     return figure
 
 
-@_styled
+@styled
 def draw_policy(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     """The policy's entropy and the share of clipped tokens over RL."""
     rows = _find_stage(runs, "rl")
@@ -183,7 +183,7 @@ def draw_policy(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def draw_sft(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     """The loss of supervised fine-tuning."""
     rows = _find_stage(runs, "sft")
@@ -197,7 +197,7 @@ def draw_sft(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
             [r["loss"] for r in sft],
             color=SERIES[i],
             linestyle=_LINES[i],
-            label=_shorten(name),
+            label=shorten(name),
         )
     _start_at_zero(axes, least=0.1)
     if len(runs) > 1:
@@ -205,7 +205,7 @@ def draw_sft(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
     return figure
 
 
-@_styled
+@styled
 def draw_scores(
     runs: Mapping[str, Scores], columns: Sequence[str], labels: Mapping[str, str]
 ) -> Figure | None:
@@ -221,7 +221,7 @@ def draw_scores(
     if not rows or not columns:
         return None
     texts = [
-        _shorten(labels.get(method, method)) + (f" · {_shorten(run)}" if len(runs) > 1 else "")
+        shorten(labels.get(method, method)) + (f" · {shorten(run)}" if len(runs) > 1 else "")
         for run, method in rows
     ]
     size = (0.6 + 0.08 * max(map(len, texts)) + 1.75 * len(columns), 1.2 + 0.3 * len(rows))
@@ -234,7 +234,7 @@ def draw_scores(
             color = SERIES[names.index(run) % len(SERIES)]
             _draw_row(axes, runs[run], method, column, y, color)
         axes.set(
-            title=_shorten(column), xlim=(-0.04, 1.04), xticks=(0, 0.5, 1), xlabel="exact match"
+            title=shorten(column), xlim=(-0.04, 1.04), xticks=(0, 0.5, 1), xlabel="exact match"
         )
     panels[0, 0].set_yticks(range(len(rows)), texts, color=INK)
     panels[0, 0].set_ylim(len(rows) - 0.5, -0.5)
@@ -301,10 +301,10 @@ def _add_legend(axes: Any) -> None:
 
 
 def _prefix(name: str, runs: Mapping[str, Any]) -> str:
-    return f"{_shorten(name)}: " if len(runs) > 1 else ""
+    return f"{shorten(name)}: " if len(runs) > 1 else ""
 
 
-def _shorten(name: str, most: int = 32) -> str:
+def shorten(name: str, most: int = 32) -> str:
     """A label that leaves room for what it labels."""
     return name if len(name) <= most else name[: most - 1] + "\u2026"
 
@@ -355,7 +355,7 @@ def _make_key(full: bool) -> Any:
 # Files
 
 
-@_styled
+@styled
 def save(figure: Figure, stem: str | os.PathLike[str]) -> None:
     """Writes <stem>.png and <stem>.pdf."""
     path = paths.locate(stem)
@@ -366,7 +366,7 @@ def save(figure: Figure, stem: str | os.PathLike[str]) -> None:
         path.with_suffix(ending).write_bytes(buffer.getvalue())
 
 
-@_styled
+@styled
 def to_svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element for a page, in its colours, read aloud as `label`."""
     buffer = io.StringIO()

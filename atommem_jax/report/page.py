@@ -18,12 +18,14 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from atommem_jax.config import paths
-from atommem_jax.report import figures
+from atommem_jax.report import failures, figures
+from atommem_jax.report.failures import Failures
 from atommem_jax.report.figures import Cell, Record, Scores, plot_learning
 
 __all__ = ["Missing", "Run", "Traces", "name_method", "plot_learning", "sort_columns", "write"]
 
 PAGE = "index.html"
+_SCRIPTS = ("elements.js", "paths.js", "page.js")  # each may use those before it
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("atommem_jax.report", "assets"),
@@ -46,6 +48,7 @@ class Run:
       records: of its `metrics.jsonl`; may be empty.
       scores: method -> scale -> em, ci_low, ci_high, episodes; may be empty.
       slots: capacity of its table, if known.
+      failures: method -> scale -> stage -> share of the questions that broke there; may be empty.
     """
 
     name: str
@@ -53,14 +56,27 @@ class Run:
     records: Sequence[Record] = ()
     scores: Scores = dataclasses.field(default_factory=dict)
     slots: int | None = None
+    failures: Failures = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traces:
-    """Episodes as `trace.describe` gives them, and what they are of: {label: value}."""
+    """Episodes as `trace.describe` gives them, and what they are of: {label: value}.
+
+    `beside` are the same episodes, in the same order, as someone else played them.
+    """
 
     episodes: Sequence[Mapping[str, Any]]
     facts: Mapping[str, str]
+    name: str = ""  # who played them, where there is someone beside
+    beside: "Traces | None" = None
+
+    def data(self) -> dict[str, Any]:
+        """What the page's script reads."""
+        if self.beside is None:
+            return {"episodes": self.episodes}
+        names = [self.name, self.beside.name]
+        return {"episodes": self.episodes, "beside": self.beside.episodes, "names": names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +150,7 @@ def write(
         figures=_save_figures(path, runs),
         traces=traces if traces and traces.episodes else None,
         style=_read_asset("page.css"),
-        script=_read_asset("page.js"),
+        script="\n".join(map(_read_asset, _SCRIPTS)),
     )
     paths.write_text(path / PAGE, page)
     return path / PAGE
@@ -187,11 +203,20 @@ def _draw(runs: Sequence[Run]) -> dict[str, tuple[Figure | None, str]]:
     records = {run.name: run.records for run in runs}
     scores = {run.name: run.scores for run in runs}
     slots = {run.name: run.slots for run in runs if run.slots}
+    broken = {run.name: run.failures for run in runs if run.failures}
     labels = {method: label(method) for _, method in figures.order_methods(scores)}
     return {
         "em_by_scale": (
             figures.draw_scores(scores, sort_columns(runs), labels),
             "Exact match by scale, methods ordered by their mean; bars are 95% intervals.",
+        ),
+        "failures": (
+            failures.draw_failures(broken, sort_columns(runs), labels),
+            "Wrong answers by the stage at which the chain of their facts first broke.",
+        ),
+        "failures_over_training": (
+            failures.draw_failures_over_training(records),
+            "Wrong answers of each validation by stage.",
         ),
         "em_curve": (
             figures.draw_em_curve(records),
@@ -225,7 +250,7 @@ class _Drawing:
     @property
     def wide(self) -> bool:
         """Whether a narrow window does not hold it."""
-        return self.name == "em_by_scale"
+        return self.name in ("em_by_scale", "failures")
 
 
 def _save_figures(folder: pathlib.Path, runs: Sequence[Run]) -> list[_Drawing]:

@@ -5,7 +5,8 @@ Without flags of its own, so that any script can make a report when its work is 
 
 import pathlib
 import shlex
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +18,11 @@ from atommem_jax.config import ConfigError, Experiment, check, parse, paths
 from atommem_jax.learning import evaluation
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import host_batches
+from atommem_jax.report import failures, trace
 from atommem_jax.report import page as page_lib
-from atommem_jax.report import trace
 from atommem_jax.tasks import batches as batches_lib
-from atommem_jax.tasks import workflows
+from atommem_jax.tasks import datasets, workflows
+from atommem_jax.types import Episode, Trajectory
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 
 MOST_BATCHES = 4  # of a split are played in search of wrong answers
@@ -36,6 +38,7 @@ def make(
     step: str = "last",
     temperature: float = 0.0,
     out: pathlib.Path | None = None,
+    beside: str = "",
 ) -> pathlib.Path:
     """Writes the report, prints where it is and what it lacks, and returns the path of the page.
 
@@ -48,6 +51,8 @@ def make(
       step: checkpoint to trace.
       temperature: of the traced episodes.
       out: folder of the report; <workdir>/report where None.
+      beside: another step of the run, or another workdir, whose play of the same episodes is shown
+        beside it; '' for none.
 
     Raises ConfigError for a workdir, split or step that is asked for and not there.
     """
@@ -60,9 +65,9 @@ def make(
     traces = None
     if episodes > 0:
         try:
-            traces = trace_episodes(workdir, data_root, split, episodes, step, temperature)
+            traces = trace_episodes(workdir, data_root, split, episodes, step, temperature, beside)
         except ConfigError as error:
-            if split or step != "last":  # what was asked for by name is not left out
+            if split or step != "last" or beside:  # what was asked for by name is not left out
                 raise
             command = f"python experiments/train.py {_spell_flag('workdir', workdir)}"
             missing.append(page_lib.Missing(f"Memory traces: {error}.", command))
@@ -112,6 +117,7 @@ def read_run(name: str, workdir: pathlib.Path) -> page_lib.Run:
         records=records,
         scores=read_scores(workdir, records, config.workflow if config else "learned"),
         slots=int(find_sizes(config)["slots"]) if config else None,
+        failures=read_failures(workdir, records, config.workflow if config else "learned"),
     )
 
 
@@ -146,18 +152,35 @@ def describe_config(config: Experiment) -> dict[str, str]:
 def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
     """Method -> scale -> score, from `eval/` and `results.json`; the latter has the last word."""
     scores: dict[str, dict[str, Any]] = {}
-    for path in sorted((workdir / "eval").glob("*.json")):
-        summary = read_summary(path)
-        if summary is None:
-            continue
-        method = page_lib.name_method(summary["step"], summary["temperature"], records, workflow)
-        cell = {key: summary[key] for key in _CELL}
-        scores.setdefault(method, {})[summary["split"].removeprefix("test_")] = cell
+    for method, scale, summary in _read_summaries(workdir, records, workflow):
+        scores.setdefault(method, {})[scale] = {key: summary[key] for key in _CELL}
     results = workdir / "results.json"
     if results.is_file():
         for method, row in _read_methods(results).items():
             scores[method] = scores.get(method, {}) | row
     return scores
+
+
+def read_failures(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
+    """Method -> scale -> shares by stage, of those evaluations in `eval/` that tell them."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, scale, summary in _read_summaries(workdir, records, workflow):
+        shares = failures.read_shares(summary)
+        if shares is not None:
+            found.setdefault(method, {})[scale] = shares
+    return found
+
+
+def _read_summaries(
+    workdir: pathlib.Path, records: list, workflow: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(method, scale, summary) of every evaluation in `eval/`."""
+    for path in sorted((workdir / "eval").glob("*.json")):
+        summary = read_summary(path)
+        if summary is not None:
+            step, heat = summary["step"], summary["temperature"]
+            method = page_lib.name_method(step, heat, records, workflow)
+            yield method, summary["split"].removeprefix("test_"), summary
 
 
 def _read_methods(path: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -214,10 +237,14 @@ def trace_episodes(
     episodes: int,
     step: str,
     temperature: float,
+    beside: str = "",
 ) -> page_lib.Traces:
     """Plays a split as `evaluate.py` does, until there are wrong answers to show, and traces some.
 
-    Raises ConfigError where checkpoint, data or split are not there.
+    beside: see `make`.
+
+    Raises ConfigError where checkpoint, data or split are not there, or `beside` is of another
+    data set.
     """
     loaded = load.load(str(workdir), step)
     dataset = build.load_dataset(loaded.parts.config, data_root)
@@ -225,45 +252,105 @@ def trace_episodes(
         tests = [name for name in dataset.splits if name.startswith("test")]
         check(bool(tests), f"the data set has no test split, but {list(dataset.splits)}")
         split = tests[0]
-    shape = loaded.shape(dataset, split)
-    examples = dataset.split(split)
-    played = play(loaded, examples, shape, episodes, temperature)
-    rows = trace.choose([em for _, _, em, _ in played], episodes)
-    trajectories, samples = (
-        jax.tree.map(lambda *leaves: np.stack(leaves), *[played[row][part] for row in rows])
-        for part in (0, 1)
-    )
-    described = trace.describe(
-        loaded.parts.setting(shape),
-        trajectories,
-        samples,
-        loaded.parts.tokenizer,
-        [played[row][3] for row in rows],
-    )
-    right = sum(em >= 1.0 for _, _, em, _ in played)
+    other = _load_beside(loaded, beside) if beside else None
+    played = play(loaded, dataset, split, episodes, temperature)
+    rows = trace.choose([one.share for one in played], episodes)
+    right = sum(one.share >= 1.0 for one in played)
     facts = {
         "split": split,
         "checkpoint": f"step {loaded.step}",
         "decoding": "greedy" if temperature == 0 else f"temperature {temperature:g}",
         "chosen from": f"the first {len(played)} episodes, {right} of them all right",
     }
-    return page_lib.Traces(described, facts)
+    described = describe(loaded, dataset, split, [played[row] for row in rows])
+    if other is None:
+        return page_lib.Traces(described, facts)
+    again = play(other, dataset, split, len(played), temperature, every=True)
+    names = _name_players(loaded, other)
+    second = describe(other, dataset, split, [again[row] for row in rows])
+    return page_lib.Traces(
+        described,
+        facts | {"beside it": names[1]},
+        name=names[0],
+        beside=page_lib.Traces(second, {}, name=names[1]),
+    )
 
 
-def play(loaded, examples, shape, wanted: int, temperature: float) -> list[tuple]:
-    """(trajectory, episode, share of right answers, aliases) of the first samples of a split.
+def _load_beside(loaded: load.Loaded, beside: str) -> load.Loaded:
+    """The agent of another step of the same run, or of another run of the same task."""
+    is_step = beside.isdecimal() or beside in ("best", "last")
+    other = load.load(loaded.workdir, beside) if is_step else load.load(beside)
+    mine, theirs = (one.parts.config.task for one in (loaded, other))
+    check(
+        mine.to_dict() == theirs.to_dict(),
+        f"--beside={beside}: its task is {theirs.to_dict()}, and that of --workdir "
+        f"{mine.to_dict()}; pass a run of the same task, or a step of the same run",
+    )
+    return other
 
-    Trajectory ids and randomness are those of `evaluate.py` with its default seed.
+
+def _name_players(loaded: load.Loaded, other: load.Loaded) -> tuple[str, str]:
+    """What tells two agents apart: their steps, and their runs where these differ."""
+    if loaded.workdir == other.workdir:
+        return f"step {loaded.step}", f"step {other.step}"
+    names = name_runs([pathlib.Path(loaded.workdir), pathlib.Path(other.workdir)])
+    return f"{names[0]}, step {loaded.step}", f"{names[1]}, step {other.step}"
+
+
+class Played(NamedTuple):
+    """One episode as it was played."""
+
+    trajectory: Trajectory
+    episode: Episode
+    share: float  # of right answers
+    aliases: Sequence[Sequence[str]]
+
+
+def describe(
+    loaded: load.Loaded, dataset: datasets.Dataset, split: str, played: Sequence[Played]
+) -> list[trace.Data]:
+    """What the page shows of these episodes."""
+    trajectories, samples = (
+        jax.tree.map(lambda *leaves: np.stack(leaves), *column)
+        for column in (
+            [one.trajectory for one in played],
+            [one.episode for one in played],
+        )
+    )
+    return trace.describe(
+        loaded.parts.setting(loaded.shape(dataset, split)),
+        trajectories,
+        samples,
+        loaded.parts.tokenizer,
+        [one.aliases for one in played],
+    )
+
+
+def play(
+    loaded: load.Loaded,
+    dataset: datasets.Dataset,
+    split: str,
+    wanted: int,
+    temperature: float,
+    every: bool = False,
+) -> list[Played]:
+    """Plays the first samples of a split, in batches, until there are enough.
+
+    Trajectory ids and randomness are those of `evaluate.py` with its default seed. Enough is as
+    many as are wanted, half of them with a wrong answer, as far as the first batches have some.
+
+    every: exactly the first `wanted` ones, whatever is right.
     """
     tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
+    shape = loaded.shape(dataset, split)
     size = loaded.parts.config.eval.batch_size
     run = loaded.player(shape)
     key = host_batches.replicate(jax.random.key(0), mesh)
     heat = host_batches.replicate(np.float32(temperature), mesh)
-    played: list[tuple] = []
-    batches = batches_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
-    for number, (batch, real) in enumerate(batches):
-        ids = number * size + np.arange(size, dtype=np.int32)
+    played: list[Played] = []
+    batches = batches_lib.iterate_split(dataset.split(split), tokenizer, shape, batch_size=size)
+    for number, (batch, real) in enumerate(batches, start=1):
+        ids = (number - 1) * size + np.arange(size, dtype=np.int32)
         shards = host_batches.shard((batch.episodes, ids), mesh)
         trajectories = jax.device_get(run(loaded.params, *shards, key, heat))
         texts = evaluation.decode_answers(
@@ -271,10 +358,11 @@ def play(loaded, examples, shape, wanted: int, temperature: float) -> list[tuple
         )
         em = evaluation.score_answers(texts, batch.aliases)
         for b in range(real):
-            pair = jax.tree.map(lambda x, b=b: x[b], (trajectories, batch.episodes))
+            one, episode = jax.tree.map(lambda x, b=b: x[b], (trajectories, batch.episodes))
             share = float(em[b].sum()) / len(batch.aliases[b])
-            played.append((*pair, share, batch.aliases[b]))
-        wrong = sum(share < 1.0 for _, _, share, _ in played)
-        if number + 1 == MOST_BATCHES or (len(played) >= wanted and wrong >= (wanted + 1) // 2):
+            played.append(Played(one, episode, share, batch.aliases[b]))
+        wrong = sum(one.share < 1.0 for one in played)
+        searched = every or number >= MOST_BATCHES or wrong >= (wanted + 1) // 2
+        if searched and len(played) >= wanted:
             break
-    return played
+    return played[:wanted] if every else played

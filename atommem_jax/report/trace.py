@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning import evaluation, reward, rollout
+from atommem_jax.learning import evaluation, life_cycle, reward, rollout
+from atommem_jax.learning.table_history import SCRATCHPAD
 from atommem_jax.report.replay import Replay, recover, replay
 from atommem_jax.types import (
     EMPTY,
@@ -61,12 +62,12 @@ def describe(
 
     Returns:
       Per episode `episode`, `trajectory` (their ids), `em`, `chunks`, `slots`, `start`, `questions`
-      (text, gold, answer, em) and `turns`. A turn holds `phase`, `chunk` and `question` (numbers
-      or None), `scripted`, `query`, `shown`, `response` as generated, `actions` with what became
-      of each, `changes` of the table and of the `scratchpad`, and `entries`, their number before
-      and after. `start` lists the entries before the first turn (slot, text): applying the changes
-      of all turns up to one gives the table there. An `em` is None where nothing is known to be
-      right.
+      (text, gold, answer, em; stage and facts, see `describe_path`) and `turns`. A turn holds
+      `phase`, `chunk` and `question` (numbers or None), `scripted`, `query`, `shown`, `response` as
+      generated, `actions` with what became of each, `changes` of the table and of the
+      `scratchpad`, and `entries`, their number before and after. `start` lists the entries before
+      the first turn (slot, text): applying the changes of all turns up to one gives the table
+      there. An `em` is None where nothing is known to be right.
 
     Raises ValueError as `replay` does.
     """
@@ -80,6 +81,17 @@ def describe(
             lambda x, b=b: x[b], (trajectories, episodes, played, start)
         )
         live = np.flatnonzero(trajectory.turns.live)
+        paths = []
+        if accepted and all(accepted):
+            scores = [reward.exact_match(texts[b][q], gold) for q, gold in enumerate(accepted)]
+            paths = life_cycle.follow(
+                trajectory,
+                episode,
+                [score == 1 for score in scores],
+                decode=tokenizer.decode,
+                eviction=setting.limits.memory.eviction,
+                start=table,
+            )
         turns = [jax.tree.map(lambda x, t=t: x[t], (trajectory.turns, lacked)) for t in live]
         described.append(
             describe_episode(
@@ -91,6 +103,7 @@ def describe(
                 aliases=accepted,
                 turns=[_Describer(setting, tokenizer, *turn).describe() for turn in turns],
                 start=table,
+                paths=[describe_path(path, episode, tokenizer, live) for path in paths],
             )
         )
     return described
@@ -129,6 +142,7 @@ def describe_episode(
     aliases: Sequence[Sequence[str]],
     turns: list[Data],
     start: MemoryState | None = None,
+    paths: Sequence[Data] = (),
 ) -> Data:
     """The dictionary of one episode; see `describe`.
 
@@ -141,8 +155,11 @@ def describe_episode(
       aliases: [q] -> accepted answers.
       turns: of `describe_turn`.
       start: memory before the first turn, without a leading axis; None for nothing.
+      paths: one a question, of `describe_path`; none where no facts are known.
     """
     questions = _describe_questions(episode, answers, aliases, tokenizer)
+    for question, path in zip(questions, paths, strict=False):
+        question |= path
     scores = [question["em"] for question in questions if question["em"] is not None]
     return {
         "episode": int(episode.id),
@@ -182,6 +199,42 @@ def _describe_questions(
         }
         for q, gold in enumerate(accepted)
     ]
+
+
+def describe_path(
+    path: life_cycle.QuestionPath, episode: Episode, tokenizer: Tokenizer, live: np.ndarray
+) -> Data:
+    """What became of the facts that a question needs: `stage` and `facts`.
+
+    A fact has its `text`, the `note` to be stored of it ('' for the text itself), its `chunk`, its
+    `stage` (None where it was there when needed), `events` as (turn, what), and `holders` as
+    (turn, slots that hold it after the turn, 'scratchpad' among them), where they change.
+
+    live: rows of the record that took place, which are the turns of the page.
+    """
+    turns = {int(row): t for t, row in enumerate(live)}
+    a = episode.annotations
+    facts = []
+    for fact in path.facts:
+        c, u = divmod(fact.fact, a.start.shape[1])
+        first, note = int(a.start[c, u]), a.note[c, u, : int(a.note_length[c, u])].tolist()
+        sentence = episode.chunks[c, first : first + int(a.length[c, u])].tolist()
+        facts.append(
+            {
+                "text": tokenizer.decode(sentence).strip(),
+                "note": tokenizer.decode(note),
+                "chunk": fact.chunk,
+                "stage": fact.stage and fact.stage.value,
+                "events": [[turns[event.row], event.what] for event in fact.events],
+                "holders": [
+                    [turns[row], ["scratchpad" if slot == SCRATCHPAD else slot for slot in slots]]
+                    for row, slots in fact.holders
+                ],
+                "updates": fact.updates,
+                "survived": round(fact.survived, 3),
+            }
+        )
+    return {"stage": path.stage and path.stage.value, "facts": facts}
 
 
 class _Describer:

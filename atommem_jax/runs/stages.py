@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from atommem_jax.agent import build, crossed, play
 from atommem_jax.collection import store
 from atommem_jax.config import check
-from atommem_jax.learning import evaluation, trainer
+from atommem_jax.learning import evaluation, life_cycle, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import reward as reward_lib
 from atommem_jax.model import lora
@@ -482,5 +482,6 @@ class Validator:
             self.parts.tokenizer.decode,
             mesh=self.mesh,
             metric=reward_lib.find(self.parts.config.task),
+            eviction=self.parts.setting(self.shape).limits.memory.eviction,
         )
-        return {**statistics, **evaluation.summarise(records)}
+        return {**statistics, **evaluation.summarise(records), **life_cycle.share_stages(records)}

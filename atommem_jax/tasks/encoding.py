@@ -7,7 +7,7 @@ and `EpisodeStream` a document of any length, a window of chunks after the other
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,7 +269,7 @@ def _to_episode(
 class EpisodeStream:
     """A document of any length as windows of chunks, read once from its beginning to its end.
 
-    It holds the chunks of one window and one beyond, and nothing that grows with the document.
+    It holds the chunks of one window and one beyond, and of those before only what is marked.
     """
 
     def __init__(self, example: Example, encode_text: TextEncoder, shape: EpisodeShape):
@@ -278,6 +278,8 @@ class EpisodeStream:
         self._rest = iter(_iterate_chunks(example, encode_text))
         self._held: collections.deque[background.Chunk] = collections.deque()
         self._first = 0
+        self._marked: set[int] = set()
+        self._kept: dict[int, background.Chunk] = {}
         self.tokens_read = 0
         """Tokens before the last window."""
 
@@ -295,19 +297,40 @@ class EpisodeStream:
                 "that one or a later one. Open it again."
             )
         while self._first < first and (self._held or self._fill()):
-            self.tokens_read += self._held.popleft().length
+            chunk = self._held.popleft()
+            self.tokens_read += chunk.length
+            if self._first in self._marked:
+                self._kept[self._first] = chunk
             self._first += 1
         while len(self._held) <= self._shape.chunks and self._fill():
             pass
-        held = list(self._held)
-        shown = held[: self._shape.chunks]
-        places = {n: (c, u) for c, chunk in enumerate(shown) for n, u in chunk.places.items()}
+        shown = list(itertools.islice(self._held, self._shape.chunks))
+        return self._encode_chunks(shown, self._shape, first, self._first + len(self._held))
+
+    def mark(self, numbers: Iterable[int]) -> None:
+        """Keeps the chunks of these numbers, none of which was before the last window."""
+        self._marked.update(numbers)
+
+    def digest(self) -> Episode:
+        """The marked chunks that were read, in their order, as an episode of nothing else.
+
+        What happened in them is found in a record of the turns that showed them, in which chunks
+        are numbered anew. Leaves are NumPy's; there is one row of chunks at least.
+        """
+        held = dict(enumerate(self._held, start=self._first))
+        kept = self._kept | {n: chunk for n, chunk in held.items() if n in self._marked}
+        chunks = [kept[number] for number in sorted(kept)]
+        shape = dataclasses.replace(self._shape, chunks=max(len(chunks), 1))
+        return self._encode_chunks(chunks, shape, 0, len(chunks))
+
+    def _encode_chunks(
+        self, chunks: Sequence[background.Chunk], shape: EpisodeShape, first: int, count: int
+    ) -> Episode:
+        places = {n: (c, u) for c, chunk in enumerate(chunks) for n, u in chunk.places.items()}
         tokens = _join_tokens(
-            self._example, self._encode_text, [c.pieces for c in shown], places, partial=True
+            self._example, self._encode_text, [c.pieces for c in chunks], places, partial=True
         )
-        return _to_episode(
-            self._example, tokens, self._encode_text, self._shape, first, self._first + len(held)
-        )
+        return _to_episode(self._example, tokens, self._encode_text, shape, first, count)
 
     def _fill(self) -> bool:
         """Holds a further chunk; False where none is left."""

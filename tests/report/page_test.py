@@ -1,5 +1,6 @@
 """Figures hold the run's numbers; the page loads nothing and takes no text for markup."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -10,7 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from atommem_jax.report import figures
+from atommem_jax.learning import life_cycle
+from atommem_jax.report import failures, figures
 from atommem_jax.report import page as page_lib
 
 HOSTILE = '</script><img src=x onerror=alert(1)><b>&amp;"{{script}} <!-- $x^2$'
@@ -182,7 +184,53 @@ def test_a_method_evaluated_by_sampling_only_has_its_row():
     assert figures.order_methods({"one": scores}) == [("one", "atommem_rl"), ("one", "store_all")]
 
 
+SHARES = {"refused": 0.25, "evicted": 0.125}
+
+
+def test_wrong_answers_are_stacked_in_the_order_of_their_stages():
+    methods = {"atommem_rl_t1": {"4x": {"not_used": 0.25, **SHARES}, "1x": {}}, "store_all": {}}
+    figure = failures.draw_failures({"one": methods}, ["1x", "2x", "4x"], {"atommem_rl": "mine"})
+    first, last = figure.axes  # a scale that nobody tells of has no panel
+    assert (first.get_title("left"), last.get_title("left")) == ("1x", "4x")
+    assert not first.patches
+    bars = [(bar.get_label(), bar[0].get_x(), bar[0].get_width()) for bar in last.containers]
+    assert bars == [("refused", 0, 0.25), ("evicted", 0.25, 0.125), ("not_used", 0.375, 0.25)]
+    assert [text.get_text() for text in first.get_yticklabels()] == [
+        "mine · at 1",
+        "store_all · greedy",
+    ]
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["refused", "evicted", "not used"]
+    plt.close(figure)
+
+
+def test_wrong_answers_over_training_are_a_bar_a_validation():
+    rows = [{"step": step, "stage": "eval", "stage/refused": 1 / step} for step in (2, 4, 8)]
+    figure = failures.draw_failures_over_training({"one": [*make_records(3), *rows], "two": []})
+    (axes,) = figure.axes
+    (bars,) = axes.containers
+    assert [bar.get_height() for bar in bars] == [0.5, 0.25, 0.125]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "4", "8"]
+    plt.close(figure)
+
+
+def test_every_stage_has_a_colour_of_its_own():
+    shares = dict.fromkeys(life_cycle.STAGES, 1 / len(life_cycle.STAGES))
+    figure = failures.draw_failures({"one": {"mine": {"1x": shares}}}, ["1x"], {})
+    faces = [bar[0].get_facecolor() for bar in figure.axes[0].containers]
+    assert len(set(faces)) == len(life_cycle.STAGES)
+    plt.close(figure)
+
+
+def test_shares_are_read_from_summaries_and_from_validations():
+    assert failures.read_shares({"stages": {"refused": 3}, "questions": 12}) == {"refused": 0.25}
+    assert failures.read_shares({"stage/refused": 0.5, "stage/new": 1}) == {"refused": 0.5}
+    assert failures.read_shares({"em": 0.5, "stage": "eval"}) is None
+
+
 def test_there_is_no_figure_of_nothing():
+    assert failures.draw_failures({"one": {}}, ["1x"], {}) is None
+    assert failures.draw_failures_over_training({"one": make_records(2)}) is None
     for draw in (figures.draw_em_curve, figures.draw_operations, figures.draw_occupancy):
         assert draw({"one": make_records(0)}) is None
     assert figures.draw_policy({}) is None
@@ -208,8 +256,9 @@ def test_a_drawing_follows_the_colours_of_the_page():
 
 def test_a_report_is_a_page_and_pictures(tmp_path):
     run = make_run(scores={"atommem_rl": {"1x": make_cell(0.5)}}, seed="0")
+    run = dataclasses.replace(run, failures={"atommem_rl": {"1x": SHARES}})
     page = page_lib.write(tmp_path / "new" / "report", [run], page_lib.Traces([make_episode()], {}))
-    names = {"em_by_scale", "em_curve", "operations", "occupancy", "policy", "sft"}
+    names = {"em_by_scale", "failures", "em_curve", "operations", "occupancy", "policy", "sft"}
     assert page.name == "index.html"
     assert {path.name for path in page.parent.iterdir()} == {
         "index.html",

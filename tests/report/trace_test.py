@@ -344,3 +344,38 @@ def test_a_diff_goes_by_words():
 )
 def test_right_and_wrong_episodes_are_mixed(em, count, rows):
     assert trace.choose(em, count) == rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The facts behind an answer
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_the_facts_of_every_question_are_followed(name):
+    _, _, episodes, _ = PLAYED[name]()
+    decode = tiny.make_tokenizer().decode
+    for b, episode in enumerate(describe(PLAYED[name]())):
+        a = episodes.annotations
+        for q, question in enumerate(episode["questions"]):
+            assert (question["stage"] is None) == (question["em"] == 1)
+            needs = a.needs[b, q][a.needs[b, q] >= 0]
+            assert len(question["facts"]) == len(needs)
+            for fact, index in zip(question["facts"], needs.tolist(), strict=True):
+                c, u = divmod(index, a.start.shape[2])
+                first, size = a.start[b, c, u], a.length[b, c, u]
+                sentence = decode(episodes.chunks[b, c, first : first + size].tolist())
+                assert (fact["chunk"], fact["text"]) == (c, sentence.strip())
+                turns = [turn for turn, what in fact["events"] if what == "seen"]
+                shown = [t for t, turn in enumerate(episode["turns"]) if turn["chunk"] == c]
+                assert turns == shown
+                places = [turn for turn, _ in [*fact["events"], *fact["holders"]]]
+                assert all(0 <= turn < len(episode["turns"]) for turn in places)
+    json.dumps(describe(PLAYED[name]()), allow_nan=False)
+
+
+def test_what_nobody_knows_the_answer_to_has_no_stage():
+    setting, trajectories, episodes, aliases = play_model()
+    unknown = [[[] for _ in accepted] for accepted in aliases]
+    for accepted in (unknown, [[] for _ in aliases]):
+        described = trace.describe(setting, trajectories, episodes, tiny.make_tokenizer(), accepted)
+        assert all("stage" not in question for e in described for question in e["questions"])
