@@ -13,6 +13,9 @@ came from, and a page with the memory trace is written to --out. Questions given
 known while the documents are read; those of --interactive come later, one a line, and are answered
 from the same memory. --load_memory goes on with what was kept by --save_memory.
 
+Of a document of more than 1,000 parts only the turns that write something are printed and kept
+(--records), beside a progress bar: it takes no more memory than its text, whatever its length.
+
 A checkpoint trained here reads as it was trained: whole sentences, as many a part as it knows.
 """
 
@@ -23,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import tqdm
 from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
@@ -35,6 +39,8 @@ from atommem_jax.documents.reader import Heading, Named, Reader
 from atommem_jax.report import page as page_lib
 from atommem_jax.report import trace
 from experiments import flags
+
+LONG = 1000  # parts
 
 _multi = absl_flags.DEFINE_multi_string
 _string = absl_flags.DEFINE_string
@@ -67,6 +73,13 @@ SAVE_MEMORY = flags.define_path(
     "save_memory", None, "Keep the memory in this file (.npz).", local=True
 )
 OUT = flags.define_path("out", "runs/answer", "Folder of the page with the memory trace.")
+RECORDS = absl_flags.DEFINE_enum(
+    "records",
+    None,
+    ["full", "changes"],
+    "Which turns are printed, and kept for the page: all, or those that write something or answer. "
+    f"Default: all of a document of up to {LONG} parts, else changes.",
+)
 TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Temperature of sampling; 0 is greedy.", lower_bound=0.0
 )
@@ -277,6 +290,7 @@ class Conversation:
 
     def play(self, parts: Sequence[Named], questions: Sequence[str]) -> None:
         """Reads the parts, then answers the questions; keeps what was done where it is stopped."""
+        full = RECORDS.value == "full" or (RECORDS.value is None and len(parts) <= LONG)
         with in_flags():
             reading = self.reader.begin(
                 parts,
@@ -284,10 +298,13 @@ class Conversation:
                 self.memory,
                 temperature=TEMPERATURE.value,
                 seed=SEED.value,
-                announce=self._tell_heading,
+                announce=self._tell_heading if full else None,
+                full=full,
             )
         try:
-            for turn in reading.turns():
+            for turn in reading.turns() if full else self._watch(reading, len(parts)):
+                if not full:
+                    self._tell_heading(turn.heading)
                 print(transcript.tell_turn(turn.data), flush=True)
         finally:
             told = reading.describe()
@@ -297,6 +314,16 @@ class Conversation:
         for answer in reading.answers():
             print()
             print(transcript.tell_answer(answer.question, answer.text, answer.shown), flush=True)
+
+    def _watch(self, reading: reader_lib.Reading, parts: int) -> Iterator[reader_lib.Turn]:
+        """The turns that tell something; a progress bar counts the parts of all of them."""
+        with tqdm.tqdm(total=parts, unit=" parts", mininterval=1.0, leave=False) as bar:
+            for turn in reading.turns():
+                bar.update(max(turn.part + 1 - bar.n, 0))
+                bar.set_postfix_str(f"{reading.tokens_read:,} tokens", refresh=False)
+                if turn.tells:
+                    bar.clear()
+                    yield turn
 
     def _tell_heading(self, heading: Heading) -> None:
         seconds = f"{time.perf_counter() - self._started:7.1f} s"

@@ -25,6 +25,9 @@ from atommem_jax.tasks import encoding, schema
 from atommem_jax.types import EMPTY, Phase, Response, View
 
 CHUNK_TOKENS, QUESTION_TOKENS = 512, 64  # where a checkpoint does not say what it was trained on
+WINDOW = 64
+"""Parts that are held at a time; what has more is read in windows, in the memory of one."""
+
 OLD_TOKENS = 16  # of parts and of questions, for a small checkpoint that does not say it
 
 Named = tuple[str, split_lib.Part]
@@ -46,7 +49,10 @@ def choose_limits(
 ) -> Limits:
     """As in training, as far as that is known and the arguments do not say otherwise."""
     trained, config = loaded.trained_shape, loaded.parts.config
-    if trained:
+    if trained and config.task.get("chunk_tokens"):
+        # Its parts were as many whole sentences as have room.
+        limits = Limits(trained.chunk_length, None, trained.question_length, trained.questions)
+    elif trained:
         limits = Limits(
             trained.chunk_length, trained.facts, trained.question_length, trained.questions
         )
@@ -107,6 +113,21 @@ class Turn:
         )
 
     @property
+    def part(self) -> int:
+        """Number of the part that was read, or EMPTY while answering."""
+        return int(self.played.record.chunk)
+
+    @property
+    def question(self) -> int:
+        """Number of the question that was put, or EMPTY while parts are read."""
+        return int(self.played.record.question)
+
+    @property
+    def tells(self) -> bool:
+        """Whether something was written in it, or a question put."""
+        return self.question != EMPTY or int(self.played.record.actions.count) > 0
+
+    @property
     def query(self) -> str:
         """The standing query that chose what is shown; '' for none."""
         return self.data["query"]
@@ -123,6 +144,13 @@ class Turn:
 
     def __str__(self) -> str:
         return f"{self.heading}\n{transcript.tell_turn(self.data)}"
+
+
+class _Told(NamedTuple):
+    """What is kept of a turn where a `Turn` would be too much."""
+
+    question: int
+    data: trace.Data
 
 
 class Reader:
@@ -199,6 +227,7 @@ class Reader:
         temperature: float = 0.0,
         seed: int = 0,
         announce: Callable[[Heading], None] | None = None,
+        full: bool = True,
     ) -> "Reading":
         """An episode over the parts and then the questions, of which no turn is played yet.
 
@@ -209,6 +238,8 @@ class Reader:
           temperature: 0 is greedy.
           seed: of sampling.
           announce: is told what a turn is about before the model is asked.
+          full: keeps every turn; else those alone that wrote something or put a question, so that
+            a document of any length takes no more memory than its text.
 
         Raises ConfigError for a question that is too long, and for a memory of another kind of
         agent.
@@ -219,7 +250,8 @@ class Reader:
             memory_file.check_same("memory", memory.identity, self.identity)
         # Sizes only grow, chunks to powers of two: what was compiled for a document serves the
         # questions after it, and documents of about the same length.
-        self._chunks = max(self._chunks, 1 << max(len(parts) - 1, 0).bit_length())
+        held = min(len(parts), WINDOW)
+        self._chunks = max(self._chunks, 1 << max(held - 1, 0).bit_length())
         self._questions = max(self._questions, len(questions))
         shape = self._shape()
         return Reading(
@@ -233,6 +265,7 @@ class Reader:
             start=memory,
             seed=seed,
             announce=announce or (lambda heading: None),
+            full=full,
         )
 
     def _shape(self) -> encoding.EpisodeShape:
@@ -274,14 +307,16 @@ class Reading:
         start: Memory | None,
         seed: int,
         announce: Callable[[Heading], None],
+        full: bool,
     ):
         self._setting, self._tokenizer, self._identity = setting, tokenizer, identity
         self._parts, self._questions, self._start = parts, questions, start
         self._number = start.episodes if start else 0
         example = make_example(self._number, [part for _, part in parts], questions)
-        self._episode = encoding.encode(example, tokenizer, shape, partial=True)
+        self._stream = encoding.EpisodeStream(example, encoding.TextEncoder(tokenizer), shape)
         self._heading, self._last_chunk = Heading("", ""), EMPTY
-        self._turns: list[Turn] = []
+        self._full, self._begun = full, False
+        self._turns: list[Turn | _Told] = []
 
         def respond_announced(view: View, keys: jax.Array) -> Response:
             self._heading = self._head(int(view.chunk[0]), int(view.question[0]))
@@ -291,7 +326,10 @@ class Reading:
         self._session = session.Session(
             setting,
             respond_announced,
-            self._episode,
+            self._stream.window(0),
+            window=self._stream.window,
+            max_turns=setting.limits.turn_bound(len(parts), len(questions)),
+            keep=False,
             table=start.state if start else None,
             trajectory_id=self._number,
             seed=seed,
@@ -304,8 +342,17 @@ class Reading:
         """
         for played in self._session.turns(until):
             turn = Turn(self._heading, self._setting, self._tokenizer, played)
-            self._turns.append(turn)
+            self._begun = True
+            if self._full or turn.tells:
+                chunk = int(played.record.chunk)
+                self._stream.mark([chunk] if chunk != EMPTY else [])
+                self._turns.append(turn if self._full else _Told(turn.question, turn.data))
             yield turn
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the parts before the window that is read now."""
+        return self._stream.tokens_read
 
     @property
     def memory(self) -> Memory:
@@ -314,7 +361,7 @@ class Reading:
         before = self._start.documents if self._start else ()
         return Memory(
             jax.device_get(self._session.memory),
-            self._number + bool(self._turns),
+            self._number + self._begun,
             (*before, *read),
             self._identity,
             self._tokenizer,
@@ -322,36 +369,48 @@ class Reading:
 
     def answers(self) -> list[Answer]:
         """One of each question; with text '' where none was given, or it was not put yet."""
-        if not self._turns or not self._questions:
+        if not self._begun or not self._questions:
             return []
-        trajectory = jax.device_get(self._session.trajectory())
-        last = {int(turn.played.record.question): turn for turn in self._turns}
+        given = self._session.answers()
+        last = {turn.question: turn for turn in self._turns}
         return [
             Answer(
                 question,
-                self._tokenizer.decode(
-                    trajectory.answers[0, q, : trajectory.answer_lengths[0, q]].tolist()
-                ),
-                float(trajectory.answer_log_prob[0, q]),
+                self._tokenizer.decode(given[q][0]),
+                given[q][1],
                 tuple(last[q].data["shown"]) if q in last else (),
             )
             for q, question in enumerate(self._questions)
         ]
 
     def describe(self) -> trace.Data | None:
-        """The episode in plain values, for a page; None before its first turn."""
-        if not self._turns:
+        """The episode in plain values, for a page; None before its first turn.
+
+        It has the turns that were kept, and the parts that they read, which say their numbers
+        where others are missing.
+        """
+        if not self._begun:
             return None
-        return trace.describe_episode(
+        turns = [turn.data for turn in self._turns]
+        numbers = sorted({turn["chunk"] for turn in turns if turn["chunk"] is not None})
+        places = {number: place for place, number in enumerate(numbers)}
+        told = trace.describe_episode(
             self._setting,
-            self._episode,
+            self._stream.digest(),
             self._tokenizer,
             trajectory=self._number,
             answers=[answer.text for answer in self.answers()],
             aliases=[[]] * len(self._questions),
-            turns=[turn.data for turn in self._turns],
+            turns=[
+                turn if turn["chunk"] is None else {**turn, "chunk": places[turn["chunk"]]}
+                for turn in turns
+            ],
             start=self._start.state if self._start else None,
         )
+        if len(numbers) < len(self._parts) and not self._full:
+            pairs = zip(numbers, told["chunks"], strict=True)
+            told["chunks"] = [f"[part {number + 1}] {text}" for number, text in pairs]
+        return told
 
     def _head(self, chunk: int, question: int) -> Heading:
         if chunk == EMPTY:

@@ -41,7 +41,11 @@ class Session:
     Args:
       setting: sizes and grammar.
       respond: the policy.
-      episode: without a leading axis.
+      episode: without a leading axis; of a long document the first window.
+      window: (number of a chunk) -> the window from there on, where the document has more chunks
+        than `episode` holds.
+      max_turns: after which nothing is played any more; by default those of the setting.
+      keep: whether the records of turns are kept, which `trajectory` needs.
       table: what is remembered before the first turn; None for an empty memory.
       trajectory_id: with `seed` it determines all randomness, as in `rollout.run`.
       seed: of sampling.
@@ -53,16 +57,27 @@ class Session:
         respond: Respond,
         episode: Episode,
         *,
+        window: Callable[[int], Episode] | None = None,
+        max_turns: int | None = None,
+        keep: bool = True,
         table: MemoryState | None = None,
         trajectory_id: int = 0,
         seed: int = 0,
     ):
         self.setting, self.respond = setting, respond
-        self.episode = jax.tree.map(lambda x: jnp.asarray(x)[None], episode)
+        self._window, self._keep = window, keep
+        self._max_turns = setting.limits.max_turns if max_turns is None else max_turns
+        self._last_held = -1
+        self._hold(episode)
         self._ids = jnp.asarray([trajectory_id], jnp.int32)
         self._key = jax.random.fold_in(jax.random.key(seed), trajectory_id)
         self._env = _start(setting, self.episode, table)
         self._records: list[Turns] = []
+        self._played = 0
+
+    def _hold(self, episode: Episode) -> None:
+        self.episode = jax.tree.map(lambda x: jnp.asarray(x)[None], episode)
+        self._last_held = int(episode.first_chunk) + episode.chunks.shape[0] - 1
 
     @property
     def memory(self) -> MemoryState:
@@ -74,21 +89,34 @@ class Session:
 
         until: the phase to stop at, before any of its turns.
         """
-        while len(self._records) < self.setting.limits.max_turns:
+        while self._played < self._max_turns:
             if int(self._env.phase[0]) >= until:
                 return
+            if self._window is not None and int(self._env.chunk[0]) > self._last_held:
+                self._hold(self._window(int(self._env.chunk[0])))
             seen = _look(self.setting, self._env, self.episode)
-            key = jax.random.fold_in(self._key, len(self._records))
+            key = jax.random.fold_in(self._key, self._played)
             response = self.respond(seen.view, key[None])
             self._env, record = _act(self.setting, self._env, seen, self.episode, response)
             record = jax.device_get(record)
-            self._records.append(record)
+            self._played += 1
+            if self._keep:
+                self._records.append(record)
             yield Turn(seen, _first(seen.env.memory), self.memory, _first(record))
 
+    def answers(self) -> list[tuple[list[int], float]]:
+        """Tokens and log-probability of the answer to each question; no tokens where none is."""
+        env = jax.device_get(self._env)
+        rows = zip(env.answers[0], env.answer_lengths[0], env.answer_log_prob[0], strict=True)
+        return [(row[:length].tolist(), float(log_prob)) for row, length, log_prob in rows]
+
     def trajectory(self) -> Trajectory:
-        """The turns played so far, as a batch of one. Raises ValueError before the first."""
+        """The turns played so far, as a batch of one.
+
+        Raises ValueError before the first, and where records are not kept.
+        """
         if not self._records:
-            raise ValueError("trajectory: no turn has been played; iterate over turns() first")
+            raise ValueError("trajectory: no turn was kept; iterate over turns(), with keep=True")
         records = jax.tree.map(lambda *leaves: np.stack(leaves), *self._records)
         return rollout.finish(self._ids, self._env, records)
 
