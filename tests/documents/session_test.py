@@ -70,7 +70,7 @@ def test_a_session_goes_on_with_a_memory():
     setting = tiny.make_parts().setting(tiny.make_shape())
     respond = session.model_responder(tiny.make_parts().agent, params, 0.0)
     one = session.Session(setting, respond, first)
-    with pytest.raises(ValueError, match="no turn has been played"):
+    with pytest.raises(ValueError, match="no turn was kept"):
         one.trajectory()
     *_, last = one.turns()
     two = session.Session(setting, respond, second, table=last.after)
