@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -123,8 +124,8 @@ class LongEvaluation:
         saved.played = saved.played or [0] * count
         saved.handled = saved.handled or [[] for _ in range(count)]
         kept = [_unpack_turns(text) for text in saved.kept] or [[] for _ in range(count)]
-        for stream, turns in zip(batch.streams, kept, strict=True):
-            stream.mark(_find_chunks(turns))
+        for stream, before in zip(batch.streams, kept, strict=True):
+            stream.mark(_find_chunks(before))
         window = batch.window(np.array(saved.chunks or [0] * count))
         episodes = host_batches.shard(window, self.mesh)
         env = self.player.start(episodes)
@@ -140,11 +141,11 @@ class LongEvaluation:
             _note(saved, turns, window)
             _keep(kept, turns, window, batch)
             saved.turn += self.player.turns
-            before = batch.tokens_read.sum()
+            read = batch.tokens_read.sum()
             phases, chunks = host_batches.fetch((env.phase, env.chunk))
             window = batch.window(chunks)
             if self.on_tokens is not None:
-                self.on_tokens(int(batch.tokens_read.sum() - before))
+                self.on_tokens(int(batch.tokens_read.sum() - read))
             if (host_batches.gather_rows(phases, self.mesh) == Phase.DONE).all():
                 break
             episodes = host_batches.shard(window, self.mesh)
@@ -201,7 +202,7 @@ def make_digest(number: int, env: Environment, kept: Sequence[Turns]) -> Traject
     numbers = np.array(_find_chunks(kept), np.int64)
     chunk = np.where(turns.chunk == EMPTY, EMPTY, np.searchsorted(numbers, turns.chunk))
     return Trajectory(
-        id=np.int32(number),
+        id=jnp.int32(number),
         turns=turns.replace(chunk=chunk.astype(np.int32)),
         answers=env.answers,
         answer_lengths=env.answer_lengths,

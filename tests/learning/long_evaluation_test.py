@@ -11,10 +11,11 @@ import pytest
 
 from atommem_jax.learning import evaluation, long_evaluation, rollout
 from atommem_jax.parallel import mesh as mesh_lib
-from atommem_jax.tasks import batches, encoding
+from atommem_jax.tasks import batches, encoding, teacher
 from tests.helpers import tiny
 
 BATCH = 5
+EVICTION = tiny.make_config().memory.eviction
 
 
 @functools.cache
@@ -22,8 +23,13 @@ def make_params():
     return tiny.make_params(scale=0.3)
 
 
-def make_policy(params):
-    return rollout.model_policy(tiny.make_parts().agent, params, jnp.float32(1.0))
+def make_policy(params, scripted):
+    """The model; or a script that reads, and forgets some facts, while the model answers."""
+    model = rollout.model_policy(tiny.make_parts().agent, params, jnp.float32(1.0))
+    if not scripted:
+        return model
+    rates = teacher.TeacherConfig(store_support=0.7, update=0.0, set_query=0.5)
+    return rollout.by_phase(teacher.policy(rates, tiny.make_parts().script), model)
 
 
 @functools.cache
@@ -31,31 +37,33 @@ def make_shape(window: int):
     return encoding.fit_shape(tiny.make_examples(), tiny.make_tokenizer(), window)
 
 
-@jax.jit
-def _play_whole(setting, params, episodes, ids):
-    return rollout.run(setting, make_policy(params), episodes, ids, jax.random.key(3))
+@functools.partial(jax.jit, static_argnums=4)
+def _play_whole(setting, params, episodes, ids, scripted):
+    return rollout.run(setting, make_policy(params, scripted), episodes, ids, jax.random.key(3))
 
 
 @functools.cache
-def whole():
+def whole(scripted=False):
     """(records, statistics, trajectories) of rollouts over the whole."""
     played = []
 
     def play(episodes, ids):
         setting = tiny.make_parts().setting(tiny.make_shape())
-        played.append(jax.device_get(_play_whole(setting, make_params(), episodes, ids)))
+        played.append(jax.device_get(_play_whole(setting, make_params(), episodes, ids, scripted)))
         return played[-1]
 
     split = batches.iterate_split(
         tiny.make_examples(), tiny.make_tokenizer(), tiny.make_shape(), batch_size=BATCH
     )
-    return *evaluation.evaluate(play, split, tiny.make_tokenizer().decode), played
+    decode = tiny.make_tokenizer().decode
+    return *evaluation.evaluate(play, split, decode, eviction=EVICTION), played
 
 
 class Segments:
     """A player that can be killed before a segment of a given number."""
 
-    def __init__(self, window: int, die_at: int = -1):
+    def __init__(self, window: int, die_at: int = -1, scripted: bool = False):
+        self.scripted = scripted
         self.turns, self.setting = window, tiny.make_parts().setting(make_shape(window))
         self.die_at, self.played = die_at, 0
         self.records = []
@@ -68,16 +76,30 @@ class Segments:
             raise KeyboardInterrupt
         self.played += 1
         env, turns = _play_segment(
-            self.setting, make_params(), env, episodes, ids, jnp.int32(first_turn), self.turns
+            self.setting,
+            make_params(),
+            env,
+            episodes,
+            ids,
+            jnp.int32(first_turn),
+            self.turns,
+            self.scripted,
         )
         self.records.append((first_turn, jax.device_get(turns)))
         return env, turns
 
 
-@functools.partial(jax.jit, static_argnums=6)
-def _play_segment(setting, params, env, episodes, ids, first_turn, turns):
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _play_segment(setting, params, env, episodes, ids, first_turn, turns, scripted):
     env, records = rollout.run_segment(
-        setting, make_policy(params), env, episodes, ids, jax.random.key(3), first_turn, turns
+        setting,
+        make_policy(params, scripted),
+        env,
+        episodes,
+        ids,
+        jax.random.key(3),
+        first_turn,
+        turns,
     )
     return env, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records)
 
@@ -87,7 +109,12 @@ def run(player, saved=None, save=None, **hooks):
         tiny.make_examples(), tiny.make_tokenizer(), make_shape(player.turns), batch_size=BATCH
     )
     return long_evaluation.LongEvaluation(
-        player, tiny.make_tokenizer().decode, mesh_lib.single(), save=save, **hooks
+        player,
+        tiny.make_tokenizer().decode,
+        mesh_lib.single(),
+        eviction=EVICTION,
+        save=save,
+        **hooks,
     ).run(split, saved)
 
 
@@ -111,6 +138,13 @@ def test_segments_of_any_length_come_to_the_whole(window):
     assert {n: statistics[n] for n in per_episode} == pytest.approx(
         {n: expected[n] for n in per_episode}, rel=1e-5
     )
+
+
+def test_answers_break_where_they_do_in_the_whole():
+    expected, _, _ = whole(scripted=True)
+    assert len({record["stage"] for record in expected}) > 1
+    records, _ = run(Segments(2, scripted=True))
+    same_records(records, expected)
 
 
 def test_every_turn_is_the_same_turn():
