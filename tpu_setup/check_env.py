@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
+from packaging.requirements import Requirement
 
 CHECKS = ("versions", "lock", "devices", "hbm", "collective", "bucket")
 
@@ -155,32 +156,63 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_versions(require_tpu: bool) -> Result:
-    """The installed packages against the pins of constraints.txt, and libtpu against JAX."""
-    wrong = []
-    for name, pin in read_pins().items():
-        found = find_version(name)
-        if found != pin:
-            wrong.append(f"{name} {found or 'is missing'} (pinned: {pin})")
-    libtpu = find_version("libtpu")
-    needed = libtpu_pin()
-    if libtpu and needed and not _fits(libtpu, needed):
-        wrong.append(f"libtpu {libtpu} (needed by jax: {needed})")
-    if require_tpu and not libtpu:
-        wrong.append("libtpu is missing")
+    """The installed packages against what requirements.txt and the installed JAX allow.
+
+    Other versions than those that the tests run with (constraints.txt) are right, and remarked.
+    """
+    with_tpu = require_tpu or bool(find_version("libtpu"))
+    needed = [("allowed", each) for each in read_requirements()]
+    needed += [("needed by jax", each) for each in requirements_of_jax(with_tpu)]
+    wrong = [
+        f"{each.name} {find_version(each.name) or 'is missing'} "
+        f"({whose}: {each.specifier or 'any'})"
+        for whose, each in needed
+        if not _fits(each)
+    ]
     if wrong:
         return Result(
             "versions", WRONG, "; ".join(wrong), "tpu_setup/setup_vm.sh, or pip install -e '.[tpu]'"
         )
     python = ".".join(map(str, sys.version_info[:3]))
-    found = f"Python {python}, jax {find_version('jax')}, libtpu {libtpu or 'none'}"
-    return Result("versions", OK, f"{found}, and all that is pinned")
+    libtpu = find_version("libtpu") or "none"
+    found = f"Python {python}, jax {find_version('jax')}, libtpu {libtpu}"
+    others = [
+        f"{name} {find_version(name)} (pinned: {pin})"
+        for name, pin in read_pins().items()
+        if find_version(name) != pin
+    ]
+    if not others:
+        return Result("versions", OK, f"{found}, and all that is pinned")
+    remark = f"all that is there is allowed; the tests run with other versions: {', '.join(others)}"
+    return Result("versions", OK, f"{found}; {remark}")
+
+
+def read_requirements() -> list[Requirement]:
+    """What the library needs: the lines of requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def requirements_of_jax(with_tpu: bool) -> list[Requirement]:
+    """What the installed JAX asks for, jaxlib and libtpu among it; nothing where there is none."""
+    try:
+        lines = importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    extra = {"extra": "tpu" if with_tpu else ""}
+    needed = map(Requirement, lines)
+    return [each for each in needed if each.marker is None or each.marker.evaluate(extra)]
+
+
+def _fits(needed: Requirement) -> bool:
+    found = find_version(needed.name)
+    return bool(found) and needed.specifier.contains(found, prereleases=True)
 
 
 def read_pins() -> dict[str, str]:
     """{package: version} of constraints.txt, of what the library needs (requirements.txt)."""
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    names = set(re.findall(r"^([A-Za-z0-9_.-]+)", needed, re.MULTILINE)) | {"jaxlib"}
+    names = {each.name for each in read_requirements()} | {"jaxlib"}
     found = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;#]+)", pins, re.MULTILINE)
     return {name: pin for name, pin in found if name in names}
 
@@ -191,20 +223,6 @@ def find_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def libtpu_pin() -> str:
-    """What the installed JAX asks of libtpu, such as 0.0.42.*; '' where it says nothing."""
-    try:
-        lines = importlib.metadata.requires("jax") or []
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    found = [re.match(r"libtpu==([\d.*]+)", line) for line in lines]
-    return next((match[1] for match in found if match), "")
-
-
-def _fits(version: str, pin: str) -> bool:
-    return version.startswith(pin[:-1]) if pin.endswith("*") else version == pin
 
 
 # ---------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from atommem_jax.tpu_model.hlo_text import (
     parse,
 )
 from atommem_jax.tpu_model.loops import Loop, count_trips, list_scopes, scope_names
-from atommem_jax.tpu_model.provenance import find_argument
+from atommem_jax.tpu_model.provenance import find_argument, find_readers, is_prefix
 
 KINDS = (
     "all-gather",
@@ -71,7 +71,8 @@ class Collective:
     Attributes:
       kind: one of KINDS.
       name: of the instruction.
-      op_name: where it was traced; that of its fusion where the compiler made it.
+      op_name: where it was traced; that of its fusion where the compiler made it. Where it names no
+        place within its loop, as of weights that JAX 0.12 gathers: the scope of all who read it.
       payload: bytes of its operand on one device.
       result: bytes of its result on one device.
       group_size: devices that take part in one group.
@@ -338,13 +339,16 @@ class _Reader:
             result = payload * size if kind == "all-gather" else payload
         elif kind == "reduce-scatter" and instruction.opcode == "all-reduce":
             result = payload // size
+        op_name, loop = instruction.op_name, loops[-1].path if loops else ""
+        if is_prefix(op_name, loop):
+            op_name = find_readers(self.module, computation, instruction.name, loop) or op_name
         weight = ""
         if operands and operands[0] is not None:
             weight = find_argument(self.module, computation, operands[0].name)
         return Collective(
             kind=kind,
             name=instruction.name,
-            op_name=instruction.op_name,
+            op_name=op_name,
             payload=payload,
             result=result,
             group_size=size,

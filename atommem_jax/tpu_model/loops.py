@@ -51,7 +51,11 @@ def list_scopes(op_name: str) -> list[str]:
     return [name for name in inner if name]
 
 
-_PLUMBING = {"closed_call", "checkpoint", "rematted_computation", "shard_map", "body", "cond"}
+# What JAX itself puts into paths; `eval_jaxpr` is the `closed_call` of JAX 0.12.
+_PLUMBING = {
+    *("body", "checkpoint", "closed_call", "cond", "eval_jaxpr"),
+    *("rematted_computation", "shard_map"),
+}
 
 
 def count_trips(module: Module, computation: Computation, loop: Instruction) -> int | None:

@@ -1,5 +1,6 @@
-"""Where values come from: which argument of a program a collective moves, if any."""
+"""Where values come from, and where they go: what a collective moves, and for whom."""
 
+import itertools
 from collections.abc import Iterator
 
 from atommem_jax.tpu_model.hlo_text import (
@@ -43,6 +44,41 @@ def find_argument(module: Module, computation: Computation, name: str) -> str:
     return _Tracer(module).find(computation, name)
 
 
+def find_readers(module: Module, computation: Computation, name: str, outside: str) -> str:
+    """The innermost path in the traced program that holds all who compute with a value.
+
+    Readers are looked for behind what only moves the value, and behind what names no place within
+    the loop that all of this stands in, whose path is `outside`.
+
+    Returns:
+      The path, `jit(f)/turns/while/body/prefill`, or of one reader alone its whole op_name; ''
+      where the value leaves its computation, so that not all of its readers are known.
+    """
+    paths: list[str] = []
+    seen, waiting = {name}, [name]
+    while waiting:
+        value = waiting.pop()
+        if value == computation.root:
+            return ""
+        for reader in computation.instructions.values():
+            if value not in reader.operands or reader.name in seen:
+                continue
+            seen.add(reader.name)
+            only_moved = reader.operands[0] == value and _moves(module, reader)
+            if only_moved or is_prefix(reader.op_name, outside):
+                waiting.append(reader.name)
+            else:
+                paths.append(reader.op_name)
+    steps = zip(*(path.split("/") for path in paths), strict=False)  # as far as the shortest goes
+    shared = itertools.takewhile(lambda step: len(set(step)) == 1, steps)
+    return "/".join(step[0] for step in shared)
+
+
+def is_prefix(op_name: str, path: str) -> bool:
+    """Whether an op_name, which may be empty, says no more than a part of `path`."""
+    return f"{path}/".startswith(f"{op_name}/" if op_name else "")
+
+
 class _Tracer:
     """Follows values back through what only moves them, to an argument of the program."""
 
@@ -69,12 +105,7 @@ class _Tracer:
                 if element is None
                 else self._find_element(computation, instruction.operands[0], element)
             )
-        if opcode == "fusion":
-            inner = self.module.computations.get(instruction.called("calls") or "")
-            if inner is None or not _only_moves(self.module, inner):
-                return None
-            return self._find(computation, instruction.operands[0])
-        if (opcode in _MOVES or JOIN in instruction.attributes) and instruction.operands:
+        if _moves(self.module, instruction) and instruction.operands:
             return self._find(computation, instruction.operands[0])
         return None
 
@@ -105,6 +136,14 @@ class _Tracer:
             return parameter.op_name or parameter.name
         passed = self.module.passed_to(computation.name, int(parameter.arguments))
         return None if passed is None else self._find(*passed)
+
+
+def _moves(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction's result holds values of its operands in another place or form."""
+    if instruction.opcode == "fusion":
+        inner = module.computations.get(instruction.called("calls") or "")
+        return inner is not None and _only_moves(module, inner)
+    return instruction.opcode in _MOVES or JOIN in instruction.attributes
 
 
 def _only_moves(module: Module, computation: Computation) -> bool:

@@ -323,6 +323,67 @@ metadata={op_name="jit(f)/transpose(jvp(microbatches))/dot_general"}
 """
 
 
+UNNAMED = """
+HloModule jit_f, num_partitions=4
+
+%body (s: (s32[], f32[8,16], f32[4,16])) -> (s32[], f32[8,16], f32[4,16]) {
+  %s = (s32[], f32[8,16], f32[4,16]) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %w = f32[8,16] get-tuple-element(%s), index=1
+  %x = f32[4,16] get-tuple-element(%s), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %all-gather.1 = f32[16,16] all-gather(%w), channel_id=1, replica_groups=[2,2]<=[4], \
+dimensions={0}, metadata={op_name="jit(f)"}
+  %turned = f32[16,16] transpose(%all-gather.1), dimensions={1,0}, \
+metadata={op_name="jit(f)/turns/while/body/prefill/layers/transpose"}
+  %read = f32[4,16] dot(%x, READ), metadata={op_name="jit(f)/turns/while/body/prefill/layers/dot"}
+  %also = f32[4,16] dot(%read, ALSO), metadata={op_name="jit(f)/turns/while/body/WHERE/dot"}
+  ROOT %t = (s32[], f32[8,16], f32[4,16]) tuple(%next, %w, RESULT)
+}
+
+%cond (c: (s32[], f32[8,16], f32[4,16])) -> pred[] {
+  %c = (s32[], f32[8,16], f32[4,16]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %four = s32[] constant(4)
+  ROOT %lt = pred[] compare(%j, %four), direction=LT
+}
+
+ENTRY %main (w1: f32[8,16], x1: f32[4,16]) -> f32[4,16] {
+  %w1 = f32[8,16] parameter(0), metadata={op_name="w"}
+  %x1 = f32[4,16] parameter(1), metadata={op_name="x"}
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,16], f32[4,16]) tuple(%zero, %w1, %x1)
+  %while.1 = (s32[], f32[8,16], f32[4,16]) while(%start), condition=%cond, body=%body, \
+metadata={op_name="jit(f)/turns/while"}
+  ROOT %out = f32[4,16] get-tuple-element(%while.1), index=2
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "also", "where", "result", "op_name"),
+    [
+        ("%turned", "%x", "decode", "%also", "jit(f)/turns/while/body/prefill/layers/dot"),
+        ("%turned", "%turned", "prefill/norm", "%also", "jit(f)/turns/while/body/prefill"),
+        ("%turned", "%turned", "decode", "%also", "jit(f)/turns/while/body"),
+        ("%turned", "%all-gather.1", "decode", "%also", "jit(f)/turns/while/body"),
+        ("%x", "%turned", "decode", "%also", "jit(f)/turns/while/body/decode/dot"),
+        ("%turned", "%x", "decode", "%turned", "jit(f)"),
+    ],
+    ids=["one", "two in prefill", "behind a move", "and directly", "in decode", "unknown"],
+)
+def test_a_collective_without_a_name_is_where_all_its_readers_are(
+    read, also, where, result, op_name
+):
+    text = UNNAMED.replace("READ", read).replace("ALSO", also)
+    text = text.replace("WHERE", where).replace("RESULT", result)
+    (found,) = hlo.read(text, {"fsdp": 2, "tensor": 2}).collectives
+    assert (found.op_name, found.weight, found.times) == (op_name, "w", 4)
+    assert found.is_in("turns")
+    assert found.is_in("prefill") == ("/prefill" in op_name)
+
+
 def test_tpu_overlapped_collectives_count_once_and_fused_reductions_are_scatters():
     mesh = {"data": 2, "fsdp": 4, "tensor": 2}
     traffic = hlo.read(OVERLAPPED, mesh)
@@ -450,6 +511,8 @@ def test_bytes_moved_on_a_ring(n):
         ("jit(f)/turns/while/body/prefill/layers/while", ["prefill", "layers"]),
         ("jit(f)/microbatches/while/body/transpose(jvp(score_chunks))/while", ["score_chunks"]),
         ("jit(f)/decode/while/body/while", []),
+        ("jit(f)/decode/while/body/closed_call/while", []),
+        ("jit(f)/decode/while/body/eval_jaxpr/while", []),
         ("jit(f)/decode/while/cond/lt", ["decode"]),
         ("", []),
     ],

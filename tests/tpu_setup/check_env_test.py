@@ -1,6 +1,7 @@
 """The check of a TPU VM's environment: what is wrong is named with the next step."""
 
 import fcntl
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -8,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+
+import pytest
 
 from tests.helpers.gcloud import SETUP
 from tpu_setup import check_env
@@ -79,14 +82,56 @@ def test_several_processes_sum_over_all_their_devices():
         assert "a sum over 2 devices" in text
 
 
-def test_versions_that_are_not_pinned_are_named(monkeypatch):
-    real = check_env.find_version
-    monkeypatch.setattr(check_env, "find_version", lambda n: "0.1" if n == "jax" else real(n))
-    result = check_env.check_versions(require_tpu=False)
-    assert result.state == check_env.WRONG
-    assert f"jax 0.1 (pinned: {check_env.read_pins()['jax']})" in result.found
-    monkeypatch.setattr(check_env, "find_version", lambda n: "1.0" if n == "libtpu" else real(n))
-    assert "libtpu 1.0 (needed by jax: 0." in check_env.check_versions(require_tpu=False).found
+REQUIRED = "jax>=0.10.2,<0.13\nnumpy>=2.1,<3\n"
+PINNED = "jax==0.10.2\njaxlib==0.10.2\nnumpy==2.4.6\n"
+# A stand-in for what the metadata of JAX say.
+ASKED = [
+    "jaxlib<=0.10.2,>=0.10.1",
+    "opt_einsum",
+    'jaxlib==0.10.1; extra == "ci"',
+    'libtpu==0.0.42.*; extra == "tpu"',
+]
+INSTALLED = {"jax": "0.10.2", "jaxlib": "0.10.2", "numpy": "2.4.6", "opt_einsum": "3.4.0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "require_tpu", "state", "found"),
+    [
+        ({}, False, "ok", "jax 0.10.2, libtpu none, and all that is pinned"),
+        ({"libtpu": "0.0.42.1"}, True, "ok", "libtpu 0.0.42.1, and all that is pinned"),
+        ({"numpy": "2.5.5"}, False, "ok", "the tests run with other versions: numpy 2.5.5 (pinned"),
+        ({"jaxlib": "0.10.1"}, False, "ok", "other versions: jaxlib 0.10.1 (pinned: 0.10.2)"),
+        ({"numpy": "3.0"}, False, "WRONG", "numpy 3.0 (allowed: <3,>=2.1)"),
+        ({"jax": "0.13.0rc1"}, False, "WRONG", "jax 0.13.0rc1 (allowed: <0.13,>=0.10.2)"),
+        ({"numpy": ""}, False, "WRONG", "numpy is missing (allowed: <3,>=2.1)"),
+        ({"jaxlib": "0.10.3"}, False, "WRONG", "jaxlib 0.10.3 (needed by jax: <=0.10.2,>=0.10.1)"),
+        ({"opt_einsum": ""}, False, "WRONG", "opt_einsum is missing (needed by jax: any)"),
+        ({"libtpu": "1.0"}, False, "WRONG", "libtpu 1.0 (needed by jax: ==0.0.42.*)"),
+        ({}, True, "WRONG", "libtpu is missing (needed by jax: ==0.0.42.*)"),
+    ],
+)
+def test_versions_that_are_not_allowed_are_wrong_and_others_remarked(
+    monkeypatch, tmp_path, changes, require_tpu, state, found
+):
+    (tmp_path / "requirements.txt").write_text(f"# ranges\n{REQUIRED}")
+    (tmp_path / "constraints.txt").write_text(f"# exact\n{PINNED}\n# Extras\npytest==9.2.0\n")
+    monkeypatch.setattr(check_env, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.metadata, "requires", {"jax": ASKED}.get)
+    monkeypatch.setattr(check_env, "find_version", lambda name: (INSTALLED | changes).get(name, ""))
+    result = check_env.check_versions(require_tpu)
+    assert (result.state, found in result.found) == (state, True), result
+    assert bool(result.next_step) == (state == "WRONG")
+    # Nothing else is complained of.
+    assert result.found.count("allowed:") + result.found.count("needed by") == (state == "WRONG")
+
+
+def test_what_is_installed_is_checked():
+    """The requirements and pins of the repository are read, and the metadata of JAX itself."""
+    names = {each.name for each in check_env.read_requirements()}
+    assert {"jax", "flax", "packaging"} <= names
+    assert {"jaxlib", "libtpu"} <= {each.name for each in check_env.requirements_of_jax(True)}
+    assert "libtpu" not in {each.name for each in check_env.requirements_of_jax(False)}
+    assert set(check_env.read_pins()) == names | {"jaxlib"}
 
 
 def test_the_holder_of_the_lock_is_told_from_a_stale_file(tmp_path):
