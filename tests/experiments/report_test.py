@@ -141,7 +141,7 @@ def test_a_run_without_rl_says_how_to_get_its_curves(trained, data_root, tmp_pat
     (bare / "metrics.jsonl").write_text("".join(kept))
     page = run_lib.make(bare, str(data_root), episodes=0)
     assert "--config.rl.steps" in "".join(page_test.Page(page).text)
-    assert {path.stem for path in page.parent.glob("*.png")} == {"sft"}
+    assert {path.stem for path in page.parent.glob("*.png")} == {"failures_over_training", "sft"}
 
 
 @pytest.mark.long
