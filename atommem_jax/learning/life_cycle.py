@@ -53,11 +53,15 @@ class Stage(enum.StrEnum):
 STAGES: tuple[str, ...] = tuple(stage.value for stage in Stage)
 
 
+_SILENT = (Stage.NOT_WRITTEN, Stage.REFUSED, Stage.MISWRITTEN, Stage.NOT_SHOWN)
+"""Stages at which nothing happens to the table."""
+
+
 class Event(NamedTuple):
     """Something that happened to a fact."""
 
     row: int  # turn of the record
-    what: str  # 'seen', 'stored', 'carried', 'shown', or the stage at which it was lost
+    what: str  # 'seen', 'stored', 'carried', 'shown', or the stage at which it broke
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,10 +239,12 @@ class _Follower:
                 self.events.append(Event(step.row, "seen"))
             self._pass(i, step, judged=begun <= i <= self.end)
         stage, broke = self._judge()
+        if stage in _SILENT:
+            self.events.append(Event(broke, stage.value))
         return FactPath(
             fact=self.need.fact,
             chunk=self.need.chunk,
-            events=tuple(self.events),
+            events=tuple(sorted(self.events, key=lambda event: event.row)),
             holders=tuple(self.holders),
             stage=stage,
             broke=broke,
