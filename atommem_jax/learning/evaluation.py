@@ -172,7 +172,7 @@ def evaluate(
         handled = list(_handling(trajectories, batch.episodes))
         chains = []
         if eviction:
-            local = host_batches.fetch(trajectories)
+            local = host_batches.fetch(life_cycle.shrink(trajectories))
             chains = life_cycle.follow_batch(
                 local, batch.episodes, em == 1.0, decode=decode, eviction=eviction
             )

@@ -126,6 +126,15 @@ def follow(
     return paths
 
 
+def shrink(trajectories: Trajectory) -> Trajectory:
+    """Without prompts and responses, most of a record, which no life cycle needs: to be fetched."""
+    turns = trajectories.turns
+    none = turns.live[..., None]
+    return trajectories.replace(
+        turns=turns.replace(prompt=none, response=none, log_probs=none),
+    )
+
+
 def follow_batch(
     trajectories: Trajectory,
     episodes: Episode,
@@ -135,12 +144,9 @@ def follow_batch(
     eviction: str,
 ) -> list[list[QuestionPath]]:
     """The paths of all questions of a batch; see `follow`."""
-    # What a prompt was, and what a policy thought, is most of a record and tells nothing here.
-    turns = trajectories.turns
-    small = trajectories.replace(turns=turns.replace(prompt=turns.live, response=turns.live))
     paths = []
-    for b in range(turns.live.shape[0]):
-        trajectory, episode = jax.tree.map(lambda leaf, b=b: leaf[b], (small, episodes))
+    for b in range(trajectories.turns.live.shape[0]):
+        trajectory, episode = jax.tree.map(lambda leaf, b=b: leaf[b], (trajectories, episodes))
         paths.append(follow(trajectory, episode, right[b], decode=decode, eviction=eviction))
     return paths
 
