@@ -129,9 +129,10 @@ def follow(
 def shrink(trajectories: Trajectory) -> Trajectory:
     """Without prompts and responses, most of a record, which no life cycle needs: to be fetched."""
     turns = trajectories.turns
-    none = turns.live[..., None]
+    # In their place something small that is there already: nothing is computed.
+    small = turns.live
     return trajectories.replace(
-        turns=turns.replace(prompt=none, response=none, log_probs=none),
+        turns=turns.replace(prompt=small, response=small, log_probs=small),
     )
 
 
