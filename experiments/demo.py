@@ -160,6 +160,10 @@ def _train(workdir: pathlib.Path, changes: Mapping[str, Any]) -> None:
         sys.exit(status)
 
 
+_CELL = ("em", "ci_low", "ci_high", "episodes", "questions", "stages")
+"""Of a summary; those of older versions tell no stages of wrong answers."""
+
+
 def _measure(
     folder: pathlib.Path,
     step: int,
@@ -186,7 +190,7 @@ def _measure(
                 skip_existing=True,
             )
             methods.setdefault(name + suffix, {})[scale] = {
-                key: summary[key] for key in ("em", "ci_low", "ci_high", "episodes")
+                key: summary[key] for key in _CELL if key in summary
             }
             first.setdefault(name + suffix, summary)
     return first

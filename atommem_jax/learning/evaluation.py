@@ -220,7 +220,7 @@ def evaluate(
         given = Given(answers, lengths, log_probs, turn_counts, handled)
         found = make_records(given, questions, batch.aliases, batch.ids, ids, decode, metric)
         if eviction:
-            local = host_batches.fetch(trajectories)
+            local = host_batches.fetch(life_cycle.shrink(trajectories))
             tell_paths(found, local, batch.episodes, decode, eviction)
         records += [record for b in np.flatnonzero(rows < real) for record in found[b]]
         kept = host_batches.first_rows(trajectories, real)

@@ -53,11 +53,15 @@ class Stage(enum.StrEnum):
 STAGES: tuple[str, ...] = tuple(stage.value for stage in Stage)
 
 
+_SILENT = (Stage.NOT_WRITTEN, Stage.REFUSED, Stage.MISWRITTEN, Stage.NOT_SHOWN)
+"""Stages at which nothing happens to the table."""
+
+
 class Event(NamedTuple):
     """Something that happened to a fact."""
 
     row: int  # turn of the record
-    what: str  # 'seen', 'stored', 'carried', 'shown', or the stage at which it was lost
+    what: str  # 'seen', 'stored', 'carried', 'shown', or the stage at which it broke
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,16 @@ def follow(
     return paths
 
 
+def shrink(trajectories: Trajectory) -> Trajectory:
+    """Without prompts and responses, most of a record, which no life cycle needs: to be fetched."""
+    turns = trajectories.turns
+    # In their place something small that is there already: nothing is computed.
+    small = turns.live
+    return trajectories.replace(
+        turns=turns.replace(prompt=small, response=small, log_probs=small),
+    )
+
+
 def follow_batch(
     trajectories: Trajectory,
     episodes: Episode,
@@ -131,12 +145,9 @@ def follow_batch(
     eviction: str,
 ) -> list[list[QuestionPath]]:
     """The paths of all questions of a batch; see `follow`."""
-    # What a prompt was, and what a policy thought, is most of a record and tells nothing here.
-    turns = trajectories.turns
-    small = trajectories.replace(turns=turns.replace(prompt=turns.live, response=turns.live))
     paths = []
-    for b in range(turns.live.shape[0]):
-        trajectory, episode = jax.tree.map(lambda leaf, b=b: leaf[b], (small, episodes))
+    for b in range(trajectories.turns.live.shape[0]):
+        trajectory, episode = jax.tree.map(lambda leaf, b=b: leaf[b], (trajectories, episodes))
         paths.append(follow(trajectory, episode, right[b], decode=decode, eviction=eviction))
     return paths
 
@@ -235,10 +246,12 @@ class _Follower:
                 self.events.append(Event(step.row, "seen"))
             self._pass(i, step, judged=begun <= i <= self.end)
         stage, broke = self._judge()
+        if stage in _SILENT:
+            self.events.append(Event(broke, stage.value))
         return FactPath(
             fact=self.need.fact,
             chunk=self.need.chunk,
-            events=tuple(self.events),
+            events=tuple(sorted(self.events, key=lambda event: event.row)),
             holders=tuple(self.holders),
             stage=stage,
             broke=broke,

@@ -162,10 +162,15 @@ def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str
 
 
 def read_failures(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
-    """Method -> scale -> shares by stage, of those evaluations in `eval/` that tell them."""
+    """Method -> scale -> shares by stage, of those in `eval/` and `results.json` that tell them."""
     found: dict[str, dict[str, Any]] = {}
-    for method, scale, summary in _read_summaries(workdir, records, workflow):
-        shares = failures.read_shares(summary)
+    cells = list(_read_summaries(workdir, records, workflow))
+    results = workdir / "results.json"
+    if results.is_file():
+        methods = _read_methods(results).items()
+        cells += [(method, scale, cell) for method, row in methods for scale, cell in row.items()]
+    for method, scale, cell in cells:
+        shares = failures.read_shares(cell)
         if shares is not None:
             found.setdefault(method, {})[scale] = shares
     return found

@@ -141,7 +141,7 @@ def test_a_run_without_rl_says_how_to_get_its_curves(trained, data_root, tmp_pat
     (bare / "metrics.jsonl").write_text("".join(kept))
     page = run_lib.make(bare, str(data_root), episodes=0)
     assert "--config.rl.steps" in "".join(page_test.Page(page).text)
-    assert {path.stem for path in page.parent.glob("*.png")} == {"sft"}
+    assert {path.stem for path in page.parent.glob("*.png")} == {"failures_over_training", "sft"}
 
 
 @pytest.mark.long
@@ -197,10 +197,13 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_played(
 def test_results_of_a_demo_have_the_last_word(trained, data_root, tmp_path):
     bare = copy_run(trained, tmp_path / "demo", "metrics.jsonl", "eval")
     cell = {"em": 0.875, "ci_low": 0.75, "ci_high": 1.0, "episodes": 9}
-    methods = {"atommem_rl": {"1x": cell}, "no_memory": {"1x": cell | {"em": 0.125, "ci_low": 0.0}}}
+    broken = {"stages": {"refused": 3}, "questions": 12}
+    poor = cell | {"em": 0.125, "ci_low": 0.0} | broken
+    methods = {"atommem_rl": {"1x": cell}, "no_memory": {"1x": poor}}
     (bare / "results.json").write_text(json.dumps({"methods": methods}))
     run = run_lib.read_run("demo", bare)
     assert run.scores == methods
+    assert run.failures["no_memory"] == {"1x": {"refused": 0.25}}
 
 
 @pytest.mark.long

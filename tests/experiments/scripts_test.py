@@ -73,7 +73,8 @@ def test_the_demo_writes_the_results_that_others_read(demo):
     for row in results["methods"].values():
         assert list(row) == ["1x", "2x"]
         for cell in row.values():
-            assert set(cell) == {"em", "ci_low", "ci_high", "episodes"}
+            assert set(cell) == {"em", "ci_low", "ci_high", "episodes", "questions", "stages"}
+            assert sum(cell["stages"].values()) == round((1 - cell["em"]) * cell["questions"])
             assert 0 <= cell["ci_low"] <= cell["em"] <= cell["ci_high"] <= 1
             assert cell["episodes"] == EPISODES
     seconds = results["seconds"]

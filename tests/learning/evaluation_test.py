@@ -69,6 +69,35 @@ def test_the_clean_teacher_scores_one():
     assert totals["applied/answer"] == pytest.approx(len(records) / tiny.EXAMPLES)
 
 
+def evaluate_with_stages(answered: bool):
+    """Records of the clean teacher, whose answers get lost unless they are to count."""
+
+    def play(episodes, ids):
+        trajectories = play_teacher(tiny.make_parts().setting(tiny.make_shape()), episodes, ids)
+        lengths = trajectories.answer_lengths
+        return trajectories.replace(
+            answer_lengths=lengths if answered else jax.numpy.zeros_like(lengths)
+        )
+
+    batches = batches_lib.iterate_split(
+        tiny.make_examples(), tiny.make_tokenizer(), tiny.make_shape(), batch_size=BATCH
+    )
+    decode = tiny.make_tokenizer().decode
+    return evaluation_lib.evaluate(play, batches, decode, eviction="lru")[0]
+
+
+def test_records_say_where_a_wrong_answer_broke():
+    plain, _, _ = evaluation()
+    assert not any("stage" in record or "drift" in record for record in plain)
+    right, wrong = evaluate_with_stages(True), evaluate_with_stages(False)
+    assert [record["stage"] for record in right] == [None] * len(plain)
+    # Every fact was kept and shown, and yet there is no answer.
+    assert [record["stage"] for record in wrong] == ["not_used"] * len(plain)
+    needed = [len(q["needs"]) for e in tiny.make_examples() for q in e["questions"]]
+    assert [len(record["drift"]) for record in right] == needed
+    assert all(share == 1 for record in right for _, share in record["drift"])
+
+
 def test_statistics_count_real_samples_only():
     _, totals, played = evaluation()
     rows = []  # per sample: turns, creates, reading turns

@@ -60,6 +60,15 @@ def test_a_chain_breaks_where_it_was_broken(stage):
     assert find_stage(ONE, BROKEN[stage]) is stage
 
 
+def test_the_break_is_the_last_event_of_a_fact():
+    broken = {s: turns for s, turns in BROKEN.items() if s not in (Stage.UNSEEN, Stage.NOT_USED)}
+    for stage, turns in broken.items():
+        (found,) = follow(ONE, turns)[0].facts
+        assert found.events[-1] == (found.broke, stage.value)
+        row = {Stage.NOT_WRITTEN: 0, Stage.MISWRITTEN: 0, Stage.NOT_SHOWN: 2}.get(stage, 1)
+        assert (found.stage, found.broke) == (stage, row)
+
+
 @pytest.mark.parametrize("stage", BROKEN)
 def test_a_right_answer_has_no_stage(stage):
     assert find_stage(ONE, BROKEN[stage], right=True) is None

@@ -228,7 +228,10 @@
     byId("own-title").hidden = !isBeside();
     const events = findPath(followed()).get(turn) || [];
     byId("turn-events").replaceChildren(
-      ...events.map(([f, what]) => badge(`fact fact-${f % 6}`, `fact ${f + 1} ${nameStage(what)}`)),
+      ...events.flatMap(([f, what]) => [
+        badge(`fact fact-${f % 6}`, `fact ${f + 1} ${nameStage(what)}`),
+        " ",
+      ]),
     );
     episodeList.refresh();
     timeline.refresh();

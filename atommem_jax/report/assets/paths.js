@@ -55,7 +55,7 @@ const hasChange = (one) =>
 
 // ---------------------------------------------------------------------- the ways of facts
 
-const LOSSES = new Set(["corrupted", "overwritten", "deleted", "evicted"]);
+const KEPT = new Set(["seen", "stored", "carried", "shown"]); // any other event is a break
 const paths = new WeakMap(); // question -> what `findPath` made of it
 
 /** Of the facts of a question: turn -> what happened in it, as [number of the fact, what]. */
@@ -105,7 +105,7 @@ function chooseEvents(events, t, most) {
 /** 'lost', 'kept' or null: what the timeline tells of a turn by its ground. */
 function judgeTurn(q, t) {
   const events = findPath(q).get(t) || [];
-  if (events.some(([, what]) => LOSSES.has(what))) return "lost";
+  if (events.some(([, what]) => !KEPT.has(what))) return "lost";
   return ((q && q.facts) || []).some((fact) => findHolders(fact, t).length) ? "kept" : null;
 }
 
