@@ -13,7 +13,7 @@ QUESTION = tiny.make_examples()[0]["questions"][0]["text"]
 
 
 def make_reader() -> reader_lib.Reader:
-    parts, params = tiny.make_parts(), tiny.make_params(scale=0.05)
+    parts, params = tiny.make_parts(), tiny.make_params(2, scale=0.3)
     return reader_lib.Reader(
         load.Loaded("runs/tiny", 0, parts, params, mesh_lib.single(), tiny.make_shape())
     )
