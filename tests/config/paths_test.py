@@ -1,11 +1,12 @@
 """Paths are spelled out the same way wherever one is given, and tried before they count."""
 
 import pathlib
+import types
 
 import pytest
 
 from atommem_jax.agent import validate
-from atommem_jax.config import ConfigError, parse, paths
+from atommem_jax.config import ConfigError, StoreError, parse, paths
 from atommem_jax.metrics import MetricWriter
 from atommem_jax.tasks import babi, multihop_files
 from experiments.configs import synthetic
@@ -101,6 +102,28 @@ def test_what_is_in_the_way_of_a_store_is_told_from_what_it_holds(error, trouble
     wrapped.__cause__ = error
     assert paths.find_trouble("gs://bucket/run", wrapped) == trouble
     assert paths.find_trouble("/runs/mine", error) == ""
+
+
+def test_what_went_wrong_in_a_store_is_told_from_what_went_wrong_elsewhere():
+    url = "gs://bucket/run"
+    lost = RuntimeError("UNAVAILABLE: the coordinator of this run has gone")
+    assert paths.explain([url], lost) is None
+    assert paths.explain([url], ConnectionResetError("by a teacher's endpoint")) is None
+    assert paths.explain([], ValueError(f"UNAVAILABLE: Error writing {url}/3/d/1")) is None
+    found = paths.explain(["--a=b", url], ValueError(f"UNAVAILABLE: Error writing {url}/3/d/1"))
+    assert isinstance(found, StoreError)
+    assert str(found).startswith(f"{url}: cannot be read or written (ValueError: UNAVAILABLE")
+
+    def raise_as_a_client():
+        raise OSError("Forbidden: b/bucket/o")
+
+    code = raise_as_a_client.__code__
+    client = types.FunctionType(code, {"__name__": "gcsfs.core", "OSError": OSError})
+    with pytest.raises(OSError) as caught:
+        client()
+    found = paths.explain([url], caught.value)
+    assert isinstance(found, ConfigError)
+    assert not isinstance(found, StoreError)  # a restart would be refused too
 
 
 def test_fields_of_a_config_and_of_tasks_are_spelled_out(home):
