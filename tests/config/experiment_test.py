@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -128,6 +129,17 @@ def test_whatever_a_field_holds_is_taken_or_refused_in_a_sentence(spec):
         section[name] = kept
     assert tried > 1000
     assert refused > 0.7 * tried
+
+
+@pytest.mark.parametrize("name", [*WRONG, [1]])
+def test_whatever_a_task_is_called_is_refused_in_a_sentence(name):
+    config = make_config()
+    config["task"] = {**config["task"], "name": name}
+    try:
+        message = explain_task(parse(config).task.to_dict())
+    except ConfigError as error:
+        message = str(error)
+    assert re.match(r"(config\.)?task(\.name is .*; allowed: '|: allowed is a section)", message)
 
 
 @pytest.mark.parametrize("spec", ["synthetic.py", "babi.py:2", "hotpotqa.py"])
