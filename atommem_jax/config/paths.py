@@ -312,6 +312,16 @@ def try_file(path: PathLike, name: str) -> None:
         ) from error
 
 
+def make_place(path: PathLike | None, name: str) -> None:
+    """Makes the folder of a local file that will be written; None, no file, passes.
+
+    Raises ConfigError where the file could not be written. `name` as of `try_folder`.
+    """
+    if path:
+        make_folder(pathlib.Path(expand(path)).parent, name)
+        try_file(path, name)
+
+
 def _try_object(folder: PathLike, name: str) -> None:
     with reaching(folder, name):
         file = locate(folder) / f".{socket.gethostname()}.{os.getpid()}.try"

@@ -168,6 +168,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name, message):
         paths.try_folder(tmp_path / name, "--out=x")
 
 
+def test_a_file_that_will_be_written_gets_its_folder(tmp_path):
+    paths.make_place(None, "--json=None")
+    paths.make_place(tmp_path / "a" / "b.json", "--json=x")
+    assert list((tmp_path / "a").iterdir()) == []
+    with pytest.raises(ConfigError, match=r"^--json=x: is a folder; pass a file in it"):
+        paths.make_place(tmp_path / "a", "--json=x")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^--json=x: is a file; pass a folder"):
+        paths.make_place(tmp_path / "file" / "b.json", "--json=x")
+
+
 def test_a_file_is_tried_and_stays_as_it_was(tmp_path):
     (tmp_path / "m.npz").write_text("kept")
     paths.try_file(tmp_path / "m.npz", "--save_memory=m")
