@@ -210,10 +210,16 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A torn last line is left out silently, other broken lines with a warning.
 
-    Raises FileNotFoundError where no run has written.
+    Raises FileNotFoundError where no run has written, and ConfigError where a bucket cannot be
+    reached or refuses: what was written is then not known.
     """
     path = paths.locate(workdir) / FILE_NAME
-    lines, _ = _sort_lines(_split_lines(path.read_bytes()), str(path))
+    data = None
+    with paths.reaching(path, str(path)), contextlib.suppress(FileNotFoundError):
+        data = path.read_bytes()
+    if data is None:
+        raise FileNotFoundError(f"{path}: no such file; no run has written metrics there")
+    lines, _ = _sort_lines(_split_lines(data), str(path))
     return [
         {
             name: _SPECIAL.get(value, value)

@@ -54,8 +54,8 @@ _SIGNATURES = (
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it first: 7z x FILE"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it first: unrar x FILE"),
     (b"PAR1", "a Parquet file",
-     "write it as JSON lines first, as with pandas.read_parquet(FILE).to_json(..., lines=True, "
-     'orient="records")'),
+     "write it as JSON lines first, as with pandas.read_parquet(NAME).to_json('data.jsonl', "
+     "lines=True, orient='records')"),
     (b"ARROW1", "an Arrow file", "write it as JSON lines first"),
     (b"SQLite format 3\x00", "a database (SQLite)", "export its text first"),
     (b"\x93NUMPY", "a NumPy array", "pass the text itself"),
@@ -160,7 +160,8 @@ def _refuse_others(data: bytes, name: str) -> None:
 
 def _spell(advice: str, name: str) -> str:
     """Advice with a command that can be pasted: it names the file itself."""
-    return advice.replace("FILE", shlex.quote(name.partition("=")[2] or name))
+    path = name.partition("=")[2] or name
+    return advice.replace("FILE", shlex.quote(path)).replace("NAME", repr(path))
 
 
 def _describe_zip(data: bytes) -> tuple[str, str]:

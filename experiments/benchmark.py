@@ -29,7 +29,7 @@ import jax
 from absl import flags as absl_flags
 
 from atommem_jax.agent import validate
-from atommem_jax.config import check, parse
+from atommem_jax.config import check, parse, paths
 from experiments import flags
 from experiments.benchmarks import decode_suite, memory_suite, suites
 
@@ -107,6 +107,8 @@ def main(argv: Sequence[str]) -> None:
     options = read_options()
     config = parse(CONFIG.value)
     validate.validate(config)
+    for flag, path in (("json", JSON.value), ("plot", PLOT.value)):
+        paths.make_place(path, f"--{flag}={path}")
     # Compile times are part of the result: nothing may come from an earlier run.
     jax.config.update("jax_enable_compilation_cache", False)
     bench = suites.Benchmark(

@@ -22,7 +22,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags as absl_flags
 
-from atommem_jax.config import check, parse
+from atommem_jax.config import check, parse, paths
 from atommem_jax.tpu_model import compilation, hardware, lowering, presentation, workload
 from experiments import flags
 
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
         )
     topology = hardware.parse_topology(TOPOLOGY.value, SLICES.value)
     config = parse(CONFIG.value)
+    paths.make_place(JSON.value, f"--json={JSON.value}")
     target = compilation.Target(
         topology,
         hardware.get_topology(topology),
@@ -80,8 +81,7 @@ def main(argv: Sequence[str]) -> None:
         report = compilation.describe(config, target, mesh, phases)
         fits = all(phase.fits for phase in phases)
     if JSON.value:
-        with open(JSON.value, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        paths.write_text(JSON.value, json.dumps(report, indent=1))
         print(f"figures: {JSON.value}")
     if not fits:
         sys.exit(1)

@@ -10,6 +10,7 @@ per-question records (JSON lines) and a summary (JSON) for each split and temper
 two tables for each temperature: the scores, and at which stage wrong answers broke (`life_cycle`).
 """
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -79,16 +80,18 @@ def main(argv) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
     loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
-    dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
-    splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
-    for split in splits:
-        find_split(dataset, split)  # all of them, before any is played
-    if CROSSED.value:
-        print_crossed(loaded, CROSSED.value, dataset, splits[0])
-        return
-    with folder_lock.hold(out, f"--out={out}"):
-        evaluate(loaded, dataset, splits, out)
+    # Before the data is prepared, which may take long; what is only printed needs no folder.
+    holds = contextlib.nullcontext() if CROSSED.value else folder_lock.hold(out, f"--out={out}")
+    with holds:
+        dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
+        splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
+        for split in splits:
+            find_split(dataset, split)  # all of them, before any is played
+        if CROSSED.value:
+            print_crossed(loaded, CROSSED.value, dataset, splits[0])
+        else:
+            evaluate(loaded, dataset, splits, out)
 
 
 def print_crossed(loaded: Loaded, step: str, dataset: datasets.Dataset, split: str) -> None:

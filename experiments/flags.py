@@ -180,9 +180,10 @@ def run(
     """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
 
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
-    while it checks its config; where it is a StoreError the status is 1. Other exceptions keep
-    their traceback. `leave` is called with what
-    ended `main` early; it may end the process in its own way.
+    while it checks its config; where it is a StoreError, the status is 1. An object store that
+    fails or refuses in the middle of the work ends in a sentence too, whichever client has raised
+    it. Other exceptions keep their traceback. `leave` is called with what ended `main` early; it
+    may end the process in its own way.
     """
 
     # --help shows the flags of the script's own module: add those that scripts share.
@@ -197,6 +198,7 @@ def run(
             # the end is told in a sentence.
             for name in ("gcsfs", "fsspec"):
                 python_logging.getLogger(name).setLevel(python_logging.CRITICAL)
+            python_logging.getLogger("absl").addFilter(_without_traceback)
         try:
             return _exit_on_mistake(main, argv)
         except BaseException as error:
@@ -277,10 +279,25 @@ def _spell(default: Any, value: str) -> str:
     return repr(tuple(part for part in names if part))
 
 
+def _without_traceback(record: python_logging.LogRecord) -> bool:
+    """Orbax logs what fails in its threads before it raises it."""
+    record.exc_info = record.exc_text = None
+    return True
+
+
 def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
+    found: config_lib.ConfigError | None
     try:
         return function(argv)
     except config_lib.ConfigError as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        # What passes is no mistake: supervise.py starts the command again.
-        sys.exit(1 if isinstance(error, config_lib.StoreError) else 2)
+        found = error
+    except Exception as error:
+        found = paths.explain(_URL.findall(" ".join(sys.argv[1:])), error)
+        if found is None:
+            raise
+    print(f"{pathlib.Path(sys.argv[0]).name}: {found}", file=sys.stderr)
+    # What passes is no mistake: supervise.py starts the command again.
+    sys.exit(1 if isinstance(found, config_lib.StoreError) else 2)
+
+
+_URL = re.compile(r"[a-z0-9]+://[^\s'\",)]+")

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     spec, changes = flags.read_changes()
     sweep = plan_lib.load(spec, CONFIG.value, changes)
     if TABLE_ONLY.value:
-        check(workdir.is_dir(), f"--workdir={workdir} does not exist: nothing was run there")
+        found = paths.is_folder(workdir, f"--workdir={workdir}")
+        check(found, f"--workdir={workdir} does not exist: nothing was run there")
         _write_table(sweep, workdir)
         return
     chosen = jobs_lib.choose(sweep, ONLY.value)

@@ -9,14 +9,13 @@ status is 1 if it does not. No parameters are involved; `runs.validity.list_rows
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
 from atommem_jax.agent import build, validate
-from atommem_jax.config import check, parse
+from atommem_jax.config import check, parse, paths
 from atommem_jax.runs import validity
 from experiments import flags
 
@@ -32,15 +31,14 @@ def main(argv: Sequence[str]) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     config = parse(CONFIG.value)
     validate.validate(config)
+    paths.make_place(JSON.value, f"--json={JSON.value}")
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     rows = validity.list_rows(config)
     table = validity.measure(config, dataset, rows, episodes=EPISODES.value)
     print(validity.render(table, rows))
     if JSON.value:
-        path = pathlib.Path(JSON.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        print(f"summaries: {path}")
+        paths.write_text(JSON.value, json.dumps(table, indent=2) + "\n")
+        print(f"summaries: {JSON.value}")
     if not all(passed for passed, _ in validity.judge_table(table, rows).values()):
         sys.exit(1)
 

@@ -94,6 +94,11 @@ def test_advice_names_the_file_as_a_shell_takes_it(tmp_path):
     file.write_bytes(make_zip("word/document.xml"))
     with pytest.raises(ConfigError, match=f"pandoc --to=plain '{re.escape(str(file))}'$"):
         text_files.read_text(file, f"--document={file}")
+    file.write_bytes(b"PAR1\x15\x04")
+    with pytest.raises(
+        ConfigError, match=rf"read_parquet\({re.escape(repr(str(file)))}\)\.to_json"
+    ):
+        text_files.read_text(file, f"--document={file}")
     file.write_bytes(b"caf\xe9 au lait")
     with pytest.raises(ConfigError, match=f"LATIN1 --to-code=UTF-8 '{re.escape(str(file))}'$"):
         text_files.read_text(file, f"--document={file}")

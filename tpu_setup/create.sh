@@ -92,8 +92,10 @@ ask() {
 
 # again REASON: counts a try, and waits before the next.
 again() {
+  local other=""
+  if [[ $CREATE_WITH != queued ]]; then other=", or with CREATE_WITH=queued"; fi
   ((TRIES < RETRIES)) || fail "$1, and RETRIES=$RETRIES in $ENV_FILE are used up: try later, or" \
-    "another ZONE, or with CREATE_WITH=queued"
+    "another ZONE$other"
   TRIES=$((TRIES + 1))
   say "$1: try $TRIES of $RETRIES in $RETRY_SECONDS s"
   sleep "$RETRY_SECONDS"
@@ -135,9 +137,9 @@ while true; do
     *)
       if is_gone "$state"; then
         if [[ $state == FAILED ]]; then tell_failure; fi
-        say "$TPU_NAME is $state: it is deleted and asked for anew"
         # A request that failed in the queue counts as a try; a preemption does not.
         if [[ $state == FAILED ]]; then again "the request has failed in the queue"; fi
+        say "$TPU_NAME is $state: it is deleted and asked for anew"
         remove
         ask
       fi

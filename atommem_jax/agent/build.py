@@ -146,7 +146,10 @@ def load_dataset(config: Experiment, data_root: str) -> datasets.Dataset:
 
 
 def fit_tokenizer(config: Experiment, dataset: datasets.Dataset) -> SentencePieceTokenizer:
-    """The tokenizer stored beside the data set; trained on its train split the first time."""
+    """The tokenizer stored beside the data set; trained on its train split the first time.
+
+    Raises ConfigError where the config's sizes are too small for these texts.
+    """
     names = reserved_names(config)
     coverage = config.tokenizer.character_coverage
     settings = (config.tokenizer.vocab_size, names) + ((coverage,) if coverage < 1.0 else ())
@@ -154,12 +157,15 @@ def fit_tokenizer(config: Experiment, dataset: datasets.Dataset) -> SentencePiec
     path = pathlib.Path(dataset.directory) / f"tokenizer-{mark}.bin"
     if path.exists():
         return SentencePieceTokenizer.from_bytes(path.read_bytes())
-    tokenizer = SentencePieceTokenizer.train(
-        datasets.tokenizer_texts(dataset),
-        config.tokenizer.vocab_size,
-        names,
-        character_coverage=coverage,
-    )
+    try:
+        tokenizer = SentencePieceTokenizer.train(
+            datasets.tokenizer_texts(dataset),
+            config.tokenizer.vocab_size,
+            names,
+            character_coverage=coverage,
+        )
+    except ValueError as error:
+        raise ConfigError(f"tokenizer.{error}") from error
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     aside.write_bytes(tokenizer.to_bytes())
     aside.replace(path)

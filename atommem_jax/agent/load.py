@@ -296,8 +296,8 @@ def _find(path: str, which: str) -> tuple[pathlib.Path, str]:
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         folder, which = folder.parent, folder.name
     else:
-        with paths.reaching(path, path):
-            folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        inner = folder / "checkpoints"
+        folder = inner if paths.is_folder(inner, path) else folder
     check(
         which in ("last", "best") or which.isdigit(),
         f"--step={which}: allowed are last, best or a number",

@@ -194,7 +194,7 @@ def _parse_scalar(hint: type, value: Any, path: str) -> Any:
     check(
         fits,
         f"{path}={value!r} is a {type(value).__name__}: allowed is {_KINDS[hint]}; "
-        f"set --config.{path}",
+        f"set --config.{path.partition('[')[0]}",
     )
     return value
 

@@ -12,7 +12,8 @@ import pathlib
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -172,6 +173,67 @@ def find_trouble(path: PathLike, error: BaseException | None) -> str:
     return ""
 
 
+def ask(path: PathLike) -> BaseException | None:
+    """What an object store answers to a request at a path; None where it answers it.
+
+    Clients take much that keeps them out for what is not there: of a bucket that refuses, they say
+    that a folder does not exist. Ask before something is called absent or damaged. A local path
+    is not asked for.
+    """
+    if not is_remote(path):
+        return None
+    try:
+        (locate(path) / _ASKED_FOR).read_bytes()
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # each client raises its own
+        return error
+    return None
+
+
+_ASKED_FOR = ".asked_for"  # an object that nobody makes
+
+
+def is_folder(path: PathLike, name: str) -> bool:
+    """Whether there is such a folder; `name` as of `try_folder`.
+
+    Raises ConfigError where an object store cannot be asked.
+    """
+    with reaching(path, name):
+        found = locate(path).is_dir()
+        error = None if found else ask(path)
+        if error is not None:
+            raise error
+    return found
+
+
+_CLIENTS = ("etils.epath.", "fsspec.", "gcsfs.", "google.cloud.")
+
+
+def explain(urls: Iterable[str], error: Exception) -> ConfigError | None:
+    """What to tell of an error in the middle of work on object stores; None where none has failed.
+
+    A process that is lost raises much the same as a store that gives no answer. An error is the
+    store's where a client of it was at work, or where its text names a bucket, as TensorStore's.
+
+    urls: of what the work was told to read and write.
+    """
+    for url in filter(is_remote, urls):
+        trouble = find_trouble(url, error)
+        if trouble and (_comes_through_client(error) or bucket_of(url) in str(error)):
+            return make_error(trouble, url, f"{url}: cannot be read or written ({describe(error)})")
+    return None
+
+
+def _comes_through_client(error: BaseException | None) -> bool:
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_globals.get("__name__", "").startswith(_CLIENTS):
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def make_error(trouble: str, path: PathLike, what: str) -> ConfigError:
     """The error of what an object store is in the way of; `trouble` as `find_trouble` names it."""
     check = f"python tpu_setup/check_env.py --checks=bucket --bucket={bucket_of(path)}"
@@ -248,6 +310,16 @@ def try_file(path: PathLike, name: str) -> None:
             f"{name}: cannot be written ({error.strerror}); pass a file in a folder that you may "
             "write to, with space left"
         ) from error
+
+
+def make_place(path: PathLike | None, name: str) -> None:
+    """Makes the folder of a local file that will be written; None, no file, passes.
+
+    Raises ConfigError where the file could not be written. `name` as of `try_folder`.
+    """
+    if path:
+        make_folder(pathlib.Path(expand(path)).parent, name)
+        try_file(path, name)
 
 
 def _try_object(folder: PathLike, name: str) -> None:

@@ -77,8 +77,9 @@ def upgrade(old: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
             target, new_name = _find(config, now, make=True)
             target[new_name] = value
     task, _ = _find(config, "task.name")
-    if task is not None and task.get("name") in _RENAMED_TASKS:
-        task["name"] = _RENAMED_TASKS[task["name"]]
+    called = task.get("name") if task is not None else None
+    if task is not None and isinstance(called, str):  # `parse` refuses what is no text
+        task["name"] = _RENAMED_TASKS.get(called, called)
     for path, value in _ABSENT.items():
         section, name = _find(config, path, make=True)
         section.setdefault(name, value)

@@ -84,8 +84,7 @@ def name_runs(folders: list[pathlib.Path]) -> list[str]:
     Raises ConfigError for a folder that is not there, or given twice.
     """
     for flag, folder in zip(["workdir", *["compare"] * len(folders)], folders, strict=False):
-        with paths.reaching(folder, f"--{flag}={folder}"):
-            found = folder.is_dir()
+        found = paths.is_folder(folder, f"--{flag}={folder}")
         check(found, f"--{flag}={folder}: no such folder; pass the --workdir of a run of train.py")
     parts = [
         folder.parts if paths.is_remote(folder) else folder.resolve().parts for folder in folders

@@ -394,6 +394,10 @@ class Checkpointer:
             cause = error
             why = f"{', '.join(items)} cannot be read ({paths.describe(error)})"
             trouble = paths.find_trouble(self.directory, error)
+        if why and not trouble:  # of a bucket that refuses, Orbax says that items are not there
+            refused = paths.ask(self.directory)
+            trouble = paths.find_trouble(self.directory, refused)
+            why = f"{why} ({paths.describe(refused)})" if refused and trouble else why
         found_by_all = processes.gather((why, trouble))
         for reason, kind in found_by_all:
             if kind:
@@ -443,11 +447,10 @@ def _place(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _describe_folder(directory: str) -> str:
-    folder = paths.locate(directory)
+    if not paths.is_folder(directory, directory):
+        return "does not exist"
     with paths.reaching(directory, directory):
-        if not folder.is_dir():
-            return "does not exist"
-        names = sorted(path.name for path in folder.iterdir())
+        names = sorted(path.name for path in paths.locate(directory).iterdir())
     if not names:
         return "is empty"
     return f"contains {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"

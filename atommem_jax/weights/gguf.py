@@ -239,6 +239,16 @@ def _rename(name: str) -> str:
     return f"{layer}{_NAMES[matched[2]]}.weight"
 
 
+def spell(name: str) -> str:
+    """The name in GGUF of a tensor that Hugging Face calls `name`."""
+    matched = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?([\w.]+)\.weight", name)
+    theirs = {ours: theirs for theirs, ours in _NAMES.items()}
+    if not matched or matched[2] not in theirs:
+        return name
+    layer = f"blk.{matched[1]}." if matched[1] else ""
+    return f"{layer}{theirs[matched[2]]}.weight"
+
+
 def _make_config(file: File) -> dict[str, Any]:
     kind = file.fields.get("general.architecture")
     if not isinstance(kind, str) or kind not in _ARCHITECTURES:

@@ -169,10 +169,17 @@ def check(weights: Weights, config: ModelConfig) -> None:
     expected = hf_names.published_shapes(config)
     missing = [name for name in expected if name not in weights.shapes]
     if missing:
+        in_one_file = isinstance(weights, gguf.Model)
+        name = gguf.spell(missing[0]) if in_one_file else missing[0]
+        copy = (
+            "copy the file again, or take another of the whole model"
+            if in_one_file
+            else f"copy all files of the model, and check that {hf_config.CONFIG_FILE} is of the "
+            "same one"
+        )
         raise PublishedError(
-            f"{weights.place}: {missing[0]} {list(expected[missing[0]])} is missing, and "
-            f"{len(missing) - 1} more of {len(expected)} tensors; copy all files of the model, "
-            f"and check that {hf_config.CONFIG_FILE} is of the same one"
+            f"{weights.place}: {name} {list(expected[missing[0]])} is missing, and "
+            f"{len(missing) - 1} more of {len(expected)} tensors; {copy}"
         )
     unknown = [n for n in weights.shapes if n not in expected and not _UNUSED.search(n)]
     if config.tie_embeddings:  # some were published with a copy of the embeddings as head

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -130,6 +131,17 @@ def test_whatever_a_field_holds_is_taken_or_refused_in_a_sentence(spec):
     assert refused > 0.7 * tried
 
 
+@pytest.mark.parametrize("name", [*WRONG, [1]])
+def test_whatever_a_task_is_called_is_refused_in_a_sentence(name):
+    config = make_config()
+    config["task"] = {**config["task"], "name": name}
+    try:
+        message = explain_task(parse(config).task.to_dict())
+    except ConfigError as error:
+        message = str(error)
+    assert re.match(r"(config\.)?task(\.name is .*; allowed: '|: allowed is a section)", message)
+
+
 @pytest.mark.parametrize("spec", ["synthetic.py", "babi.py:2", "hotpotqa.py"])
 def test_whatever_a_field_of_a_task_holds_is_taken_or_refused_in_a_sentence(spec):
     task = parse(load_config(f"experiments/configs/{spec}")).task.to_dict()
@@ -180,7 +192,7 @@ def test_a_mistake_in_a_task_reads_like_a_sentence():
     for task, words in [
         (
             {"name": "synthetic", "questions": (1, "x")},
-            "task.questions[1]='x' is a str: allowed is",
+            "task.questions[1]='x' is a str: allowed is a whole number; set --config.task.quest",
         ),
         (
             {"name": "synthetic", "two_hop": math.nan},
@@ -197,6 +209,7 @@ def test_a_mistake_in_a_task_reads_like_a_sentence():
         with pytest.raises(ConfigError) as caught:
             datasets.parse_task(task)
         assert words in str(caught.value)
+        assert not str(caught.value).endswith("]")  # there is no flag for an item
 
 
 @pytest.mark.parametrize("argument", ["4", "x", "", "1 "])

@@ -1,11 +1,12 @@
 """Paths are spelled out the same way wherever one is given, and tried before they count."""
 
 import pathlib
+import types
 
 import pytest
 
 from atommem_jax.agent import validate
-from atommem_jax.config import ConfigError, parse, paths
+from atommem_jax.config import ConfigError, StoreError, parse, paths
 from atommem_jax.metrics import MetricWriter
 from atommem_jax.tasks import babi, multihop_files
 from experiments.configs import synthetic
@@ -103,6 +104,28 @@ def test_what_is_in_the_way_of_a_store_is_told_from_what_it_holds(error, trouble
     assert paths.find_trouble("/runs/mine", error) == ""
 
 
+def test_what_went_wrong_in_a_store_is_told_from_what_went_wrong_elsewhere():
+    url = "gs://bucket/run"
+    lost = RuntimeError("UNAVAILABLE: the coordinator of this run has gone")
+    assert paths.explain([url], lost) is None
+    assert paths.explain([url], ConnectionResetError("by a teacher's endpoint")) is None
+    assert paths.explain([], ValueError(f"UNAVAILABLE: Error writing {url}/3/d/1")) is None
+    found = paths.explain(["--a=b", url], ValueError(f"UNAVAILABLE: Error writing {url}/3/d/1"))
+    assert isinstance(found, StoreError)
+    assert str(found).startswith(f"{url}: cannot be read or written (ValueError: UNAVAILABLE")
+
+    def raise_as_a_client():
+        raise OSError("Forbidden: b/bucket/o")
+
+    code = raise_as_a_client.__code__
+    client = types.FunctionType(code, {"__name__": "gcsfs.core", "OSError": OSError})
+    with pytest.raises(OSError) as caught:
+        client()
+    found = paths.explain([url], caught.value)
+    assert isinstance(found, ConfigError)
+    assert not isinstance(found, StoreError)  # a restart would be refused too
+
+
 def test_fields_of_a_config_and_of_tasks_are_spelled_out(home):
     changes = {"init_from": "~/base/", "sft.data": " teacher "}
     config = parse(synthetic.get_config()).replace(changes)
@@ -143,6 +166,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name, message):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=message):
         paths.try_folder(tmp_path / name, "--out=x")
+
+
+def test_a_file_that_will_be_written_gets_its_folder(tmp_path):
+    paths.make_place(None, "--json=None")
+    paths.make_place(tmp_path / "a" / "b.json", "--json=x")
+    assert list((tmp_path / "a").iterdir()) == []
+    with pytest.raises(ConfigError, match=r"^--json=x: is a folder; pass a file in it"):
+        paths.make_place(tmp_path / "a", "--json=x")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^--json=x: is a file; pass a folder"):
+        paths.make_place(tmp_path / "file" / "b.json", "--json=x")
 
 
 def test_a_file_is_tried_and_stays_as_it_was(tmp_path):

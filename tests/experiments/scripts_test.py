@@ -362,6 +362,24 @@ def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_roo
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize("script", ["validity.py", "benchmark.py", "compile_report.py"])
+def test_a_file_of_results_is_tried_before_they_are_measured(script):
+    told = forks.refuse(script, "--json=/proc/self/x/a.json")
+    assert f"{script}: --json=/proc/self/x/a.json: cannot be written to (No such file" in told
+
+
+def test_outputs_are_tried_before_data_is_prepared(demo, tmp_path):
+    printed = runs.run(
+        "evaluate.py",
+        f"--checkpoint={demo[0]}",
+        f"--data_root={tmp_path / 'data'}",
+        "--out=/proc/self/x",
+        status=2,
+    )
+    assert "--out=/proc/self/x: cannot be written to (No such file" in printed
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_missing_checkpoint_flag_ends_with_status_2():
     assert "--checkpoint is missing" in forks.refuse("evaluate.py")
 

@@ -336,6 +336,14 @@ def test_a_mistake_ends_with_status_2_before_anything_is_computed(arguments, mes
     assert not pathlib.Path(runs.ROOT, "unused").exists()
 
 
+@pytest.mark.parametrize("size", [8, 280])
+def test_a_vocabulary_too_small_for_the_texts_is_named(tmp_path, run_here, size):
+    told = rf"^tokenizer\.vocab_size: found {size}, with \d+ reserved names .*\. Raise vocab_size"
+    with pytest.raises(ConfigError, match=told):
+        run_here(runs.make_config(tokenizer__vocab_size=size), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path, run_here):
     with pytest.raises(ConfigError, match=r"eval\.split=nope: split is 'nope'; .* has: .*test_1x"):
         run_here(runs.make_config(eval__split="nope"), tmp_path / "run")

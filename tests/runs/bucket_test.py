@@ -17,6 +17,8 @@ import pytest
 
 from atommem_jax import folder_lock, metrics
 from atommem_jax.config import ConfigError, StoreError, paths
+from atommem_jax.report import run
+from atommem_jax.runs import recorder
 from atommem_jax.sweeps import scheduler
 from atommem_jax.weights.checkpoint import Checkpointer, CorruptCheckpointError
 from experiments import supervise
@@ -159,6 +161,44 @@ def test_metrics_outlast_an_outage(bucket, impatient, caplog):
         writer.flush()  # as before a checkpoint: a kill loses none of these
         assert [record["step"] for record in metrics.read_metrics(url)] == [1, 2, 3]
     assert bucket.read("metered/metrics.jsonl.broken") == b"of before\ntorn\n"
+
+
+def test_a_run_that_cannot_read_its_metrics_says_so(bucket, impatient):
+    url = f"{buckets.URL}/watched_rl"
+    with pytest.raises(FileNotFoundError):
+        metrics.read_metrics(url)
+    recorder.watch_rl(url, 2)  # what only tells of a run may be missing
+    bucket.write("watched_rl/metrics.jsonl", b'{"step": 1, "stage": "rl", "entropy": 2.0}\n')
+    recorder.watch_rl(url, 2)
+    read = "^GET .*watched_rl.*alt=media"
+    with (
+        bucket.fault(read, 503, times=100),
+        pytest.raises(StoreError, match=r"watched_rl/metrics.jsonl: cannot be read .*503"),
+    ):
+        recorder.watch_rl(url, 2)
+    with bucket.fault(read, 403, times=100), pytest.raises(ConfigError, match="what is allowed"):
+        recorder.watch_rl(url, 2)
+
+
+def test_a_refusal_is_not_taken_for_absence(bucket, impatient):
+    """Of a bucket that refuses, gcsfs and Orbax say that there is nothing."""
+    with Checkpointer(f"{buckets.URL}/closed") as checkpointer:
+        save(checkpointer, 1)
+        with (
+            bucket.fault("^GET .*(prefix=closed/1/state|closed.*asked_for)", 403, times=100),
+            pytest.raises(ConfigError, match=r"whether it is sound is not known\. Is there"),
+        ):
+            checkpointer.restore(abstract_state=STATE)
+        checkpointer.restore(abstract_state=STATE)
+    url = f"{buckets.URL}/closed"
+    with (
+        bucket.fault("^GET .*closed", 403, times=100),
+        pytest.raises(ConfigError, match=r"^--workdir=gs://bucket/closed: cannot be .*Forbidden"),
+    ):
+        run.name_runs([paths.locate(url)])
+    run.name_runs([paths.locate(url)])
+    with pytest.raises(ConfigError, match="no such folder"):
+        run.name_runs([paths.locate(f"{url}_never")])
 
 
 def test_a_supervisor_sees_progress(bucket, impatient, capsys):
@@ -351,6 +391,17 @@ def test_it_is_reported_on_there(bucket, swept, data_root):
     assert bucket.read(f"{RUN}/report/sft.pdf").startswith(b"%PDF")
     assert not [name for name in bucket.list("sweep") if ".lock" in name or ".try" in name]
     assert not (ROOT / "gs:").exists()
+
+
+def test_a_refusal_in_the_middle_of_the_work_ends_in_a_sentence(bucket, reference, data_root):
+    flags = runs.make_flags(**SETTINGS)
+    url = f"{buckets.URL}/revoked"
+    with bucket.fault("^(POST|GET) .*revoked/checkpoints/2", 403, times=1000):
+        printed = runs.run(
+            "train.py", f"--workdir={url}", f"--data_root={data_root}", *flags, status=2
+        )
+    assert f"train.py: {url}: cannot be read or written (OSError: Forbidden" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize(

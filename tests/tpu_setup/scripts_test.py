@@ -192,6 +192,10 @@ def test_after_the_last_try_it_fails_and_says_what_else_there_is(cloud):
     printed = cloud.run("create.sh", status=1)
     assert "RETRIES=2" in printed
     assert len(cloud.calls_of("create")) == 3
+    assert "CREATE_WITH=queued" not in printed  # it is
+    cloud.set(CREATE_WITH="vm")
+    cloud.answer(NODE, "NOT_FOUND", 1)
+    assert "another ZONE, or with CREATE_WITH=queued" in cloud.run("create.sh", status=1)
 
 
 def test_why_a_request_failed_in_the_queue_is_told_before_it_is_deleted(cloud):
@@ -213,6 +217,14 @@ def test_a_request_that_failed_for_want_of_quota_is_not_asked_for_again(cloud):
     assert "https://console.cloud.google.com/iam-admin/quotas?project=stub-project" in printed
     assert not cloud.calls_of("delete")
     assert not cloud.calls_of("queued-resources create")
+
+
+def test_a_request_that_failed_too_often_is_not_said_to_be_deleted(cloud):
+    cloud.answer("failedData", "code=8;message=No more capacity in the zone", keep=True)
+    cloud.answer(QUEUE, "FAILED", keep=True)
+    printed = cloud.run("create.sh", status=1)
+    assert "failed in the queue, and RETRIES=2 in" in printed
+    assert printed.count("it is deleted") == len(cloud.calls_of("delete")) == 2
 
 
 def test_settings_of_an_editor_on_windows_are_read(cloud):

@@ -259,7 +259,7 @@ def expect(path, *words):
         ("general.architecture", "gemma3", ["general.architecture='gemma3'", "llama, qwen3"]),
         ("qwen3.rope.scaling.type", "yarn", ["qwen3.rope.scaling.type='yarn'"]),
         ("qwen3.block_count", None, ["field qwen3.block_count is missing"]),
-        ("qwen3.block_count", 3, ["model.layers.2.input_layernorm.weight [16] is missing"]),
+        ("qwen3.block_count", 3, ["blk.2.attn_norm.weight [16] is missing"]),
         ("qwen3.feed_forward_length", 32, ["mlp.gate_proj.weight is [24, 16]", "[32, 16]"]),
     ],
 )
@@ -276,6 +276,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model):
     path = tmp_path / "model.gguf"
     bias = ((32,), "F32", bytes(128))
     expect(write(path, fields, tensors | {"blk.0.attn_q.bias": bias}), "blk.0.attn_q.bias [32]")
+    missing = {name: stored for name, stored in tensors.items() if "blk.1.ffn_up" not in name}
+    words = "is missing, and 0 more of", "tensors; copy the file again, or take another"
+    expect(write(path, fields, missing), "blk.1.ffn_up.weight [", *words)
     cut = dict(tensors)
     cut["blk.1.ffn_up.weight"] = ((24, 16), "Q8_0", b"")
     expect(write(path, fields, cut), "blk.1.ffn_up.weight [24, 16] is Q8_0")
