@@ -26,6 +26,7 @@ PROMPT_BUCKETS = (4, 6, 8)
 """Eighths of the prompt's full width at which prompts are read, by default; each is compiled once.
 """
 
+ROPE_TYPES = ("llama3", "linear", "yarn")
 LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
 """Names of the matrices of a layer: the default targets of adapters."""
 
@@ -248,10 +249,16 @@ class DecoderConfig(Section):
     remat_policy: str
     attention: str
     dtype: Annotated[str, Choices(*DTYPES)]
-    rope_factor: Annotated[float, Range(least=1.0)] = 1.0
+    rope_factor: Annotated[float, Range(least=1.0)] = 1.0  # to longer texts; 1: as it was trained
+    rope_type: Annotated[str, Choices(*ROPE_TYPES)] = "llama3"  # how that is done
     rope_low_frequency_factor: AboveZero = 1.0
     rope_high_frequency_factor: AboveZero = 4.0
+    rope_beta_slow: AboveZero = 1.0
+    rope_beta_fast: AboveZero = 32.0
+    rope_truncate: bool = True
+    rope_attention_factor: NotNegative = 0.0  # 0: what yarn derives from rope_factor
     rope_original_length: Positive = 8192
+    qkv_bias: bool = False
     norm_epsilon: AboveZero = 1e-6
 
     def sizes(self) -> dict[str, Any]:
