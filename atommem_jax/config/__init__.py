@@ -23,6 +23,7 @@ from atommem_jax.config.experiment import (
 )
 from atommem_jax.config.files import find_config, load_config
 from atommem_jax.config.sections import (
+    EMBEDDINGS,
     EVICTION_POLICIES,
     LAYERS,
     LENGTH_BUCKETS,
@@ -47,6 +48,7 @@ from atommem_jax.config.sections import (
 from atommem_jax.config.upgrade import upgrade
 
 __all__ = [
+    "EMBEDDINGS",
     "EVICTION_POLICIES",
     "LAYERS",
     "LENGTH_BUCKETS",

@@ -26,6 +26,7 @@ PROMPT_BUCKETS = (4, 6, 8)
 """Eighths of the prompt's full width at which prompts are read, by default; each is compiled once.
 """
 
+EMBEDDINGS = ("hashed", "policy", "encoder")
 ROPE_TYPES = ("llama3", "linear", "yarn")
 LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
 """Names of the matrices of a layer: the default targets of adapters."""
@@ -189,8 +190,26 @@ class MemoryConfig(Section):
     eviction: Annotated[str, Choices(*EVICTION_POLICIES)] = "lru"
     # How tokens count in a search: all alike, or the rarer the more, see `memory.embedding`.
     weighting: Annotated[str, Choices("uniform", "rarity")] = "uniform"
+    # What a key is of: hashed token counts, the policy's token embeddings, or a text encoder.
+    embedding: Annotated[str, Choices(*EMBEDDINGS)] = "hashed"
+    encoder: str = ""  # directory or checkpoint of the text encoder
 
     def _check_together(self, prefix: str) -> None:
+        check(
+            bool(self.encoder) == (self.embedding == "encoder"),
+            f"{prefix}.encoder={self.encoder!r} and {prefix}.embedding={self.embedding!r}: the "
+            "first names the text encoder of the second; set "
+            + (
+                f"{prefix}.encoder to its directory"
+                if self.embedding == "encoder"
+                else f"{prefix}.embedding='encoder', or {prefix}.encoder=''"
+            ),
+        )
+        check(
+            self.embedding != "encoder" or self.weighting == "uniform",
+            f"{prefix}.weighting={self.weighting!r}: allowed is 'uniform' with "
+            f"{prefix}.embedding='encoder', which weighs tokens itself",
+        )
         check(
             self.shown <= self.slots,
             f"{prefix}.shown={self.shown} is more than {prefix}.slots={self.slots}; show at most "

@@ -234,7 +234,7 @@ def trace_episodes(
         for part in (0, 1)
     )
     described = trace.describe(
-        loaded.parts.setting(shape),
+        loaded.parts.setting(shape, loaded.params),
         trajectories,
         samples,
         loaded.parts.tokenizer,
