@@ -16,20 +16,20 @@ With `--policy=PATH` the tokenizer is that of a model, whose token embeddings ar
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags as absl_flags
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from atommem_jax.agent import encoders
 from atommem_jax.config import ConfigError, check, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
 from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens, most_times
 from atommem_jax.tasks import datasets, multihop_files
+from atommem_jax.types import Embed
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/hotpotqa.py")
@@ -112,11 +112,11 @@ def main(argv: Sequence[str]) -> None:
             _print_row(f"policy{name}, {width}", unbound.bind(params), texts, sizes)
     if ENCODER.value:
         width = encoders.read(ENCODER.value, "float32")[0].config.width
-        embed = encoders.read_embedding(ENCODER.value, tokenizer, width, "float32")
-        _print_row(f"encoder, {width}", embed, texts, sizes)
+        encoder = encoders.read_embedding(ENCODER.value, tokenizer, width, "float32")
+        _print_row(f"encoder, {width}", encoder, texts, sizes)
 
 
-def _print_row(name: str, embed: Any, texts: Texts, sizes: Sequence[int]) -> None:
+def _print_row(name: str, embed: Embed, texts: Texts, sizes: Sequence[int]) -> None:
     found = _measure(embed, texts, sizes, SHOWN.value)
     print(f"{name:24}" + "".join(f"{x:14.3f}" for x in found), flush=True)
 
@@ -135,7 +135,7 @@ def _weigh_by_documents(texts: Texts, vocab_size: int, most: int) -> bytes:
     return np.clip(np.rint(times), 1, min(most, 255)).astype(np.uint8).tobytes()
 
 
-def _measure(embed: Any, texts: Texts, sizes: Sequence[int], shown: int) -> list[float]:
+def _measure(embed: Embed, texts: Texts, sizes: Sequence[int], shown: int) -> list[float]:
     """Recall in memories of each size."""
     keys = _embed_all(embed, texts.documents, texts.width(), ask=False)
     queries = _embed_all(embed, texts.questions, max(map(len, texts.questions)), ask=True)
@@ -153,14 +153,19 @@ def _measure(embed: Any, texts: Texts, sizes: Sequence[int], shown: int) -> list
 
 
 def _embed_all(
-    embed: Any, texts: Sequence[Sequence[int]], width: int, *, ask: bool
+    embed: Embed, texts: Sequence[Sequence[int]], width: int, *, ask: bool
 ) -> Float[np.ndarray, "N D"]:
     """Keys of documents, or of questions where some are read otherwise."""
     tokens = np.zeros((-(-len(texts) // _AT_ONCE) * _AT_ONCE, width), np.int32)
     lengths = np.zeros(len(tokens), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)], lengths[row] = text, len(text)
-    compiled = jax.jit(lambda embed, *text: (getattr(embed, "ask", embed) if ask else embed)(*text))
+
+    @jax.jit
+    def compiled(embed: Embed, tokens: Array, length: Array) -> Array:
+        read = getattr(embed, "ask", embed) if ask else embed
+        return read(tokens, length)
+
     starts = tqdm.trange(0, len(tokens), _AT_ONCE, desc="embed", leave=False, delay=5)
     rows = [
         compiled(
