@@ -38,12 +38,13 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
+        "rollout reward advantage loss gate optimizer microbatches trainer evaluation comparison "
+        "collapse"
     ),
-    "agent": "encoders build play crossed validate load score",
+    "agent": "encoders build play crossed validate load results score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",
-    "collection": "endpoint store player",
+    "collection": "endpoint judge store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",
     "tpu_model": (
         "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation "
