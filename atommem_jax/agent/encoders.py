@@ -54,7 +54,7 @@ def read(path: str, dtype: str) -> tuple[Transformer, dict, Tokenizer]:
 
     Raises ConfigError as `read_embedding`.
     """
-    mesh = mesh_lib.single()
+    mesh = mesh_lib.make_mesh(1, devices=jax.local_devices()[:1])  # every process reads it
     try:
         if (paths.locate(path) / hf_config.CONFIG_FILE).is_file() or gguf_file.is_gguf(path):
             config, params, tokenizer = _read_published(path, mesh)
