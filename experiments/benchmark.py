@@ -13,6 +13,7 @@
 | task | the validity table | |
 | decode | prefill and decoding of a published model | transformers, llama.cpp |
 | convert | memory of the host beside a published model that is loaded | |
+| embedding | a turn of the memory, by what makes its keys | |
 | growth | a turn against slots, trajectories, entry length; an episode against turns | |
 
 Peers do the same work, and tests hold that they get the same results. Contestants take turns in

@@ -24,7 +24,7 @@ from absl import flags as absl_flags
 
 from atommem_jax.agent import build, load, validate
 from atommem_jax.collection import store
-from atommem_jax.collection.endpoint import UNFINISHED_THOUGHTS, Endpoint, Patience
+from atommem_jax.collection.endpoint import UNFINISHED_THOUGHTS, Endpoint, Patience, parse_prices
 from atommem_jax.collection.player import LONGER_THAN_A_RESPONSE, Player, Tally, collect
 from atommem_jax.config import check, flatten, parse, paths
 from atommem_jax.parallel import mesh as mesh_lib
@@ -122,7 +122,7 @@ def main(argv) -> None:
         flags.require(flag, "pass it; see --help") for flag in (BASE_URL, MODEL, OUT)
     )
     paths.try_folder(out, f"--out={out}")
-    prices = _read_prices(PRICE.value)
+    prices = parse_prices(PRICE.value, PRICE.name)
     options = _read_options()
     endpoint = Endpoint(
         base_url,
@@ -262,21 +262,6 @@ def _read_options() -> dict[str, Any]:
         "stream and n; quote it for the shell",
     )
     return options | extra
-
-
-def _read_prices(values: Sequence[str]) -> tuple[float, float] | None:
-    if not values:
-        return None
-    try:
-        prompt, completion = (float(value) for value in values)
-    except ValueError:
-        prompt = completion = -1.0
-    check(
-        prompt >= 0 and completion >= 0,
-        f"--price_per_million={','.join(values)}: allowed are two numbers of 0 or more; pass the "
-        "prices of a million prompt and completion tokens as IN,OUT",
-    )
-    return prompt, completion
 
 
 if __name__ == "__main__":

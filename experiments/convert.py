@@ -233,8 +233,8 @@ def make_mesh(config: ModelConfig) -> Mesh:
 
 
 def _say(target: str, params: Any, config: ModelConfig) -> None:
-    kind = "qwen3" if config.qk_norm else "llama"
-    print(f"{target}: {kind}, {model_lib.count_params(params):,} parameters, value head included")
+    kind, count = hf_config.find_kind(config), model_lib.count_params(params)
+    print(f"{target}: {kind}, {count:,} parameters, value head included")
 
 
 def _say_what_is_left_out(source: str, target: str) -> None:

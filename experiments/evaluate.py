@@ -4,13 +4,21 @@
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
     python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
     python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
+    python experiments/evaluate.py --checkpoint=runs/demo --against=runs/other
+    python experiments/evaluate.py --checkpoint=runs/demo --skip_existing \\
+        --judge=http://localhost:8000/v1 --judge_model=NAME
 
 `--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
 per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints
 two tables for each temperature: the scores, and at which stage wrong answers broke (`life_cycle`).
+`--against` adds the difference from other records of the same episodes, and `--judge` what a model
+behind an endpoint says of the answers (the extra `collect`), which goes into the folder judge
+beside the records.
 """
 
 import contextlib
+import itertools
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,11 +27,18 @@ from typing import Any
 from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
-from atommem_jax.agent import build, crossed
+from atommem_jax.agent import build, crossed, results
 from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.agent.score import evaluate_split
-from atommem_jax.config import check, paths
-from atommem_jax.learning import life_cycle
+from atommem_jax.collection import judge as judge_lib
+from atommem_jax.collection.endpoint import (
+    Endpoint,
+    EndpointError,
+    OutOfRetriesError,
+    parse_prices,
+)
+from atommem_jax.config import ConfigError, check, paths
+from atommem_jax.learning import comparison, life_cycle
 from atommem_jax.tasks import datasets
 from experiments import flags
 
@@ -67,6 +82,41 @@ SKIP_EXISTING = absl_flags.DEFINE_bool(
 )
 
 
+AGAINST = absl_flags.DEFINE_string(
+    "against",
+    None,
+    "Prints the difference of EM from other records of the same split and temperature, with its "
+    "95% interval: the workdir of another run, a file of records, or what the name of records in "
+    "--out has behind split and temperature, such as step900.",
+)
+JUDGE = absl_flags.DEFINE_string(
+    "judge",
+    None,
+    "Address of a server of OpenAI's protocol, whose model says of each answer whether it is "
+    "right. Its replies are kept, and not asked for again.",
+)
+JUDGE_MODEL = absl_flags.DEFINE_string("judge_model", None, "Name of the judge on that server.")
+JUDGE_KEY_ENV = absl_flags.DEFINE_string(
+    "judge_key_env",
+    "OPENAI_API_KEY",
+    "Environment variable that holds the judge's key; none is sent where it is not set.",
+)
+JUDGE_PRICE = absl_flags.DEFINE_list(
+    "judge_price_per_million",
+    [],
+    "IN,OUT: price of a million prompt tokens and of a million completion tokens of the judge.",
+)
+JUDGE_CONTROLS = absl_flags.DEFINE_integer(
+    "judge_controls",
+    200,
+    "Questions of which wrong, vague and right answers are made up, to measure how the judge errs; "
+    "0 for none.",
+    lower_bound=0,
+)
+JUDGE_CONCURRENCY = absl_flags.DEFINE_integer(
+    "judge_concurrency", 8, "Requests to the judge under way at a time.", lower_bound=1
+)
+
 CROSSED = absl_flags.DEFINE_string(
     "crossed",
     None,
@@ -81,6 +131,8 @@ def main(argv) -> None:
     checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
     loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
+    prices = parse_prices(JUDGE_PRICE.value, JUDGE_PRICE.name)
+    endpoint = make_endpoint(JUDGE.value) if JUDGE.value else None
     # Before the data is prepared, which may take long; what is only printed needs no folder.
     holds = contextlib.nullcontext() if CROSSED.value else folder_lock.hold(out, f"--out={out}")
     with holds:
@@ -88,10 +140,85 @@ def main(argv) -> None:
         splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
         for split in splits:
             find_split(dataset, split)  # all of them, before any is played
+        others = find_others(AGAINST.value, splits, out) if AGAINST.value else {}
         if CROSSED.value:
             print_crossed(loaded, CROSSED.value, dataset, splits[0])
-        else:
-            evaluate(loaded, dataset, splits, out)
+            return
+        evaluate(loaded, dataset, splits, out)
+        for temperature, split in itertools.product(TEMPERATURES.value, splits):
+            name = results.name_files(split, temperature, loaded.step, loaded.settings)
+            records = results.read(out / f"{name}.jsonl")
+            if others:
+                print_difference(split, records, others[split, temperature])
+            if endpoint is not None:
+                judge(endpoint, name, records, out / "judge", prices)
+    if endpoint is not None:
+        endpoint.close()
+
+
+def find_others(
+    chosen: str, splits: Sequence[str], out: pathlib.Path
+) -> dict[tuple[str, float], pathlib.Path]:
+    """What each split and temperature is compared with; none may be missing."""
+    return {
+        (split, temperature): results.find(chosen, out, split, temperature)
+        for split, temperature in itertools.product(splits, TEMPERATURES.value)
+    }
+
+
+def print_difference(split: str, records: Sequence[Any], other: pathlib.Path) -> None:
+    """EM and F1 less those of other records, by a paired bootstrap over episodes."""
+    for score in ("em", "f1"):
+        try:
+            found = comparison.compare(records, results.read(other), score=score)
+        except ValueError as error:
+            raise ConfigError(f"--against={AGAINST.value}: {other}: {error}") from error
+        print(
+            f"{split:12} {score.upper()} {found['difference']:+.3f} against {other}: "
+            f"{found['ours']:.3f} less {found['theirs']:.3f}, 95% interval {found['low']:+.3f} .. "
+            f"{found['high']:+.3f}, {found['episodes']} episodes, {found['questions']} questions",
+            flush=True,
+        )
+
+
+def make_endpoint(address: str) -> Endpoint:
+    """The judge's endpoint; greedy, with room for the thoughts of a model that thinks."""
+    return Endpoint(
+        address,
+        flags.require(JUDGE_MODEL, "pass the name of the judge's model"),
+        api_key=os.environ.get(JUDGE_KEY_ENV.value),
+        options={"temperature": 0.0},
+    )
+
+
+def judge(
+    endpoint: Endpoint,
+    name: str,
+    records: Sequence[Any],
+    folder: pathlib.Path,
+    prices: tuple[float, float] | None,
+) -> None:
+    """Prints what a judge says of the records of an evaluation, and writes it to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = flags.require(JUDGE_MODEL, "pass the name of the judge's model")
+    asked = judge_lib.Judge(endpoint, model, folder, concurrency=JUDGE_CONCURRENCY.value)
+    try:
+        summary, verdicts = judge_lib.judge_records(
+            asked, records, controls=JUDGE_CONTROLS.value, prices=prices
+        )
+    except (EndpointError, OutOfRetriesError) as error:
+        raise ConfigError(f"--judge={JUDGE.value}: {error}") from error
+    lines = (
+        json.dumps(
+            {"episode": record["episode"], "question": record["question"]}
+            | {"correct": verdict.correct, "clear": verdict.clear}
+        )
+        for record, verdict in zip(records, verdicts, strict=True)
+    )
+    paths.write_text(folder / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+    told = {"judge": model} | summary
+    paths.write_text(folder / f"{name}.json", json.dumps(told, indent=2) + "\n")
+    print(f"{name}: {judge_lib.render(summary)}", flush=True)
 
 
 def print_crossed(loaded: Loaded, step: str, dataset: datasets.Dataset, split: str) -> None:

@@ -8,6 +8,10 @@ entry, until the memory is full; the question is the query. Recall@K is the shar
 documents that are among the K nearest. Compared are the ways in which tokens may count
 (`memory.weighting`), beside inverse document frequencies counted on the documents themselves. The
 tokenizer is trained on the documents.
+
+With `--policy=PATH` the tokenizer is that of a model, whose token embeddings are compared too
+(`memory.embedding='policy'`), and with `--encoder=PATH` a text encoder is
+(`memory.embedding='encoder'`).
 """
 
 import dataclasses
@@ -18,17 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags as absl_flags
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
+from atommem_jax.agent import encoders
 from atommem_jax.config import ConfigError, check, parse
-from atommem_jax.language.tokenizer import SentencePieceTokenizer, weigh_by_rarity
-from atommem_jax.memory.embedding import HashedBagOfTokens, most_times
+from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
+from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens, most_times
 from atommem_jax.tasks import datasets, multihop_files
+from atommem_jax.types import Embed
 from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/hotpotqa.py")
 SLOTS = absl_flags.DEFINE_list("slots", ["64", "256"], "Entries of the memory, several sizes.")
 KEY_DIMS = absl_flags.DEFINE_list("key_dims", ["128", "1024"], "Widths of a key.")
+POLICY = flags.define_path("policy", "", "A model: a checkpoint, or a Hugging Face directory.")
+ENCODER = flags.define_path("encoder", "", "A text encoder, as of memory.encoder.")
 SHOWN = absl_flags.DEFINE_integer("shown", 6, "K, how many are shown.", lower_bound=1)
 _AT_ONCE = 64
 
@@ -70,8 +78,13 @@ def main(argv: Sequence[str]) -> None:
             f"--slots={size}: allowed are {most} to {len(documents)}, the documents of the file",
         )
     written = [f"{d.title}: {' '.join(d.sentences)}" for d in documents]
-    tokenizer = SentencePieceTokenizer.train(
-        written, config.tokenizer.vocab_size, character_coverage=0.9995
+    policy = encoders.read(POLICY.value, "float32") if POLICY.value else None
+    tokenizer: Tokenizer = (
+        SentencePieceTokenizer.train(
+            written, config.tokenizer.vocab_size, character_coverage=0.9995
+        )
+        if policy is None
+        else policy[2]
     )
     number = {document: i for i, document in enumerate(documents)}
     texts = Texts(
@@ -90,8 +103,22 @@ def main(argv: Sequence[str]) -> None:
         }
         for name, weights in ways.items():
             embed = HashedBagOfTokens(tokenizer.vocab_size, dim=dim, weights=weights)
-            found = [_measure(embed, texts, size, SHOWN.value) for size in sizes]
-            print(f"{name + ', ' + str(dim):24}" + "".join(f"{x:14.3f}" for x in found))
+            _print_row(f"{name}, {dim}", embed, texts, sizes)
+    if policy is not None:
+        model, params, _ = policy
+        width = model.config.width
+        for name, weights in {"": b"", " by rarity": weigh_by_rarity(tokenizer, 255)}.items():
+            unbound = PooledTokens(HashedBagOfTokens(tokenizer.vocab_size, dim=width), weights)
+            _print_row(f"policy{name}, {width}", unbound.bind(params), texts, sizes)
+    if ENCODER.value:
+        width = encoders.read(ENCODER.value, "float32")[0].config.width
+        encoder = encoders.read_embedding(ENCODER.value, tokenizer, width, "float32")
+        _print_row(f"encoder, {width}", encoder, texts, sizes)
+
+
+def _print_row(name: str, embed: Embed, texts: Texts, sizes: Sequence[int]) -> None:
+    found = _measure(embed, texts, sizes, SHOWN.value)
+    print(f"{name:24}" + "".join(f"{x:14.3f}" for x in found), flush=True)
 
 
 def _read_number(name: str, text: str) -> int:
@@ -108,29 +135,42 @@ def _weigh_by_documents(texts: Texts, vocab_size: int, most: int) -> bytes:
     return np.clip(np.rint(times), 1, min(most, 255)).astype(np.uint8).tobytes()
 
 
-def _measure(embed: HashedBagOfTokens, texts: Texts, slots: int, shown: int) -> float:
-    keys = _embed_all(embed, texts.documents, texts.width())
-    queries = _embed_all(embed, texts.questions, texts.width())
-    rng, found = np.random.default_rng(0), 0
-    for query, support in zip(queries, texts.support, strict=True):
-        others = np.setdiff1d(np.arange(len(keys)), support)
-        stored = np.concatenate([support, rng.choice(others, slots - len(support), replace=False)])
-        nearest = np.argsort(-(keys[stored] @ query), kind="stable")[:shown]
-        found += (nearest < len(support)).sum()
-    return found / sum(map(len, texts.support))
+def _measure(embed: Embed, texts: Texts, sizes: Sequence[int], shown: int) -> list[float]:
+    """Recall in memories of each size."""
+    keys = _embed_all(embed, texts.documents, texts.width(), ask=False)
+    queries = _embed_all(embed, texts.questions, max(map(len, texts.questions)), ask=True)
+    recall = []
+    for slots in sizes:
+        rng, found = np.random.default_rng(0), 0
+        for query, support in zip(queries, texts.support, strict=True):
+            others = np.setdiff1d(np.arange(len(keys)), support)
+            filled = rng.choice(others, slots - len(support), replace=False)
+            stored = np.concatenate([support, filled])
+            nearest = np.argsort(-(keys[stored] @ query), kind="stable")[:shown]
+            found += (nearest < len(support)).sum()
+        recall.append(found / sum(map(len, texts.support)))
+    return recall
 
 
 def _embed_all(
-    embed: HashedBagOfTokens, texts: Sequence[Sequence[int]], width: int
+    embed: Embed, texts: Sequence[Sequence[int]], width: int, *, ask: bool
 ) -> Float[np.ndarray, "N D"]:
+    """Keys of documents, or of questions where some are read otherwise."""
     tokens = np.zeros((-(-len(texts) // _AT_ONCE) * _AT_ONCE, width), np.int32)
     lengths = np.zeros(len(tokens), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)], lengths[row] = text, len(text)
-    compiled = jax.jit(embed)
+
+    @jax.jit
+    def compiled(embed: Embed, tokens: Array, length: Array) -> Array:
+        read = getattr(embed, "ask", embed) if ask else embed
+        return read(tokens, length)
+
     starts = tqdm.trange(0, len(tokens), _AT_ONCE, desc="embed", leave=False, delay=5)
     rows = [
-        compiled(jnp.asarray(tokens[i : i + _AT_ONCE]), jnp.asarray(lengths[i : i + _AT_ONCE]))
+        compiled(
+            embed, jnp.asarray(tokens[i : i + _AT_ONCE]), jnp.asarray(lengths[i : i + _AT_ONCE])
+        )
         for i in starts
     ]
     return np.concatenate(rows)[: len(texts)]

@@ -39,12 +39,12 @@ ORDER = {
     ),
     "learning": (
         "rollout reward table_history evidence life_cycle advantage loss gate optimizer "
-        "microbatches trainer evaluation long_evaluation collapse"
+        "microbatches trainer evaluation long_evaluation comparison collapse"
     ),
-    "agent": "build play crossed validate load long_score score",
+    "agent": "encoders build play crossed validate load long_score results score",
     "report": "replay trace figures failures page run",
     "documents": "split session memory_file transcript reader",
-    "collection": "endpoint store player",
+    "collection": "endpoint judge store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",
     "tpu_model": (
         "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation "

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from atommem_jax.agent import encoders
 from atommem_jax.config import ConfigError, Experiment, TeacherConfig, check
 from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
@@ -20,7 +21,8 @@ from atommem_jax.language import protocol as protocol_lib
 from atommem_jax.language.grammar import compile_grammar
 from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
 from atommem_jax.learning import rollout
-from atommem_jax.memory.embedding import HashedBagOfTokens, most_times
+from atommem_jax.memory import embedding
+from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens, most_times
 from atommem_jax.model import attention
 from atommem_jax.model.model_config import ModelConfig
 from atommem_jax.model.sampling import Agent, SamplerConfig
@@ -28,7 +30,7 @@ from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import mesh
 from atommem_jax.parallel.mesh import prepare_devices
 from atommem_jax.tasks import datasets, encoding, keeper, teacher, workflows
-from atommem_jax.types import Policy
+from atommem_jax.types import Embed, Policy
 
 HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
 """Fields of `config.model` that change no parameter."""
@@ -43,7 +45,7 @@ class Parts:
     agent: Agent
     script: teacher.Script
     workflow: workflows.Workflow
-    embed: HashedBagOfTokens
+    embed: Embed
 
     @property
     def habits(self) -> keeper.Habits | None:
@@ -68,8 +70,12 @@ class Parts:
         actions = self.config.rollout.max_actions
         return keeper.policy(rates, self.script, words, actions=actions, habits=habits)
 
-    def setting(self, shape: encoding.EpisodeShape) -> rollout.Setting:
-        """The rollout's sizes for episodes of this shape."""
+    def setting(self, shape: encoding.EpisodeShape, params: Any = None) -> rollout.Setting:
+        """The rollout's sizes for episodes of this shape.
+
+        params: of the policy that plays, from which an embedding may take its rows; players take
+          them by themselves, and None is right where no policy plays.
+        """
         c = self.config
         longest = prompting.width(
             self.agent.template,
@@ -94,7 +100,7 @@ class Parts:
             grammar=self.agent.grammar,
             template=self.agent.template,
             limits=dataclasses.replace(limits, max_turns=turns),
-            embed=self.embed,
+            embed=self.embed if params is None else embedding.bind(self.embed, params),
         )
 
 
@@ -219,12 +225,35 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
             protocol, tokenizer, response_length=r.response_length, max_text=max_text
         ),
         workflow=workflow,
-        embed=HashedBagOfTokens(
-            vocab_size=tokenizer.vocab_size,
-            dim=m.key_dim,
-            weights=weigh_tokens(config, tokenizer),
-        ),
+        embed=make_embedding(config, tokenizer),
     )
+
+
+def make_embedding(config: Experiment, tokenizer: Tokenizer) -> Embed:
+    """What makes keys of texts, by `memory.embedding`.
+
+    Raises ConfigError for an encoder that cannot be read, and for a width that does not fit.
+    """
+    m = config.memory
+    if m.embedding == "encoder":
+        return encoders.read_embedding(m.encoder, tokenizer, m.key_dim, config.model.dtype)
+    hashed = HashedBagOfTokens(
+        vocab_size=tokenizer.vocab_size, dim=m.key_dim, weights=weigh_tokens(config, tokenizer)
+    )
+    if m.embedding == "hashed":
+        return hashed
+    check(
+        m.key_dim == config.model.width,
+        f"memory.key_dim={m.key_dim}: must be model.width={config.model.width} with "
+        "memory.embedding='policy', whose keys are as wide as its token embeddings",
+    )
+    check(
+        not config.lora.adapts("embedder"),
+        f"lora.targets={config.lora.targets}: adapters of embedder are not allowed with "
+        "memory.embedding='policy', whose keys are of the embedding without them; leave it out",
+    )
+    weights = weigh_by_rarity(tokenizer, 255) if m.weighting == "rarity" else b""
+    return PooledTokens(scripted=hashed, weights=weights)
 
 
 def weigh_tokens(config: Experiment, tokenizer: Tokenizer) -> bytes:

@@ -17,6 +17,7 @@ from atommem_jax.agent import play as play_lib
 from atommem_jax.agent.build import Parts
 from atommem_jax.config import TeacherConfig
 from atommem_jax.learning import evaluation, rollout
+from atommem_jax.memory import embedding
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import batches as batches_lib
@@ -63,6 +64,9 @@ def make_player(
 
     @jax.jit
     def play(agent, setting, first, second, *rest):
+        mind = second if first is None else first  # who reads writes the entries
+        if mind is not None:
+            setting = setting.replace(embed=embedding.bind(setting.embed, mind))
         minds = [
             None if mind is None else play_lib.place_for_rollouts(mind, layout, mesh, rollout_mesh)
             for mind in (first, second)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from atommem_jax.agent.build import Parts
 from atommem_jax.config import TeacherConfig
 from atommem_jax.learning import rollout
+from atommem_jax.memory import embedding
 from atommem_jax.model import lora, quantized
 from atommem_jax.model.transformer import without_adapters
 from atommem_jax.parallel import host_batches, program
@@ -128,6 +129,7 @@ def _compile(parts: Parts, mesh: Mesh, tensor: int, play_local: Any, rows: Seque
 
     @jax.jit
     def play(agent, setting, params, *rest):
+        setting = setting.replace(embed=embedding.bind(setting.embed, params))
         if merges:
             params = lora.merge(params, model.lora)
             agent = agent.replace(model=without_adapters(agent.model))

@@ -10,7 +10,7 @@ import numpy as np
 import tqdm
 
 from atommem_jax import text_files
-from atommem_jax.agent import build, long_score
+from atommem_jax.agent import build, long_score, results
 from atommem_jax.agent.load import Loaded, find_split
 from atommem_jax.config import paths
 from atommem_jax.learning import evaluation, life_cycle, reward
@@ -43,7 +43,7 @@ def evaluate_split(
         paths.try_folder(out, f"--out={out}")
     examples = find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
-    name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *loaded.settings])
+    name = results.name_files(split, temperature, loaded.step, loaded.settings)
     cell: dict[str, Any] = {
         "split": split,
         "temperature": temperature,

@@ -105,6 +105,25 @@ class _PassingError(Exception):
         self.wait = wait
 
 
+def parse_prices(values: Sequence[str], flag: str) -> tuple[float, float] | None:
+    """Prices of a million prompt and completion tokens, from a flag that holds both; None: none.
+
+    Raises ConfigError for anything else.
+    """
+    if not values:
+        return None
+    try:
+        prompt, completion = (float(value) for value in values)
+    except ValueError:
+        prompt = completion = -1.0
+    check(
+        prompt >= 0 and completion >= 0,
+        f"--{flag}={','.join(values)}: allowed are two numbers of 0 or more; pass the prices of a "
+        "million prompt and completion tokens as IN,OUT",
+    )
+    return prompt, completion
+
+
 class Endpoint:
     """One model behind one address. Any number of threads may call `chat`.
 

@@ -23,9 +23,11 @@ from atommem_jax.config.experiment import (
 )
 from atommem_jax.config.files import find_config, load_config
 from atommem_jax.config.sections import (
+    EMBEDDINGS,
     EVICTION_POLICIES,
     LAYERS,
     LENGTH_BUCKETS,
+    ROPE_TYPES,
     CheckpointConfig,
     DebugConfig,
     DecoderConfig,
@@ -46,9 +48,11 @@ from atommem_jax.config.sections import (
 from atommem_jax.config.upgrade import upgrade
 
 __all__ = [
+    "EMBEDDINGS",
     "EVICTION_POLICIES",
     "LAYERS",
     "LENGTH_BUCKETS",
+    "ROPE_TYPES",
     "CheckpointConfig",
     "ConfigError",
     "DebugConfig",

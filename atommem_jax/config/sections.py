@@ -26,6 +26,8 @@ PROMPT_BUCKETS = (4, 6, 8)
 """Eighths of the prompt's full width at which prompts are read, by default; each is compiled once.
 """
 
+EMBEDDINGS = ("hashed", "policy", "encoder")
+ROPE_TYPES = ("llama3", "linear", "yarn")
 LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
 """Names of the matrices of a layer: the default targets of adapters."""
 
@@ -188,8 +190,26 @@ class MemoryConfig(Section):
     eviction: Annotated[str, Choices(*EVICTION_POLICIES)] = "lru"
     # How tokens count in a search: all alike, or the rarer the more, see `memory.embedding`.
     weighting: Annotated[str, Choices("uniform", "rarity")] = "uniform"
+    # What a key is of: hashed token counts, the policy's token embeddings, or a text encoder.
+    embedding: Annotated[str, Choices(*EMBEDDINGS)] = "hashed"
+    encoder: str = ""  # directory or checkpoint of the text encoder
 
     def _check_together(self, prefix: str) -> None:
+        check(
+            bool(self.encoder) == (self.embedding == "encoder"),
+            f"{prefix}.encoder={self.encoder!r} and {prefix}.embedding={self.embedding!r}: the "
+            "first names the text encoder of the second; set "
+            + (
+                f"{prefix}.encoder to its directory"
+                if self.embedding == "encoder"
+                else f"{prefix}.embedding='encoder', or {prefix}.encoder=''"
+            ),
+        )
+        check(
+            self.embedding != "encoder" or self.weighting == "uniform",
+            f"{prefix}.weighting={self.weighting!r}: allowed is 'uniform' with "
+            f"{prefix}.embedding='encoder', which weighs tokens itself",
+        )
         check(
             self.shown <= self.slots,
             f"{prefix}.shown={self.shown} is more than {prefix}.slots={self.slots}; show at most "
@@ -248,10 +268,16 @@ class DecoderConfig(Section):
     remat_policy: str
     attention: str
     dtype: Annotated[str, Choices(*DTYPES)]
-    rope_factor: Annotated[float, Range(least=1.0)] = 1.0
+    rope_factor: Annotated[float, Range(least=1.0)] = 1.0  # to longer texts; 1: as it was trained
+    rope_type: Annotated[str, Choices(*ROPE_TYPES)] = "llama3"  # how that is done
     rope_low_frequency_factor: AboveZero = 1.0
     rope_high_frequency_factor: AboveZero = 4.0
+    rope_beta_slow: AboveZero = 1.0
+    rope_beta_fast: AboveZero = 32.0
+    rope_truncate: bool = True
+    rope_attention_factor: NotNegative = 0.0  # 0: what yarn derives from rope_factor
     rope_original_length: Positive = 8192
+    qkv_bias: bool = False
     norm_epsilon: AboveZero = 1e-6
 
     def sizes(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _ABSENT: Mapping[str, Any] = {
     "mesh.rollout_tensor": 0,
     "tokenizer.character_coverage": 1.0,
     "memory.weighting": "uniform",
+    "memory.embedding": "hashed",
+    "memory.encoder": "",
     "rollout.param_dtype": "float32",
     "rollout.cache_dtype": "",
     "rollout.cpu_decode": False,

@@ -22,6 +22,7 @@ from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.learning import rollout
 from atommem_jax.memory import slot_table
 from atommem_jax.types import MemoryState
+from atommem_jax.weights import fingerprint
 
 VERSION = 1
 _SIZES = ("slots", "entry_length", "scratchpad_length", "query_length", "shown", "key_dim")
@@ -122,6 +123,9 @@ def identify(sizes: MemoryConfig, embed: Any, tokenizer: Tokenizer) -> dict[str,
     plain = {name: v for name, v in values.items() if isinstance(v, (str, int, float))}
     digests = {name: v for name, v in values.items() if isinstance(v, bytes) and v}
     plain |= {name: hashlib.sha256(v).hexdigest()[:16] for name, v in digests.items()}
+    learned = jax.tree.leaves(embed)
+    if learned:
+        plain["parameters"] = fingerprint.fingerprint_base(learned)
     return {
         "tokenizer": hashlib.sha256(tokenizer.to_bytes()).hexdigest()[:16],
         "embedding": {"kind": type(embed).__name__} | plain,

@@ -20,6 +20,7 @@ from atommem_jax.documents import memory_file, session, transcript
 from atommem_jax.documents import split as split_lib
 from atommem_jax.documents.memory_file import Memory
 from atommem_jax.learning import rollout
+from atommem_jax.memory import embedding
 from atommem_jax.report import trace
 from atommem_jax.tasks import encoding, schema
 from atommem_jax.types import EMPTY, Phase, Response, View
@@ -180,8 +181,11 @@ class Reader:
         self.limits = choose_limits(loaded, chunk_tokens, question_tokens)
         self._chunks, self._questions = 1, self.limits.questions
         self.sizes = loaded.parts.setting(self._shape()).limits.memory
+        self._embed = embedding.bind(loaded.parts.embed, loaded.params)
+        if jax.tree.leaves(self._embed):  # beside the parameters of the policy
+            self._embed = jax.device_put(self._embed, loaded.mesh.local_devices[0])
         self._encode = encoding.TextEncoder(self.tokenizer)
-        self.identity = memory_file.identify(self.sizes, loaded.parts.embed, self.tokenizer)
+        self.identity = memory_file.identify(self.sizes, self._embed, self.tokenizer)
 
     def split(self, name: str, text: str) -> list[split_lib.Part]:
         """The parts of a document. Raises ConfigError where nothing of it can be read."""
@@ -215,7 +219,7 @@ class Reader:
 
     def load_memory(self, path: str | pathlib.Path) -> Memory:
         """What `Memory.save` wrote. Raises ConfigError for a memory of another kind of agent."""
-        setting = self._loaded.parts.setting(self._shape())
+        setting = self._setting(self._shape())
         return memory_file.load(paths.locate(path), setting, self.tokenizer)
 
     def begin(
@@ -255,7 +259,7 @@ class Reader:
         self._questions = max(self._questions, len(questions))
         shape = self._shape()
         return Reading(
-            self._loaded.parts.setting(shape),
+            self._setting(shape),
             session.model_responder(self._loaded.parts.agent, self._params, temperature),
             shape,
             self.tokenizer,
@@ -267,6 +271,9 @@ class Reader:
             announce=announce or (lambda heading: None),
             full=full,
         )
+
+    def _setting(self, shape: encoding.EpisodeShape) -> rollout.Setting:
+        return dataclasses.replace(self._loaded.parts.setting(shape), embed=self._embed)
 
     def _shape(self) -> encoding.EpisodeShape:
         return encoding.EpisodeShape(

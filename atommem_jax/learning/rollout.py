@@ -90,7 +90,7 @@ class Setting:
     grammar: Grammar
     template: prompting.Template
     limits: EpisodeLimits = flax.struct.field(pytree_node=False)
-    embed: Embed = flax.struct.field(pytree_node=False)
+    embed: Embed
 
     @property
     def pad_id(self) -> int:

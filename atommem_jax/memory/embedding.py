@@ -1,21 +1,27 @@
 """From token ids to unit key vectors, the coordinates in which memory is searched.
 
-An embedding is any hashable callable of type `types.Embed`. The one here learns nothing: each
-token id owns a fixed row of random signs, and a text is the normalised sum of its rows, so that
-the cosine of two texts approximates the cosine of their token counts. Tokens may count by how rare
-they are: a question of many function words is else nearest to whatever has the same ones.
+An embedding is a callable of type `types.Embed` and a pytree, so that what it has learned is an
+argument of a program, and not a constant in it. `HashedBagOfTokens` learns nothing: each token id
+owns a fixed row of random signs, and a text is the normalised sum of its rows, so that the cosine
+of two texts approximates the cosine of their token counts. `PooledTokens` has the rows of the
+policy's own embedding instead, and `encoder` has a transformer. Tokens may count by how rare they
+are: a question of many function words is else nearest to whatever has the same ones.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from atommem_jax.types import Embed
+
 _SQUARES = 1 << 40  # sums of squares stay below it
+_LEVELS = 1 << 11  # of the largest number of a table
 
 
 def most_times(dim: int, length: int) -> int:
@@ -23,6 +29,7 @@ def most_times(dim: int, length: int) -> int:
     return math.isqrt((_SQUARES - 1) // dim) // length
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class HashedBagOfTokens:
     """A deterministic random projection of token counts; two instances with equal fields agree.
@@ -107,6 +114,73 @@ class HashedBagOfTokens:
         octets = stream.astype("<u8").view(np.uint8)  # little-endian on every host
         bits = np.unpackbits(octets, axis=1, bitorder="little")[:, : self.dim]
         return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["table"],
+    meta_fields=["scripted", "weights"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class PooledTokens:
+    """The policy's own token embeddings, summed over a text.
+
+    `bind` takes them from parameters, and keys are written with those that the rollout is played
+    with: an entry keeps its key while the episode lasts, and so do the parameters. No gradient
+    passes, for retrieval is no part of a loss. From rollout to rollout keys change as the policy
+    learns, which no memory sees: it starts empty.
+
+    Rows are rounded to integers of one scale, so that a key depends neither on the padding of its
+    text nor on how a batch is computed, as in `HashedBagOfTokens`.
+
+    Attributes:
+      scripted: keys where no policy plays, as with a scripted teacher, and `table` is None.
+      weights: how often a token counts, an octet of 1 to 255 for each id; empty: all count once.
+      table: int16 rows.
+    """
+
+    scripted: HashedBagOfTokens
+    weights: bytes = b""
+    table: Int[Array, "V D"] | None = None
+
+    def bind(self, params: Any) -> "PooledTokens":
+        """The same with the rows that parameters of the policy have for its tokens.
+
+        They are those of the embedding as it is kept, adapters and casts of rollouts aside.
+        """
+        rows = jax.lax.stop_gradient(params["embedder"]["embedding"]).astype(jnp.float32)
+        most = jnp.maximum(jnp.abs(rows).max(), jnp.finfo(jnp.float32).tiny)
+        return dataclasses.replace(self, table=jnp.round(rows * (_LEVELS / most)).astype(jnp.int16))
+
+    def __call__(
+        self, tokens: Int[Array, "*b L"], length: Int[Array, " *b"]
+    ) -> Float[Array, "*b D"]:
+        """See `HashedBagOfTokens.__call__`."""
+        if self.table is None:
+            return self.scripted(tokens, length)
+        if tokens.shape[-1] * _LEVELS * max(self.weights, default=1) >= 1 << 31:
+            raise ValueError(
+                f"texts of {tokens.shape[-1]} tokens, a token counting up to "
+                f"{max(self.weights, default=1)} times: their sums must stay below 2**31; cut the "
+                "texts, or set memory.weighting='uniform'"
+            )
+        position = jax.lax.broadcasted_iota(length.dtype, tokens.shape, tokens.ndim - 1)
+        times = (position < length[..., None]).astype(jnp.int32)
+        if self.weights:
+            times *= jnp.asarray(np.frombuffer(self.weights, np.uint8))[tokens].astype(jnp.int32)
+        rows = self.table[tokens].astype(jnp.int32) * times[..., None]
+        sums = rows.sum(axis=-2, dtype=jnp.int32)
+        # Shifted until the squares fit, each text by itself.
+        largest = jnp.abs(sums).max(axis=-1, keepdims=True)
+        bits = math.isqrt((_SQUARES - 1) // sums.shape[-1]).bit_length() - 1
+        needed = 32 - jax.lax.clz(largest)
+        sums = jnp.right_shift(sums, jnp.maximum(needed - bits, 0))
+        return sums.astype(jnp.float32) / jnp.sqrt(jnp.maximum(_sum_squares(sums), 1.0))
+
+
+def bind(embed: Embed, params: Any) -> Embed:
+    """An embedding with what it takes from the parameters of the policy that plays."""
+    return embed.bind(params) if isinstance(embed, PooledTokens) else embed
 
 
 def _sum_squares(x: Int[Array, "*b D"]) -> Float[Array, "*b 1"]:

@@ -87,7 +87,9 @@ def retrieve(state: MemoryState, embed: Embed) -> tuple[MemoryState, Float[Array
     """
     _check(state)
     num_slots, num_shown = state.valid.shape[0], state.shown.shape[0]
-    key = _to_grid(embed(state.query, state.query_length))
+    # Some read a question otherwise than what answers it.
+    ask = getattr(embed, "ask", embed)
+    key = _to_grid(ask(state.query, state.query_length))
     chex.assert_shape(key, state.keys.shape[1:])
     # Exact, see `GRID`. So equal entries tie, and the ranking is the same in any batch, in any
     # order of summation, fused or not, on any device.
@@ -123,7 +125,7 @@ def transition(
       actions: what the turn asked for; the text width X is free.
       permitted: the kinds that this phase allows, by `ActionKind`.
       eviction: one of `EVICTION_POLICIES`; static.
-      embed: text to key, of the width that the state was made for; static.
+      embed: text to key, of the width that the state was made for.
       pad_id: fills what no token fills; static.
 
     Raises:
@@ -145,6 +147,7 @@ def transition(
     )
     fit = functools.partial(_fit, actions.text, actions.length, pad_id=pad_id)
     entry, entry_length = fit(width=state.entries.shape[1])
+    stored = _is_any(actions.kind, ActionKind.CREATE, ActionKind.UPDATE)
     requests = _Request(
         kind=actions.kind,
         target=actions.target,
@@ -154,7 +157,8 @@ def transition(
         & ((actions.length > 0) | ~needs_text),
         entry=entry,
         entry_length=entry_length,
-        key=_to_grid(embed(entry, entry_length)),
+        # A long text costs as much as it is long, and those of other kinds have no key.
+        key=_to_grid(embed(entry, jnp.where(stored, entry_length, 0))),
         query=fit(width=state.query.shape[0]),
         scratchpad=fit(width=state.scratchpad.shape[0]),
     )

@@ -85,7 +85,10 @@ def merge(params: PyTree, config: LoraConfig) -> PyTree:
         if f"{SUFFIX}/" in path:
             continue
         merged[path] = leaf.astype(jnp.float32)
-        for matrix in (path, path.rpartition("/")[0]):  # a matrix is a leaf, or holds one
+        module, _, name = path.rpartition("/")
+        if name == "bias":  # beside its matrix, and not adapted
+            continue
+        for matrix in (path, module):  # a matrix is a leaf, or holds one
             if f"{matrix}{SUFFIX}/a" in flat:
                 a, b = (flat[f"{matrix}{SUFFIX}/{factor}"] for factor in "ab")
                 merged[path] += _product(a, b, config.scale)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from atommem_jax.config import LAYERS, LoraConfig
+from atommem_jax.config import LAYERS, ROPE_TYPES, LoraConfig
 from atommem_jax.model import attention
 from atommem_jax.parallel import rules
 
@@ -30,11 +30,17 @@ class ModelConfig:
     mlp_width: int = 192
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0  # share of a head that is rotated
-    rope_factor: float = 1.0  # Llama 3's stretch to longer texts, see `rotary_frequencies`; 1: none
-    rope_low_frequency_factor: float = 1.0
+    rope_factor: float = 1.0  # the stretch to longer texts, see `rotary_frequencies`; 1: none
+    rope_type: str = "llama3"  # how it is stretched, one of config.ROPE_TYPES
+    rope_low_frequency_factor: float = 1.0  # of llama3
     rope_high_frequency_factor: float = 4.0
+    rope_beta_slow: float = 1.0  # of yarn
+    rope_beta_fast: float = 32.0
+    rope_truncate: bool = True
+    rope_attention_factor: float = 0.0  # 0: what yarn derives from rope_factor
     rope_original_length: int = 8192  # positions that it was trained for before the stretch
     qk_norm: bool = False
+    qkv_bias: bool = False  # query, key and value have a bias: Qwen2
     tie_embeddings: bool = True
     norm_epsilon: float = 1e-6
     token_shift: int = 0  # how many previous tokens' embeddings are mixed in
@@ -77,13 +83,27 @@ class ModelConfig:
                 f"model.rope_factor={self.rope_factor}: must be at least 1.0, which stretches "
                 "nothing"
             )
-        if not 0.0 < self.rope_low_frequency_factor < self.rope_high_frequency_factor:
+        for low, high in (
+            ("rope_low_frequency_factor", "rope_high_frequency_factor"),
+            ("rope_beta_slow", "rope_beta_fast"),
+        ):
+            if not 0.0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"model.{low}={getattr(self, low)} must lie between 0 and "
+                    f"model.{high}={getattr(self, high)}; change one of the two"
+                )
+        if self.rope_attention_factor < 0.0:
             raise ValueError(
-                f"model.rope_low_frequency_factor={self.rope_low_frequency_factor} must lie "
-                "between 0 and model.rope_high_frequency_factor="
-                f"{self.rope_high_frequency_factor}; change one of the two"
+                f"model.rope_attention_factor={self.rope_attention_factor}: must be above 0.0, or "
+                "0.0 for what follows from model.rope_factor"
+            )
+        if self.rope_type == "yarn" and self.rope_factor > 1.0 and self.rope_theta <= 1.0:
+            raise ValueError(
+                f"model.rope_theta={self.rope_theta}: must be above 1.0 with "
+                "model.rope_type='yarn', which counts channels by it"
             )
         for name, allowed in (
+            ("rope_type", ROPE_TYPES),
             ("remat_policy", tuple(REMAT_POLICIES)),
             ("attention", attention.IMPLEMENTATIONS),
         ):

@@ -1,8 +1,9 @@
 """A decoder-only transformer as one pure function of (params, tokens).
 
 RMSNorm, rotary positions on a configurable share of each head, grouped-query attention with
-optional query/key norms, SwiGLU, tied or untied output head and a value head: the family of
-Llama, SmolLM2 and Qwen3. Layers are stacked with `nn.scan` and optionally rematerialised.
+optional query/key norms and biases, SwiGLU, tied or untied output head and a value head: the family
+of Llama, SmolLM2, Qwen2 and Qwen3. Layers are stacked with `nn.scan` and optionally
+rematerialised.
 
 A row is addressed by *slots*: prompts are left-padded to a common width, so that decoding
 writes the same slot in every row. `start[b]` is the first slot of row b that holds a token;
@@ -151,13 +152,22 @@ def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_t
 
 
 class _Dense(nn.Dense):
-    """A matrix, which may be int8 with the scales of its output channels beside it."""
+    """A matrix, which may be int8 with the scales of its output channels beside it.
+
+    Its bias is added to what they have scaled.
+    """
+
+    biased: bool = False
 
     @nn.compact
     def __call__(self, inputs):
         out = super().__call__(inputs)
         scale: Array | None = self.get_variable("params", "scale")
-        return out if scale is None else _rescale(out, scale[0])
+        out = out if scale is None else _rescale(out, scale[0])
+        if not self.biased:
+            return out
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return _round(_round(out) + bias.astype(out.dtype).reshape(*(1,) * (out.ndim - 1), -1))
 
 
 def _rescale(x: Array, scale: Array) -> Array:
@@ -166,8 +176,12 @@ def _rescale(x: Array, scale: Array) -> Array:
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def _dense(features: int, dtype: str, name: str, product=dot_general) -> nn.Dense:
-    return _Dense(features, use_bias=False, dtype=dtype, dot_general=product, name=name)
+def _dense(
+    features: int, dtype: str, name: str, product=dot_general, *, biased: bool = False
+) -> nn.Dense:
+    return _Dense(
+        features, use_bias=False, dtype=dtype, dot_general=product, biased=biased, name=name
+    )
 
 
 class Adapter(nn.Module):
@@ -239,32 +253,73 @@ def _gather(table: Array, axes: tuple[str, str]) -> Array:
 def rotary_frequencies(config: ModelConfig) -> Float[Array, " pairs"]:
     """Radians a position for each pair of rotated channels, float32.
 
-    With `rope_factor` above 1 as in Llama 3: a pair that turns fewer than `low` times over the
-    original length is slowed by the factor, one that turns more than `high` times is kept, and
-    between the two the share that is kept grows linearly with the turns.
+    With `rope_factor` above 1 pairs are slowed, by `rope_type`. linear: all of them by the factor
+    (Chen et al., 2023). llama3: a pair that turns fewer than `low` times over the original length
+    is slowed by the factor, one that turns more than `high` times is kept, and between the two the
+    share that is kept grows linearly with the turns. yarn (Peng et al., 2023, section 3.2): the
+    same between `rope_beta_slow` and `rope_beta_fast` turns, but the share falls linearly with the
+    number of the pair, from one whole number to another where `rope_truncate`.
     """
     c = config
     exponents = jnp.arange(0, c.rope_width, 2, dtype=jnp.float32) / max(c.rope_width, 1)
     frequencies = c.rope_theta ** (-exponents)
     if c.rope_factor == 1.0:
         return frequencies
-    low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
-    turns = c.rope_original_length * frequencies / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    if c.rope_type == "linear":
+        return frequencies / c.rope_factor
+    if c.rope_type == "yarn":
+        first, last = _yarn_range(c)
+        pairs = jnp.arange(frequencies.shape[0], dtype=jnp.float32)
+        kept = 1.0 - jnp.clip((pairs - first) / (last - first), 0.0, 1.0)
+    else:
+        low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
+        turns = c.rope_original_length * frequencies / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (kept + (1 - kept) / c.rope_factor)
+
+
+def _yarn_range(c: ModelConfig) -> tuple[float, float]:
+    """The pairs between which YaRN goes from frequencies that are kept to slowed ones."""
+
+    def find_pair(turns: float) -> float:
+        """Where over the original length a pair turns so often; between two pairs, mostly."""
+        longest = c.rope_original_length / (turns * 2 * math.pi)
+        return c.rope_width * math.log(longest) / (2 * math.log(c.rope_theta))
+
+    first, last = find_pair(c.rope_beta_fast), find_pair(c.rope_beta_slow)
+    if c.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, c.rope_width - 1)
+    return first, last + 0.001 if first == last else last
+
+
+def rotary_scale(config: ModelConfig) -> float:
+    """What rotated channels are multiplied by: YaRN's sharper attention over longer texts.
+
+    Queries and keys both are, so that scores grow by its square (Peng et al., 2023, section 3.4).
+    """
+    if config.rope_type != "yarn":
+        return 1.0
+    return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1.0
 
 
 def rotate(
     x: Float[Array, "B heads T depth"],
     positions: Int[Array, "B T"],
     frequencies: Float[Array, " pairs"],
+    scale: float = 1.0,
 ) -> Float[Array, "B heads T depth"]:
-    """Rotary embedding of the first 2 x pairs channels, paired (i, i + pairs), in float32."""
+    """Rotary embedding of the first 2 x pairs channels, paired (i, i + pairs), in float32.
+
+    scale: what they are multiplied by as well.
+    """
     width = 2 * frequencies.shape[0]
     if width == 0:
         return x
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
     first, second = jnp.split(rotated, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -355,20 +410,20 @@ class Block(nn.Module):
             y = jnp.repeat(y, copies, axis=1) if copies > 1 else y
             return constrain(y, "rows", "heads", None, None)
 
-        def dense(features, name):
+        def dense(features, name, biased=False):
             adapter = _adapter(c, f"layers/{name}")
-            whole = _dense(features, c.dtype, name, self.product)
+            whole = _dense(features, c.dtype, name, self.product, biased=biased)
             return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
         asks, at = h[:, -self.tail :], positions[:, -self.tail :]  # -0 is all
-        q = heads(dense(c.num_heads * c.head_width, "query")(asks), c.num_heads)
-        k = heads(dense(c.num_kv_heads * c.head_width, "key")(h), c.num_kv_heads)
-        v = heads(dense(c.num_kv_heads * c.head_width, "value")(h), c.num_kv_heads)
+        q = heads(dense(c.num_heads * c.head_width, "query", c.qkv_bias)(asks), c.num_heads)
+        k = heads(dense(c.num_kv_heads * c.head_width, "key", c.qkv_bias)(h), c.num_kv_heads)
+        v = heads(dense(c.num_kv_heads * c.head_width, "value", c.qkv_bias)(h), c.num_kv_heads)
         if c.qk_norm:
             q, k = norm(name="query_norm")(q), norm(name="key_norm")(k)
-        frequencies = rotary_frequencies(c)
-        q, k = rotate(q, at, frequencies), rotate(k, positions, frequencies)
+        turns = rotary_frequencies(c), rotary_scale(c)
+        q, k = rotate(q, at, *turns), rotate(k, positions, *turns)
         q, k, v = place(q), place(k, copies), place(v, copies)
         before = cache.before if isinstance(cache, Prefix) else None
         if not isinstance(cache, Prefix | None):

@@ -85,6 +85,16 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _logical_spec(logical, partitioned_axes(mesh)))
 
 
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    """What is traced within has all of each array on every device: a model beside the policy's."""
+    token = _rules.set({})
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
 def constrain_params(layout: Layout, tree: Any, *, leading_data_axis: bool = False) -> Any:
     """Inside a program: keeps parameters, gradients or moments where `TRAINING` puts them.
 

@@ -41,6 +41,8 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head", ("embed", "vocab")),
     (r"layers/query/kernel", (None, "embed", "heads")),
     (r"layers/(key|value)/kernel", (None, "embed", "kv_heads")),
+    (r"layers/query/bias", (None, "heads")),
+    (r"layers/(key|value)/bias", (None, "kv_heads")),
     (r"layers/out/kernel", (None, "heads", "embed")),
     (r"layers/(gate|up)/kernel", (None, "embed", "mlp")),
     (r"layers/down/kernel", (None, "mlp", "embed")),

@@ -322,7 +322,7 @@ def describe(
         )
     )
     return trace.describe(
-        loaded.parts.setting(loaded.shape(dataset, split)),
+        loaded.parts.setting(loaded.shape(dataset, split), loaded.params),
         trajectories,
         samples,
         loaded.parts.tokenizer,

@@ -102,6 +102,8 @@ def count_params(config: ModelConfig, *, value_head: bool = True) -> int:
     """Parameters of the model, without building it."""
     c = config
     layer = _layer_matrices(c) + 2 * c.width + (2 * c.head_width if c.qk_norm else 0)
+    if c.qkv_bias:
+        layer += c.head_width * (c.num_heads + 2 * c.num_kv_heads)
     embeddings = c.vocab_size * c.width * (1 if c.tie_embeddings else 2)
     inputs = (c.token_shift + c.num_features) * c.width
     return c.num_layers * layer + embeddings + inputs + c.width + (c.width + 1 if value_head else 0)

@@ -19,7 +19,11 @@ from atommem_jax.weights.gguf_file import File
 from atommem_jax.weights.hf_config import PublishedError
 from atommem_jax.weights.hf_tokenizer import wrap_tokenizer
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -37,7 +41,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Name of a tensor in GGUF -> name in Hugging Face, without number of the layer and '.weight'."""
+"""Name of a tensor in GGUF -> name in Hugging Face, without number of the layer, weight or bias."""
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -232,11 +236,11 @@ def open_model(path: str | os.PathLike[str]) -> Model:
 
 def _rename(name: str) -> str:
     """The name in Hugging Face; unknown names stay as they are, and are refused with the model."""
-    matched = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    matched = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not matched or matched[2] not in _NAMES:
         return name
     layer = f"model.layers.{matched[1]}." if matched[1] else ""
-    return f"{layer}{_NAMES[matched[2]]}.weight"
+    return f"{layer}{_NAMES[matched[2]]}.{matched[3]}"
 
 
 def spell(name: str) -> str:

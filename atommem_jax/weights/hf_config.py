@@ -10,17 +10,21 @@ version 5 does (`rope_parameters`, `dtype`).
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from atommem_jax.config import ROPE_TYPES
 from atommem_jax.model.model_config import ModelConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
 ARCHITECTURES: Mapping[str, str] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2Model": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3Model": "qwen3",
     "LlamaForCausalLM": "llama",
@@ -36,6 +40,9 @@ _ROPE_KEYS: Mapping[str, str] = {
 }
 """Field of `rope_scaling` of type llama3 -> field of `ModelConfig`."""
 
+_YARN_KEYS: Mapping[str, str] = {"beta_slow": "rope_beta_slow", "beta_fast": "rope_beta_fast"}
+"""The same of type yarn, for those that may be absent."""
+
 # Field -> what it must say, if it is there. Anything else is a model that ours is not.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -47,8 +54,12 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
 }
 
+# Fields of `_FIXED` that an architecture does not look at, whatever they say.
+_UNREAD: Mapping[str, tuple[str, ...]] = {"qwen2": ("attention_bias", "mlp_bias")}
+
 # What an architecture means where its config.json says nothing.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "num_key_value_heads": 32},
     "qwen3": {
         "rope_theta": 10_000.0,
         "rms_norm_eps": 1e-6,
@@ -90,7 +101,7 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
     kind = ARCHITECTURES[architecture]
     fields = {**_DEFAULTS[kind], **fields}
     for field, allowed in _FIXED.items():
-        if fields.get(field, allowed[0]) not in allowed:
+        if field not in _UNREAD.get(kind, ()) and fields.get(field, allowed[0]) not in allowed:
             raise PublishedError(
                 f"{where}: {field}={fields[field]!r}: allowed is {allowed[0]!r}; the decoder has "
                 "nothing else, choose another model"
@@ -114,6 +125,7 @@ def parse_config(fields: Mapping[str, Any], *, where: str = CONFIG_FILE) -> Mode
         head_width=_integer(fields, "head_dim", where, width // max(num_heads, 1)),
         mlp_width=_integer(fields, "intermediate_size", where),
         qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2",
         tie_embeddings=not has_head or _boolean(fields, "tie_word_embeddings", where),
         norm_epsilon=_number(fields, "rms_norm_eps", where),
         pad_id=_integer(fields, "pad_token_id", where, 0),
@@ -137,11 +149,10 @@ def format_config(config: ModelConfig, *, dtype: str = "float32") -> dict[str, A
                 f"model.{field}={getattr(config, field)}: no published architecture has it, "
                 f"allowed is {plain}; only models that were trained without it can be exported"
             )
-    kind = "qwen3" if config.qk_norm else "llama"
+    kind = find_kind(config)
     fields: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "dtype": dtype,
         "torch_dtype": dtype,
@@ -161,12 +172,22 @@ def format_config(config: ModelConfig, *, dtype: str = "float32") -> dict[str, A
         "use_cache": True,
         "vocab_size": config.vocab_size,
     }
+    if kind != "qwen2":
+        fields["attention_bias"] = False
     if kind == "llama":
         fields["mlp_bias"] = False
-    if config.rope_factor != 1.0:
-        scaling = {key: getattr(config, ours) for key, ours in _ROPE_KEYS.items()}
-        fields["rope_scaling"] = {"rope_type": "llama3", **scaling}
+    fields["rope_scaling"] = _format_rope(config)
     return fields
+
+
+def find_kind(config: ModelConfig) -> str:
+    """The `model_type` of a model. Raises PublishedError for one that none of them computes."""
+    if config.qk_norm and config.qkv_bias:
+        raise PublishedError(
+            "model.qk_norm=True and model.qkv_bias=True: no published architecture has both; only "
+            "models that were trained with one of them can be exported"
+        )
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
 def list_rest(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
@@ -227,19 +248,71 @@ def _parse_rope(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(scaling, Mapping):
         raise PublishedError(f"{where}: {name} is {scaling!r}; it must be an object or null")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    within = f"{where}: {name}"
+    if scaling.get("partial_rotary_factor", 1.0) not in _FIXED["partial_rotary_factor"]:
+        raise PublishedError(
+            f"{within}.partial_rotary_factor={scaling['partial_rotary_factor']!r}: allowed is 1.0; "
+            "the decoder has nothing else, choose another model"
+        )
     theta = _number({**fields, **scaling}, "rope_theta", where)
     if theta <= 0:
         raise PublishedError(f"{where}: rope_theta is {theta!r}; it must be above 0")
     if kind == "default":
         return {"rope_theta": theta}
-    if kind != "llama3":
+    if kind not in ROPE_TYPES:
         raise PublishedError(
-            f"{where}: {name}.rope_type={kind!r}: allowed are 'default' and 'llama3'; choose "
-            "another model, or set the field to null for texts within the original length"
+            f"{within}.rope_type={kind!r}: allowed are {', '.join(('default', *ROPE_TYPES))}; "
+            "choose another model, or set the field to null for texts within the original length"
         )
-    read = {ours: _number(scaling, key, f"{where}: {name}") for key, ours in _ROPE_KEYS.items()}
-    length = _integer(scaling, "original_max_position_embeddings", f"{where}: {name}")
-    return {"rope_theta": theta, **read, "rope_original_length": length}
+    read: dict[str, Any] = {"rope_type": kind, "rope_factor": _number(scaling, "factor", within)}
+    if kind == "llama3":
+        read |= {ours: _number(scaling, key, within) for key, ours in _ROPE_KEYS.items()}
+    if kind == "yarn":
+        read |= _parse_yarn(scaling, within)
+    length = "original_max_position_embeddings"
+    if kind == "yarn" and scaling.get(length) is None and fields.get(length) is None:
+        scaling = {**scaling, length: _integer(fields, "max_position_embeddings", where)}
+    if kind != "linear":
+        read["rope_original_length"] = _integer({**fields, **scaling}, length, within)
+    return {"rope_theta": theta, **read}
+
+
+def _parse_yarn(scaling: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What `transformers` reads of `rope_scaling` of type yarn, but for factor and length."""
+    read: dict[str, Any] = {
+        ours: _number(scaling, key, where) for key, ours in _YARN_KEYS.items() if scaling.get(key)
+    }
+    if scaling.get("truncate") is not None:
+        read["rope_truncate"] = _boolean(scaling, "truncate", where)
+    factor = scaling.get("attention_factor")
+    if factor is not None:
+        read["rope_attention_factor"] = _number(scaling, "attention_factor", where)
+    elif scaling.get("mscale") and scaling.get("mscale_all_dim"):  # as DeepSeek says it
+        stretch = math.log(max(_number(scaling, "factor", where), 1.0))
+        above, below = (
+            0.1 * _number(scaling, key, where) * stretch + 1.0
+            for key in ("mscale", "mscale_all_dim")
+        )
+        read["rope_attention_factor"] = above / below
+    return read
+
+
+def _format_rope(config: ModelConfig) -> dict[str, Any] | None:
+    """`rope_scaling`, as `_parse_rope` and `transformers` read it."""
+    kind = config.rope_type
+    if config.rope_factor == 1.0 and not (kind == "yarn" and config.rope_attention_factor):
+        return None
+    fields: dict[str, Any] = {"rope_type": kind, "factor": config.rope_factor}
+    if kind == "llama3":
+        fields |= {key: getattr(config, ours) for key, ours in _ROPE_KEYS.items()}
+    if kind == "yarn":
+        fields |= {key: getattr(config, ours) for key, ours in _YARN_KEYS.items()}
+        fields["original_max_position_embeddings"] = config.rope_original_length
+        if not config.rope_truncate:
+            fields["truncate"] = False
+        if config.rope_attention_factor:
+            fields["attention_factor"] = config.rope_attention_factor
+    return fields
 
 
 def _number(fields: Mapping[str, Any], field: str, where: str) -> float:

@@ -52,19 +52,22 @@ _WIDTH, _MLP = "hidden_size", "intermediate_size"
 TENSORS = (
     Tensor("embedder/embedding", "model.embed_tokens.weight", ("vocab_size", _WIDTH)),
     *(
-        Tensor(f"layers/{ours}", f"model.layers.{{}}.{name}.weight", fields)
+        Tensor(f"layers/{ours}", f"model.layers.{{}}.{name}", fields)
         for ours, name, fields in (
-            ("attention_norm/scale", "input_layernorm", (_WIDTH,)),
-            ("query/kernel", "self_attn.q_proj", (_HEADS, _WIDTH)),
-            ("key/kernel", "self_attn.k_proj", (_KV_HEADS, _WIDTH)),
-            ("value/kernel", "self_attn.v_proj", (_KV_HEADS, _WIDTH)),
-            ("query_norm/scale", "self_attn.q_norm", ("head_dim",)),
-            ("key_norm/scale", "self_attn.k_norm", ("head_dim",)),
-            ("out/kernel", "self_attn.o_proj", (_WIDTH, _HEADS)),
-            ("mlp_norm/scale", "post_attention_layernorm", (_WIDTH,)),
-            ("gate/kernel", "mlp.gate_proj", (_MLP, _WIDTH)),
-            ("up/kernel", "mlp.up_proj", (_MLP, _WIDTH)),
-            ("down/kernel", "mlp.down_proj", (_WIDTH, _MLP)),
+            ("attention_norm/scale", "input_layernorm.weight", (_WIDTH,)),
+            ("query/kernel", "self_attn.q_proj.weight", (_HEADS, _WIDTH)),
+            ("query/bias", "self_attn.q_proj.bias", (_HEADS,)),
+            ("key/kernel", "self_attn.k_proj.weight", (_KV_HEADS, _WIDTH)),
+            ("key/bias", "self_attn.k_proj.bias", (_KV_HEADS,)),
+            ("value/kernel", "self_attn.v_proj.weight", (_KV_HEADS, _WIDTH)),
+            ("value/bias", "self_attn.v_proj.bias", (_KV_HEADS,)),
+            ("query_norm/scale", "self_attn.q_norm.weight", ("head_dim",)),
+            ("key_norm/scale", "self_attn.k_norm.weight", ("head_dim",)),
+            ("out/kernel", "self_attn.o_proj.weight", (_WIDTH, _HEADS)),
+            ("mlp_norm/scale", "post_attention_layernorm.weight", (_WIDTH,)),
+            ("gate/kernel", "mlp.gate_proj.weight", (_MLP, _WIDTH)),
+            ("up/kernel", "mlp.up_proj.weight", (_MLP, _WIDTH)),
+            ("down/kernel", "mlp.down_proj.weight", (_WIDTH, _MLP)),
         )
     ),
     Tensor("final_norm/scale", "model.norm.weight", (_WIDTH,)),

@@ -22,6 +22,7 @@ from atommem_jax.weights.hf_config import PublishedError
 from experiments.benchmarks import (
     convert_suite,
     decode_suite,
+    embedding_suite,
     growth,
     memory_suite,
     phases,
@@ -30,7 +31,7 @@ from experiments.benchmarks import (
     train_suite,
 )
 
-SUITES = ("memory", "rollout", "train", "task", "growth", "decode", "convert")
+SUITES = ("memory", "rollout", "train", "task", "growth", "decode", "convert", "embedding")
 DEFAULT_SUITES = ("memory", "rollout", "train", "task")
 
 Results = dict[str, Any]
@@ -109,6 +110,7 @@ class Benchmark:
             "growth": self._run_growth,
             "decode": self._run_decode,
             "convert": self._run_convert,
+            "embedding": self._run_embedding,
         }[suite]()
 
     def _run_memory(self) -> None:
@@ -180,6 +182,10 @@ class Benchmark:
     def _run_convert(self) -> None:
         self.results["convert"] = points = convert_suite.run()
         self._plot(convert_suite.plot, points)
+
+    def _run_embedding(self) -> None:
+        with self._clock.of("embedding"):
+            self.results["embedding"] = embedding_suite.run(runs=self._options.runs)
 
     def _check_count(self, count: int) -> None:
         """Raises ConfigError where the trajectories cannot be shared out as training does."""
@@ -268,6 +274,10 @@ def render(results: Results, config: Experiment) -> str:
             f"beside a model of {point['model_mib']:.0f} MiB the host held "
             f"{point['beside_mib']:.0f} MiB"
         )
+    for point in results.get("embedding", ()):
+        sizes = point["trajectories"], point["entry_length"]
+        cells = "  ".join(f"{n}: {ms:.1f}" for n, ms in point.items() if isinstance(ms, float))
+        lines.append(f"ms a turn of {sizes[0]} trajectories, entries of {sizes[1]}: {cells}")
     for axis, points in results.get("growth", {}).items():
         cells = (f"{p[axis]:g}: {p['ours']:.2f}" for p in points)
         lines.append(f"ms against {axis}: {'  '.join(cells)}")

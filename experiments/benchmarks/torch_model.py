@@ -21,9 +21,9 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.config = c
-        self.query = nn.Linear(c.width, c.num_heads * c.head_width, bias=False)
-        self.key = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
-        self.value = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
+        self.query = nn.Linear(c.width, c.num_heads * c.head_width, bias=c.qkv_bias)
+        self.key = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=c.qkv_bias)
+        self.value = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=c.qkv_bias)
         self.out = nn.Linear(c.num_heads * c.head_width, c.width, bias=False)
         if c.qk_norm:
             self.query_norm = nn.RMSNorm(c.head_width, c.norm_epsilon)
@@ -229,6 +229,8 @@ def name_parameters(params: Any) -> dict[str, np.ndarray]:
             named[f"layers.{i}.attention.{name}.weight"] = layers[name]["scale"][i]
         for name in _ATTENTION:
             named[f"layers.{i}.attention.{name}.weight"] = layers[name]["kernel"][i].T
+            if "bias" in layers[name]:
+                named[f"layers.{i}.attention.{name}.bias"] = layers[name]["bias"][i]
         for name in _MLP:
             named[f"layers.{i}.{name}.weight"] = layers[name]["kernel"][i].T
     return {name: np.asarray(leaf, np.float32) for name, leaf in named.items()}

@@ -45,6 +45,7 @@ class Preset:
     tie_embeddings: bool
     norm_epsilon: float
     rope_factor: float = 1.0
+    qkv_bias: bool = False
 
     def sizes(self) -> dict[str, Any]:
         """Keyword arguments of `ModelConfig`."""
@@ -65,6 +66,16 @@ def _qwen3(size: str, parameters: int, **sizes: Any) -> Preset:
         "norm_epsilon": 1e-6,
     }
     return Preset(source=f"Qwen/Qwen3-{size}", parameters=parameters, **common, **sizes)
+
+
+def _qwen2_5(size: str, parameters: int, **sizes: Any) -> Preset:
+    common: dict[str, Any] = {
+        "rope_theta": 1e6,
+        "qk_norm": False,
+        "qkv_bias": True,
+        "norm_epsilon": 1e-6,
+    }
+    return Preset(source=f"Qwen/Qwen2.5-{size}", parameters=parameters, **common, **sizes)
 
 
 def _smollm2(size: str, parameters: int, **sizes: Any) -> Preset:
@@ -131,6 +142,54 @@ PRESETS: Mapping[str, Preset] = {
         num_layers=64,
         num_heads=64,
         mlp_width=25_600,
+        tie_embeddings=False,
+    ),
+    "qwen2_5_0_5b": _qwen2_5(
+        "0.5B",
+        494_032_768,
+        vocab_size=151_936,
+        width=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        head_width=64,
+        mlp_width=4864,
+        tie_embeddings=True,
+    ),
+    "qwen2_5_1_5b": _qwen2_5(
+        "1.5B",
+        1_543_714_304,
+        vocab_size=151_936,
+        width=1536,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_width=128,
+        mlp_width=8960,
+        tie_embeddings=True,
+    ),
+    "qwen2_5_3b": _qwen2_5(
+        "3B",
+        3_085_938_688,
+        vocab_size=151_936,
+        width=2048,
+        num_layers=36,
+        num_heads=16,
+        num_kv_heads=2,
+        head_width=128,
+        mlp_width=11_008,
+        tie_embeddings=True,
+    ),
+    "qwen2_5_7b": _qwen2_5(
+        "7B",
+        7_615_616_512,
+        vocab_size=152_064,
+        width=3584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_width=128,
+        mlp_width=18_944,
         tie_embeddings=False,
     ),
     "llama3_1_8b": Preset(

@@ -31,7 +31,8 @@ def test_parameter_count_by_hand(name):
     p = published.PRESETS[name]
     attention = p.width * p.head_width * (2 * p.num_heads + 2 * p.num_kv_heads)
     norms = 2 * p.width + (2 * p.head_width if p.qk_norm else 0)
-    layer = attention + 3 * p.width * p.mlp_width + norms
+    biases = (p.num_heads + 2 * p.num_kv_heads) * p.head_width if p.qkv_bias else 0
+    layer = attention + biases + 3 * p.width * p.mlp_width + norms
     heads = (1 if p.tie_embeddings else 2) * p.vocab_size * p.width
     assert heads + p.num_layers * layer + p.width == p.parameters
 

@@ -63,7 +63,12 @@ def make_setting(read_budget=2, answer_read_budget=1, eviction="lru"):
         answer_read_budget=answer_read_budget,
     )
     limits = dataclasses.replace(limits, max_turns=limits.turn_bound(CHUNKS, QUESTIONS))
-    return Setting(grammar=agent.grammar, template=agent.template, limits=limits, embed=embed)
+    return Setting(
+        grammar=agent.grammar,
+        template=agent.template,
+        limits=limits,
+        embed=jax.tree_util.Partial(embed),  # a function as a pytree
+    )
 
 
 class Document(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from atommem_jax.memory import embedding
+from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens
 
 EMBED = embedding.HashedBagOfTokens(vocab_size=50, dim=100, seed=3)
 _embed = jax.jit(EMBED)
@@ -150,3 +151,57 @@ def test_the_largest_weights_that_texts_leave_room_for():
 def test_one_length_per_text():
     with pytest.raises(ValueError, match=r"length.shape=\(\): must be tokens.shape"):
         EMBED(jnp.zeros((2, 3), jnp.int32), jnp.int32(1))
+
+
+# ---------------------------------------------------------------------------------------------
+# The policy's own embeddings
+
+
+def pool(dim=16, weights=b"", seed=0):
+    """(unbound, bound) with the rows of a random policy, and these."""
+    rows = np.random.default_rng(seed).normal(size=(50, dim)).astype(np.float32)
+    unbound = PooledTokens(HashedBagOfTokens(50, dim), weights)
+    return unbound, unbound.bind({"embedder": {"embedding": jnp.asarray(rows)}}), rows
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pooled_rows_are_those_of_the_policy(weighted):
+    times = np.random.default_rng(1).integers(1, 256, 50)
+    _, embed, rows = pool(weights=times.astype(np.uint8).tobytes() if weighted else b"")
+    tokens = np.random.default_rng(2).integers(0, 50, (4, 9)).astype(np.int32)
+    length = np.array([9, 5, 1, 0], np.int32)
+    found = np.asarray(jax.jit(lambda embed, *text: embed(*text))(embed, tokens, length))
+    for key, row, n in zip(found, tokens, length, strict=True):
+        scale = times[row[:n], None] if weighted else 1.0
+        total = (rows[row[:n]].astype(np.float64) * scale).sum(axis=0)
+        expected = total / max(np.linalg.norm(total), 1e-9)
+        np.testing.assert_allclose(key, expected, atol=2e-3)
+    assert not found[3].any(), "an empty text"
+
+
+def test_a_pooled_key_depends_on_its_text_alone():
+    """To the last bit: on no padding, order, batch or splitting of what it is computed from."""
+    _, embed, _ = pool(dim=24, weights=bytes([255] * 50))
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, 50, 40).astype(np.int32)
+    alone = np.asarray(embed(jnp.asarray(text), jnp.int32(40)))
+    padded = jnp.asarray(np.concatenate([text, rng.integers(0, 50, 200).astype(np.int32)]))
+    np.testing.assert_array_equal(embed(padded, jnp.int32(40)), alone)
+    shuffled = jnp.asarray(rng.permutation(text))
+    batch = jnp.stack([shuffled, jnp.asarray(text), jnp.zeros_like(shuffled)])
+    found = jax.jit(jax.vmap(embed.__call__))(batch, jnp.array([40, 40, 3]))
+    np.testing.assert_array_equal(found[0], alone)
+    np.testing.assert_array_equal(found[1], alone)
+
+
+def test_without_a_policy_pooled_keys_are_hashed_ones():
+    unbound, bound, _ = pool()
+    text = jnp.array([3, 4, 5]), jnp.int32(3)
+    np.testing.assert_array_equal(unbound(*text), HashedBagOfTokens(50, 16)(*text))
+    assert np.abs(bound(*text) - unbound(*text)).max() > 0.1
+
+
+def test_pooled_texts_too_long_for_their_sums_are_refused():
+    _, bound, _ = pool(weights=bytes([255] * 50))
+    with pytest.raises(ValueError, match=r"texts of 5000 tokens, a token counting up to 255 times"):
+        jax.eval_shape(bound, jnp.zeros(5000, jnp.int32), jnp.int32(1))

@@ -59,3 +59,90 @@ def test_texts_end_with_the_closing_token():
 
 def test_a_query_has_its_instruction_in_front():
     assert encoder.instruct("Find it.", "where?") == "Instruct: Find it.\nQuery:where?"
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys of a memory
+
+
+class Letters:
+    """A tokenizer of letters, of which each id may stand for several."""
+
+    def __init__(self, pieces, pad_id):
+        self.token_bytes = tuple(
+            piece if isinstance(piece, bytes) else piece.encode() for piece in pieces
+        )
+        self.vocab_size, self.pad_id, self.eos_id = len(pieces), pad_id, pad_id
+        self.reserved = {}
+
+    def encode(self, text):
+        return [self.token_bytes.index(letter.encode()) for letter in text]
+
+
+ENCODER = Letters(["a", "b", "c", "d", ""], pad_id=4)
+POLICY = Letters(["a", "c", "bad", b"\xc3", "", "da"], pad_id=4)
+
+
+def test_tokens_of_the_policy_stand_for_those_of_the_encoder():
+    table = encoder.translate(POLICY, ENCODER)
+    assert table.tolist() == [
+        [0, -1, -1],  # the same in both
+        [2, -1, -1],
+        [1, 0, 3],
+        [-1, -1, -1],  # half a letter
+        [-1, -1, -1],  # padding
+        [3, 0, -1],
+    ]
+    assert encoder.translate(ENCODER, ENCODER)[:, 0].tolist() == [0, 1, 2, 3, -1]
+
+
+def make_keys(params, dim=16):
+    return encoder.EncoderEmbedding(
+        model=MODEL,
+        dim=dim,
+        end_id=ENCODER.pad_id,
+        params=params,
+        pieces=encoder.translate(POLICY, ENCODER),
+        instruction=np.array([2, 2, 1], np.int32),
+    )
+
+
+def test_keys_are_the_vectors_of_the_translated_texts(params):
+    keys = make_keys(params)
+    tokens = np.array([[2, 0, 9, 9], [1, 5, 3, 0], [0, 0, 0, 0]], np.int32) % 6
+    tokens[0, 2:] = POLICY.pad_id
+    lengths = np.array([2, 4, 0], np.int32)
+    for ask, before in ((False, []), (True, [2, 2, 1])):
+        found = (keys.ask if ask else keys)(tokens, lengths)
+        for row, ids in enumerate(([1, 0, 3, 0], [2, 3, 0, 0])):
+            text = np.array([[*before, *ids, ENCODER.pad_id]], np.int32)
+            expected = encoder.embed(MODEL, params, text, np.array([text.size], np.int32))[0]
+            np.testing.assert_allclose(found[row], expected, atol=1e-5)
+        assert not np.asarray(found[2]).any()
+
+
+def test_a_batch_is_computed_a_few_texts_at_a_time(params, monkeypatch):
+    """Mapped over trajectories and actions, with gaps: as each text by itself, and no more."""
+    encoder._embed_rows.cache_clear()
+    monkeypatch.setattr(encoder, "_AT_ONCE", 30)  # three rows at a time
+    keys = make_keys(params, dim=5)
+    rng = np.random.default_rng(0)
+    tokens = rng.choice([0, 1, 2, 5], (6, 3, 4)).astype(np.int32)
+    lengths = rng.integers(0, 5, (6, 3)).astype(np.int32)
+    assert (lengths == 0).any()
+    found = jax.jit(jax.vmap(lambda keys, *text: keys(*text), (None, 0, 0)))(keys, tokens, lengths)
+    assert found.shape == (6, 3, 5)
+    for place in np.ndindex(6, 3):
+        alone = keys(tokens[place], lengths[place])
+        np.testing.assert_allclose(found[place], alone, atol=1e-5)
+    encoder._embed_rows.cache_clear()
+
+
+def test_a_text_too_long_is_cut_before_the_closing_token(params):
+    keys = make_keys(params)
+    tokens = np.full((1, 4), 2, np.int32)  # four times "bad", of which eight letters have room
+    found = keys(tokens, np.array([4], np.int32))
+    ids = [*([1, 0, 3] * 4)[:8], ENCODER.pad_id]
+    text = np.array([ids], np.int32)
+    expected = encoder.embed(MODEL, params, text, np.array([9], np.int32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -56,7 +56,9 @@ def draw_params(model, scale=0.1):
 
 def matrix_of(path, tree):
     """The matrix that the adapter at `path`, such as layers/query_lora, belongs to."""
-    return next(p for p in tree if p.split("/kernel")[0].split("/embedding")[0] == path[:-5])
+    return next(
+        p for p in tree if p.removesuffix("/kernel").removesuffix("/embedding") == path[:-5]
+    )
 
 
 def merge_by_hand(params, scale):
@@ -82,9 +84,9 @@ def compute(model, params):
     return logits, model.apply({"params": params}, hidden, method="value")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_branch_computes_what_merged_matrices_do(tied):
-    model = make_model(tie_embeddings=tied)
+@pytest.mark.parametrize(("tied", "qkv_bias"), [(True, False), (False, False), (False, True)])
+def test_the_branch_computes_what_merged_matrices_do(tied, qkv_bias):
+    model = make_model(tie_embeddings=tied, qkv_bias=qkv_bias)
     params = draw_params(model)
     assert len(lora.partition(params, EVERYTHING)[0]["layers"]) == len(LAYERS)
     by_hand = merge_by_hand(params, EVERYTHING.scale)

@@ -50,11 +50,34 @@ LLAMA = {
         "original_max_position_embeddings": 64,  # all three regimes lie within eight pairs
     },
 }
+QWEN2 = {
+    **COMMON,
+    **{"vocab_size": 317, "hidden_size": 60, "intermediate_size": 94, "num_hidden_layers": 2},
+    **{"num_attention_heads": 6, "num_key_value_heads": 2},  # heads of 10 channels
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+UNCUT = {"beta_fast": 20.0, "beta_slow": 0.7, "truncate": False, "attention_factor": 1.3}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 0.3}
 MODELS = {
     "qwen3-untied": ("Qwen3", QWEN | {"tie_word_embeddings": False}),
     "qwen3-tied": ("Qwen3", QWEN | {"tie_word_embeddings": True}),
     "llama3-untied": ("Llama", LLAMA | {"tie_word_embeddings": False}),
     "llama3-tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2", QWEN2 | {"tie_word_embeddings": False}),
+    "qwen2-tied": ("Qwen2", QWEN2 | {"tie_word_embeddings": True}),
+    "qwen2-yarn-tied": ("Qwen2", QWEN2 | {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "qwen3-yarn-untied": ("Qwen3", QWEN | {"rope_parameters": YARN | UNCUT}),
+    "llama-yarn-untied": ("Llama", LLAMA | {"rope_parameters": YARN | MSCALE}),
+    "llama-linear-untied": (
+        "Llama",
+        LLAMA | {"rope_parameters": LINEAR},
+    ),
 }
 
 

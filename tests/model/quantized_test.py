@@ -236,7 +236,7 @@ def make_big_agent():
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        qk_norm=True,
+        qkv_bias=True,
         tie_embeddings=False,
     )
     return make_agent().replace(model=Transformer(config))
@@ -293,12 +293,14 @@ def test_weights_of_int8_are_those_numbers_whatever_is_computed_in(dtype):
 
 
 @pytest.mark.relaxed_promotion
-def test_rl_trains_on_what_an_int8_policy_sampled():
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_rl_trains_on_what_an_int8_policy_sampled(qkv_bias):
     """Two steps over four devices: finite, and the gap is told and corrected for."""
     changes = {
         "model.num_heads": 4,
         "model.num_kv_heads": 2,
         "model.num_layers": 2,
+        "model.qkv_bias": qkv_bias,
         "rollout.param_dtype": "int8",
         "rollout.cache_dtype": "int8",
     }

@@ -10,7 +10,7 @@ import pytest
 
 from atommem_jax.model import sampling
 from atommem_jax.model.sampling import SamplerConfig
-from atommem_jax.model.transformer import Transformer
+from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.types import Phase
 from tests.helpers import tiny
 
@@ -124,8 +124,17 @@ def test_learner_log_probs_equal_the_samplers(constrained, temperature):
     )
 
 
-def test_decoding_as_a_cpu_wants_it_changes_nothing():
-    expected, found = answer(make_agent()), answer(make_agent(cpu_decode=True))
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_decoding_as_a_cpu_wants_it_changes_nothing(qkv_bias):
+    agents = make_agent(), make_agent(cpu_decode=True)
+    params = make_params()
+    if qkv_bias:
+        config = dataclasses.replace(agents[0].model.config, qkv_bias=True)
+        agents = [agent.replace(model=Transformer(config)) for agent in agents]
+        params = tiny.disturb(init_params(agents[0].model, jax.random.key(1)), 0.3)
+        assert np.abs(params["layers"]["query"]["bias"]).max() > 0.3
+    how = make_keys(), jnp.float32(1.0), np.zeros(ROWS, bool)
+    expected, found = (generate(agent, params, *make_prompts(), *how) for agent in agents)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Two programs, each with its own order of sums: a few units in the last place of what they add.
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6, atol=1e-6)

@@ -38,7 +38,8 @@ STRETCHED = dataclasses.replace(
     rope_high_frequency_factor=1.0,
     rope_original_length=12,
 )
-CONFIGS = {"plain": PLAIN, "rich": RICH, "stretched": STRETCHED}
+BIASED = dataclasses.replace(RICH, qk_norm=False, qkv_bias=True)
+CONFIGS = {"plain": PLAIN, "rich": RICH, "stretched": STRETCHED, "biased": BIASED}
 
 
 @functools.cache
@@ -129,7 +130,8 @@ def oracle(config, params, tokens, features):
 
             def project(name, index, h=h, w=w):
                 columns = slice(index * config.head_width, (index + 1) * config.head_width)
-                return h @ w[name]["kernel"][:, columns]
+                bias = w[name]["bias"][columns] if config.qkv_bias else 0.0
+                return h @ w[name]["kernel"][:, columns] + bias
 
             q, k, v = project("query", head), project("key", shared), project("value", shared)
             if config.qk_norm:
@@ -167,6 +169,7 @@ def test_forward_equals_numpy_row_by_row(name):
     [
         ("plain", "float32", 1e-5),
         ("rich", "float32", 1e-5),
+        ("biased", "float32", 1e-5),
         # Flax's RMSNorm mixes bfloat16 and float32.
         pytest.param("rich", "bfloat16", 0.1, marks=pytest.mark.relaxed_promotion),
     ],
@@ -217,6 +220,40 @@ def test_bfloat16_stays_near_float32_and_reads_out_in_float32():
     gap = np.abs(logits - exact)[real]
     assert gap.max() > 1e-4, "bfloat16 was not used"
     assert gap.max() < 0.05 * np.abs(exact[real]).max()
+
+
+def test_linear_scaling_slows_all_rotations_alike():
+    config = dataclasses.replace(PLAIN, rope_theta=10_000.0, rope_type="linear", rope_factor=4.0)
+    found = model_lib.rotary_frequencies(config)
+    np.testing.assert_allclose(found, [0.25, 0.025, 0.0025, 0.00025], rtol=1e-6)
+    assert model_lib.rotary_scale(config) == 1.0
+
+
+def test_yarn_keeps_fast_rotations_and_sharpens_attention():
+    """Four pairs of theta 10,000 over 1,000 positions: 159.2, 15.9, 1.59 and 0.159 turns."""
+    config = dataclasses.replace(
+        PLAIN,
+        rope_theta=10_000.0,
+        rope_type="yarn",
+        rope_factor=16.0,
+        rope_original_length=1000,
+        rope_truncate=False,
+    )
+    # 32 turns are those of pair log10(1000 / (32 x 2 pi)) = 0.6967, and 1 turn of pair 2.2018.
+    kept = [1.0, 1 - (1 - 0.6967) / 1.5051, 1 - (2 - 0.6967) / 1.5051, 0.0]
+    expected = [f * (k + (1 - k) / 16) for f, k in zip([1, 0.1, 0.01, 0.001], kept, strict=True)]
+    np.testing.assert_allclose(model_lib.rotary_frequencies(config), expected, rtol=1e-4)
+    cut = dataclasses.replace(config, rope_truncate=True)  # from pair 0 to pair 3
+    kept = [1, 2 / 3, 1 / 3, 0]
+    expected = [f * (k + (1 - k) / 16) for f, k in zip([1, 0.1, 0.01, 0.001], kept, strict=True)]
+    np.testing.assert_allclose(model_lib.rotary_frequencies(cut), expected, rtol=1e-5)
+    assert model_lib.rotary_scale(config) == pytest.approx(1.277259)  # 0.1 ln 16 + 1
+    told = dataclasses.replace(config, rope_attention_factor=0.9)
+    assert model_lib.rotary_scale(told) == 0.9
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 8)).astype(np.float32)
+    turns = np.arange(3)[None], model_lib.rotary_frequencies(config)
+    once, twice = model_lib.rotate(x, *turns), model_lib.rotate(x, *turns, 2.0)
+    np.testing.assert_allclose(twice, 2 * once, 1e-6)
 
 
 def test_llama3_slows_the_slow_rotations():
@@ -373,6 +410,9 @@ def test_missing_features_are_refused():
         ({"num_kv_heads": 0}, r"model\.num_kv_heads=0: must be at least 1"),
         ({"num_heads": 0}, r"model\.num_heads=0: must be at least 1"),
         ({"rope_factor": 0.5}, r"model\.rope_factor=0\.5: must be at least 1\.0"),
+        ({"rope_type": "ntk"}, r"model\.rope_type='ntk': allowed are llama3, linear, yarn"),
+        ({"rope_beta_slow": 40.0}, r"rope_beta_slow=40\.0 must lie between 0 and .*beta_fast=32"),
+        ({"rope_attention_factor": -1.0}, r"model\.rope_attention_factor=-1\.0: must be above"),
         (
             {"rope_low_frequency_factor": 4.0},
             r"rope_low_frequency_factor=4\.0 must lie between 0 and .*_high_frequency_factor=4\.0",

@@ -31,6 +31,16 @@ def test_every_parameter_is_split_over_both_axes_of_training():
     assert layers["query_norm"]["scale"] == PartitionSpec(None, None)
 
 
+def test_biases_lie_with_the_outputs_of_their_matrices():
+    sizes = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 2, "qkv_bias": True}
+    layers = specs_of((1, 2, 4), **sizes)["layers"]
+    for name in ("query", "key", "value"):
+        assert layers[name]["bias"] == PartitionSpec(None, "tensor")
+    layers = specs_of((1, 1, 4), **{**sizes, "num_kv_heads": 2})["layers"]
+    assert layers["query"]["bias"] == PartitionSpec(None, "tensor")
+    assert layers["key"]["bias"] == PartitionSpec(None, None), "fewer heads than devices"
+
+
 def test_rollouts_split_over_tensor_alone():
     specs = specs_of((1, 2, 4), rules_lib.ROLLOUT, num_heads=4, num_kv_heads=4)
     named = {axis for spec in jax.tree.leaves(specs, is_leaf=_is_spec) for axis in spec}

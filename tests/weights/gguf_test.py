@@ -42,11 +42,11 @@ OLD_NAMES = {
 
 
 def rename(name):
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")
     if stem in OLD_NAMES:
-        return f"{OLD_NAMES[stem]}.weight"
+        return f"{OLD_NAMES[stem]}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{OLD_NAMES[rest]}.weight"
+    return f"blk.{layer}.{OLD_NAMES[rest]}.{kind}"
 
 
 def make_model(fields, tensors):
@@ -83,7 +83,9 @@ def model():
 
 
 @pytest.mark.parametrize(
-    "fields", [huggingface_test.QWEN, huggingface_test.LLAMA], ids=["qwen3", "llama"]
+    "fields",
+    [huggingface_test.QWEN, huggingface_test.QWEN2, huggingface_test.LLAMA],
+    ids=["qwen3", "qwen2", "llama"],
 )
 def test_a_model_is_the_same_as_in_safetensors(tmp_path, fields):
     tensors = huggingface_test.make_tensors(fields)
@@ -256,7 +258,11 @@ def expect(path, *words):
 @pytest.mark.parametrize(
     ("field", "found", "words"),
     [
-        ("general.architecture", "gemma3", ["general.architecture='gemma3'", "llama, qwen3"]),
+        (
+            "general.architecture",
+            "gemma3",
+            ["general.architecture='gemma3'", "llama, qwen2, qwen3"],
+        ),
         ("qwen3.rope.scaling.type", "yarn", ["qwen3.rope.scaling.type='yarn'"]),
         ("qwen3.block_count", None, ["field qwen3.block_count is missing"]),
         ("qwen3.block_count", 3, ["blk.2.attn_norm.weight [16] is missing"]),
@@ -275,7 +281,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, model):
     fields, tensors = model
     path = tmp_path / "model.gguf"
     bias = ((32,), "F32", bytes(128))
-    expect(write(path, fields, tensors | {"blk.0.attn_q.bias": bias}), "blk.0.attn_q.bias [32]")
+    biased = write(path, fields, tensors | {"blk.0.attn_q.bias": bias})
+    expect(biased, "model.layers.0.self_attn.q_proj.bias [32]")
     missing = {name: stored for name, stored in tensors.items() if "blk.1.ffn_up" not in name}
     words = "is missing, and 0 more of", "tensors; copy the file again, or take another"
     expect(write(path, fields, missing), "blk.1.ffn_up.weight [", *words)

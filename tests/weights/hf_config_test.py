@@ -39,6 +39,31 @@ QWEN3_8B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -88,6 +113,7 @@ SMOLLM2_135M = {
     ("preset", "fields", "tensors"),
     [
         ("qwen3_8b", QWEN3_8B, 36 * 11 + 3),
+        ("qwen2.5_7b", QWEN2_5_7B, 28 * 12 + 3),
         ("llama3.1_8b", LLAMA_3_1_8B, 32 * 9 + 3),
         ("smollm2_135m", SMOLLM2_135M, 30 * 9 + 2),
     ],
@@ -115,7 +141,57 @@ def test_newer_and_older_fields_say_the_same():
     assert older.head_width == 128, "hidden_size / num_attention_heads where head_dim is absent"
 
 
-@pytest.mark.parametrize("fields", [QWEN3_8B, LLAMA_3_1_8B, SMOLLM2_135M])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+STRETCHES = {
+    "yarn": (YARN, {"rope_factor": 4.0, "rope_original_length": 32768}),
+    "yarn of older files": (
+        {"type": "yarn", "factor": 4.0},
+        {"rope_factor": 4.0, "rope_original_length": 40960},
+    ),
+    "yarn in full": (
+        YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False, "attention_factor": 1.2},
+        {
+            **{"rope_factor": 4.0, "rope_original_length": 32768, "rope_truncate": False},
+            **{"rope_beta_fast": 16.0, "rope_beta_slow": 2.0, "rope_attention_factor": 1.2},
+        },
+    ),
+    "yarn that sharpens alone": (
+        YARN | {"factor": 1.0, "attention_factor": 1.2},
+        {"rope_attention_factor": 1.2, "rope_original_length": 32768},
+    ),
+    "linear": ({"type": "linear", "factor": 2}, {"rope_factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", STRETCHES)
+def test_stretched_positions_are_read_and_come_back(name):
+    scaling, expected = STRETCHES[name]
+    config = hf_config.parse_config(QWEN3_8B | {"rope_scaling": scaling})
+    kind = scaling.get("rope_type") or scaling["type"]
+    assert config == dataclasses.replace(
+        hf_config.parse_config(QWEN3_8B), rope_type=kind, **expected
+    )
+    written = json.loads(json.dumps(hf_config.format_config(config)))
+    assert hf_config.parse_config(written) == config
+
+
+def test_deepseeks_way_to_sharpen_attention_is_read():
+    """As `transformers`: the quotient of two factors, where both are given."""
+    config = hf_config.parse_config(
+        QWEN3_8B | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}
+    )
+    assert config.rope_attention_factor == pytest.approx(1.138629 / 1.069315, rel=1e-5)
+    alone = hf_config.parse_config(QWEN3_8B | {"rope_scaling": YARN | {"mscale": 1.0}})
+    assert alone.rope_attention_factor == 0.0
+
+
+def test_norms_and_biases_together_are_nobodys():
+    config = ModelConfig(40, qk_norm=True, qkv_bias=True)
+    with pytest.raises(PublishedError, match=r"qk_norm=True and model\.qkv_bias=True: no publ"):
+        hf_config.format_config(config)
+
+
+@pytest.mark.parametrize("fields", [QWEN3_8B, QWEN2_5_7B, LLAMA_3_1_8B, SMOLLM2_135M])
 def test_configs_come_back(fields):
     config = hf_config.parse_config(fields)
     written = json.loads(json.dumps(hf_config.format_config(config)))
@@ -135,7 +211,13 @@ def test_configs_come_back(fields):
         ({"use_sliding_window": True}, ["use_sliding_window=True"]),
         ({"layer_types": ["sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_scaling.rope_type='yarn'"]),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, ["rope_scaling.rope_type='dynamic'", "yarn"]),
+        ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling: factor is None"]),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ["model.rope_factor=0.5"]),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            ["rope_parameters.partial_rotary_factor=0.5: allowed is 1.0"],
+        ),
         ({"rope_scaling": {"type": "llama3"}}, ["rope_scaling: factor is None"]),
         ({"hidden_size": None}, ["hidden_size is None; it must be a whole number"]),
         ({"num_hidden_layers": "36"}, ["num_hidden_layers is '36'"]),
@@ -167,7 +249,7 @@ def test_a_broken_config_is_named(tmp_path):
             hf_config.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("published_config", [QWEN3_8B, LLAMA_3_1_8B])
+@pytest.mark.parametrize("published_config", [QWEN3_8B, QWEN2_5_7B, LLAMA_3_1_8B])
 def test_what_is_not_said_is_the_default_of_the_architecture(published_config):
     """As in `transformers`: null where a switch is off, and 10,000 for rope_theta."""
     switches = dict.fromkeys(["mlp_bias", "attention_bias", "use_sliding_window"])

@@ -47,6 +47,7 @@ LLAMA = {
     "model_type": "llama",
     "tie_word_embeddings": True,
 }
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -74,6 +75,11 @@ def make_tensors(fields, dtype="float32", seed=0):
             shapes |= {
                 f"model.layers.{i}.self_attn.{name}.weight": (depth,)
                 for name in ("q_norm", "k_norm")
+            }
+        if fields["model_type"] == "qwen2":
+            shapes |= {
+                f"model.layers.{i}.self_attn.{name}_proj.bias": (size,)
+                for name, size in (("q", heads), ("k", shared), ("v", shared))
             }
     shapes["model.norm.weight"] = (width,)
     if not fields["tie_word_embeddings"]:
@@ -202,7 +208,7 @@ def test_a_copy_of_tied_embeddings_is_not_read(tmp_path):
 # Round trips
 
 
-@pytest.mark.parametrize("fields", [QWEN, LLAMA], ids=["qwen3", "llama"])
+@pytest.mark.parametrize("fields", [QWEN, QWEN2, LLAMA], ids=["qwen3", "qwen2", "llama"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_published_tensors_come_back_bit_for_bit(tmp_path, fields, dtype):
     tensors = make_tensors(fields, dtype)
@@ -217,8 +223,9 @@ def test_published_tensors_come_back_bit_for_bit(tmp_path, fields, dtype):
     assert huggingface.open_weights(out)[0] == config
 
 
-def test_our_parameters_come_back_bit_for_bit_from_and_to_a_mesh(tmp_path):
-    config = huggingface.open_weights(write(tmp_path / "in", QWEN, make_tensors(QWEN)))[0]
+@pytest.mark.parametrize("fields", [QWEN, QWEN2], ids=["qwen3", "qwen2"])
+def test_our_parameters_come_back_bit_for_bit_from_and_to_a_mesh(tmp_path, fields):
+    config = huggingface.open_weights(write(tmp_path / "in", fields, make_tensors(fields)))[0]
     fresh = model_lib.init_params(Transformer(config), jax.random.key(0))
     params = tiny.disturb(fresh, 0.1)  # the value head too
     mesh = mesh_lib.make_mesh(2, 2, 2)
