@@ -66,8 +66,7 @@ class BabilongConfig:
                 raise ValueError(
                     f"config.task.{field} is {getattr(self, field)!r}; allowed: 1 or more."
                 )
-        least, most = self.train_tokens
-        if not 0 <= least <= most:
+        if len(self.train_tokens) != 2 or not 0 <= self.train_tokens[0] <= self.train_tokens[1]:
             raise ValueError(
                 f"config.task.train_tokens is {self.train_tokens!r}; allowed: (least, most), with "
                 "0 <= least <= most."

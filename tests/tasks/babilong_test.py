@@ -124,6 +124,7 @@ def test_the_benchmarks_own_score():
         ({"lengths": ()}, r"lengths is \(\)"),
         ({"chunk_tokens": 3}, "chunk_tokens is 3; allowed: 16 or more"),
         ({"train_tokens": (9, 3)}, r"train_tokens is \(9, 3\); allowed: \(least, most\)"),
+        ({"train_tokens": (9,)}, r"train_tokens is \(9,\); allowed: \(least, most\)"),
         ({"test_examples": 0}, "test_examples is 0; allowed: 1 or more"),
         ({"task": 4}, "task is 4; allowed: 1, 2 or 3"),
     ],
