@@ -4,9 +4,11 @@ The facts of a bAbI story are scattered, in their order and at random places, am
 sentences of books (`background`), so that a document has a given number of tokens, as the agent's
 own tokenizer counts them. Where the books end they begin again: ten million tokens are more than
 four books have. One example is made per question, as in `babi`, from which the facts and what is
-worth storing of them come; in task 1 too it is a note: "Mary kitchen".
+worth storing of them come. In task 1 too it is a note, "Mary kitchen", and with `everyone` there
+is one of each person, whoever is asked for: where four facts are read at once, that teaches four
+times which person went to which place.
 
-Training hides a story in up to `train_tokens`. Every test split hides the same stories, in as many
+Training hides a story in up to `train_tokens`, most often in few. Every test split hides the same stories, in as many
 tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million tokens. The last
 `test_books` books, by name, are read in tests only.
 """
@@ -21,14 +23,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int
 
 from atommem_jax import text_files
 from atommem_jax.config import paths
 from atommem_jax.language import sentences
 from atommem_jax.tasks import babi, builders
-from atommem_jax.tasks.schema import Fact
+from atommem_jax.tasks.schema import Example, Fact
+from atommem_jax.types import EMPTY
 
 _SOURCE = "a folder of plain text (*.txt), one file a book; set --config.task.books to it"
+_SHORTEST = 50  # tokens, about: those of a story alone
 _LENGTH = re.compile(r"(\d+)([km])")
 _FILES = {"train": "train.txt", "test": "test.txt"}
 
@@ -52,6 +57,7 @@ class BabilongConfig:
     train_examples: int = 10_000  # at most one a question
     test_examples: int = 200  # of each test split; at most one a question
     lengths: tuple[str, ...] = LENGTHS
+    everyone: bool = True  # task 1: everyone's place is worth storing, not the asked one's alone
     validation_every: int = 10
 
     def __post_init__(self):
@@ -123,20 +129,19 @@ def generate(config: BabilongConfig, split: str, books: str) -> Iterator[dict[st
     `books` is the folder of their sentences, under that of all data sets.
     """
     part, _, length = split.partition("_")
-    stories = list(babi.generate(config.stories(), part))
+    stories: list[Any] = list(babi.generate(config.stories(), part))
     rng = np.random.default_rng([int.from_bytes(part.encode(), "big"), len(stories)])
     most = config.train_examples if part == "train" else config.test_examples
     # The same questions at every length, from all over the file.
     chosen = np.sort(rng.permutation(len(stories))[:most])
-    least, longest = config.train_tokens
-    sizes = rng.integers(least, longest + 1, size=len(chosen))
+    sizes = _draw_sizes(rng, len(chosen), *config.train_tokens)
     seeds = rng.integers(2**31, size=len(chosen))
     for index, number in enumerate(chosen):
         example = stories[number]
         yield {
             **example,
             "id": index,
-            "chunks": [[_note(fact, config) for chunk in example["chunks"] for fact in chunk]],
+            "chunks": [_note_facts(example, config)],
             "background": {
                 "file": f"{books}/{_FILES['test' if part == 'test' else 'train']}",
                 "tokens": count_tokens(length) if length else int(sizes[index]),
@@ -146,12 +151,30 @@ def generate(config: BabilongConfig, split: str, books: str) -> Iterator[dict[st
         }
 
 
-def _note(fact: Fact, config: BabilongConfig) -> Fact:
-    """The fact, with what is stored of it in two words, as in the other tasks, in task 1."""
-    if config.task > 1 or not fact["support"]:
-        return fact
-    place = fact["text"].rstrip(".").split()[-1]
-    return {**fact, "note": f"{fact['subject']} {place}"}
+def _draw_sizes(
+    rng: np.random.Generator, count: int, least: int, most: int
+) -> Int[np.ndarray, " count"]:
+    """Lengths of training documents: log-uniform, so that many are dense and some are long."""
+    low, high = np.log(least + _SHORTEST), np.log(most + _SHORTEST)
+    return np.exp(rng.uniform(low, high, size=count)).astype(int) - _SHORTEST
+
+
+def _note_facts(example: Example, config: BabilongConfig) -> list[Fact]:
+    """The facts of a story; in task 1 with their notes, which the other tasks have already."""
+    facts = [fact for chunk in example["chunks"] for fact in chunk]
+    if config.task > 1:
+        return facts
+    noted: list[Fact] = []
+    latest: dict[str, int] = {}  # person -> the fact that tells the place
+    for number, fact in enumerate(facts):
+        fact = fact.copy()
+        person, place = fact["subject"], fact["text"].rstrip(".").split()[-1]
+        if config.everyone or fact["support"]:
+            fact |= {"support": True, "note": f"{person} {place}"}
+            fact["supersedes"] = latest.get(person, EMPTY)
+            latest[person] = number
+        noted.append(fact)
+    return noted
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,7 +5,7 @@
         --workdir=runs/babilong1
     python experiments/evaluate.py --checkpoint=runs/babilong1 --split=test_1k --split=test_1m
 
-Trained on at most 800 tokens, evaluated on up to ten million, in segments of 64 turns. An entry
+Trained on at most 2,000 tokens, evaluated on up to ten million, in segments of 64 turns. An entry
 is a note of at most four words (`atommem_jax/tasks/babi.py`), and the whole table is shown at every
 turn.
 """
@@ -28,7 +28,7 @@ def get_config(task: str = "1") -> ConfigDict:
     config.task.books = ""
     config.task.test_books = 4
     config.task.chunk_tokens = 128
-    config.task.train_tokens = (0, 800)
+    config.task.train_tokens = (0, 2000)
     config.task.train_examples = 10_000
     config.task.test_examples = 200
     config.task.reward = "atommem_jax.tasks.babilong:occurs_in_answer"  # recorded beside EM
