@@ -3,6 +3,8 @@
     python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
     python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
+    python experiments/evaluate.py --checkpoint=runs/hotpotqa --task.test_file=dev.json \\
+        --task.corpus_file=passages.json --task.test_documents=200,400,800
     python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
 
 `--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
@@ -51,11 +53,10 @@ BASE = flags.define_path(
     "",
     "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
-SET = absl_flags.DEFINE_multi_string(
-    "set",
-    [],
-    "FIELD=VALUE sets a field of memory, rollout or eval to another value than the checkpoint's, "
-    "such as eval.batch_size=4; repeat the flag for several. It becomes part of the files' names.",
+SET = flags.define_settings(
+    "sets a field of task, memory, rollout or eval to another value than the checkpoint's, such as "
+    "task.test_documents=200,400 or eval.batch_size=4; repeat the flag for several. A checkpoint "
+    "says how an agent was trained, not what it may be asked. It becomes part of the files' names."
 )
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",

@@ -40,7 +40,7 @@ ORDER = {
     "learning": (
         "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
     ),
-    "agent": "build play crossed validate load score",
+    "agent": "build play crossed validate settings load score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",

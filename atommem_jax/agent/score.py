@@ -11,6 +11,7 @@ import tqdm
 from atommem_jax import text_files
 from atommem_jax.agent import build
 from atommem_jax.agent.load import Loaded, find_split
+from atommem_jax.agent.settings import spell_name
 from atommem_jax.config import paths
 from atommem_jax.learning import evaluation, reward
 from atommem_jax.parallel import host_batches
@@ -41,7 +42,8 @@ def evaluate_split(
         paths.try_folder(out, f"--out={out}")
     examples = find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
-    name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *loaded.settings])
+    settings = [spell_name(loaded.settings)] if loaded.settings else []
+    name = "_".join([f"{split}_t{temperature:g}_step{loaded.step}", *settings])
     cell: dict[str, Any] = {
         "split": split,
         "temperature": temperature,

@@ -146,10 +146,10 @@ def describe_config(config: Experiment) -> dict[str, str]:
 def read_scores(workdir: pathlib.Path, records: list, workflow: str) -> dict[str, dict[str, Any]]:
     """Method -> scale -> score, from `eval/` and `results.json`; the latter has the last word."""
     scores: dict[str, dict[str, Any]] = {}
-    for path in sorted((workdir / "eval").glob("*.json")):
-        summary = read_summary(path)
-        if summary is None:
-            continue
+    found = [read_summary(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    summaries = [summary for summary in found if summary is not None]
+    # What was asked with the run's own settings has the last word.
+    for summary in sorted(summaries, key=lambda summary: not summary.get("settings")):
         method = page_lib.name_method(summary["step"], summary["temperature"], records, workflow)
         cell = {key: summary[key] for key in _CELL}
         scores.setdefault(method, {})[summary["split"].removeprefix("test_")] = cell
