@@ -14,6 +14,7 @@ table for each temperature.
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ from atommem_jax import folder_lock
 from atommem_jax.agent import build, crossed
 from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.agent.score import evaluate_split
-from atommem_jax.config import check, paths
+from atommem_jax.config import ConfigError, check, paths
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.parallel import rules
 from atommem_jax.tasks import datasets
 from experiments import flags
 
@@ -46,6 +49,19 @@ EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes to play; 0 for the
 SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding does not use it.")
 CPU_DEVICES = absl_flags.DEFINE_integer(
     "cpu_devices", 2, "Devices into which a host without an accelerator is split.", lower_bound=1
+)
+FSDP = absl_flags.DEFINE_integer(
+    "fsdp",
+    1,
+    "Devices that share the parameters of a copy, where one cannot hold them in float32: 8 for 8B "
+    "parameters on a v6e-8.",
+    lower_bound=1,
+)
+ROLLOUT_TENSOR = absl_flags.DEFINE_integer(
+    "rollout_tensor",
+    0,
+    "With --fsdp: devices of a copy that share every matrix product, see mesh.rollout_tensor.",
+    lower_bound=0,
 )
 OUT = flags.define_path("out", None, "Folder of the results. Default: <workdir>/eval.")
 BASE = flags.define_path(
@@ -78,7 +94,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
-    loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
+    loaded = load_agent(checkpoint)
     dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
     splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
@@ -89,6 +105,36 @@ def main(argv) -> None:
         return
     with folder_lock.hold(out, f"--out={out}"):
         evaluate(loaded, dataset, splits, out)
+
+
+def load_agent(checkpoint: str) -> Loaded:
+    """The agent, each copy of its parameters on as many devices as the flags say."""
+    mesh = layout = None
+    if FSDP.value > 1:
+        mesh_lib.prepare_devices(CPU_DEVICES.value)
+        try:
+            mesh, layout = mesh_lib.make_mesh(0, FSDP.value), rules.TRAINING
+            mesh_lib.reshape_for_rollouts(mesh, ROLLOUT_TENSOR.value)
+        except ValueError as error:
+            message = re.sub(r"mesh\.(fsdp|rollout_tensor)", r"--\1", str(error))
+            raise ConfigError(message) from error
+    loaded = load(
+        checkpoint,
+        STEP.value,
+        CPU_DEVICES.value,
+        mesh=mesh,
+        rules=layout,
+        base=BASE.value,
+        settings=SET.value,
+    )
+    loaded.rollout_tensor = ROLLOUT_TENSOR.value
+    size = loaded.parts.config.eval.batch_size
+    check(
+        mesh is None or size % mesh.size == 0,
+        f"eval.batch_size={size} does not divide over {loaded.mesh.size} devices; pass "
+        "--eval.batch_size, or another --fsdp",
+    )
+    return loaded
 
 
 def print_crossed(loaded: Loaded, step: str, dataset: datasets.Dataset, split: str) -> None:

@@ -40,6 +40,7 @@ class Loaded:
         trained_shape: encoding.EpisodeShape | None = None,
         settings: Sequence[str] = (),
     ):
+        self.rollout_tensor = 0  # devices that share every product of a rollout, see `make_player`
         self.workdir, self.step, self.parts = workdir, step, parts
         self.params, self.mesh = params, mesh
         self.trained_shape, self.settings = trained_shape, list(settings)
@@ -49,7 +50,9 @@ class Loaded:
     def player(self, shape: encoding.EpisodeShape):
         """The jitted rollout for episodes of this shape; compiled once a shape."""
         if shape not in self._players:
-            self._players[shape] = play.make_player(self.parts, shape, self.mesh)
+            self._players[shape] = play.make_player(
+                self.parts, shape, self.mesh, tensor=self.rollout_tensor
+            )
         return self._players[shape]
 
     def shape(self, dataset: datasets.Dataset, split: str) -> encoding.EpisodeShape:

@@ -102,3 +102,19 @@ def test_an_agent_of_one_task_is_tried_on_another_with_files_of_its_own(tmp_path
         assert {json.loads(line)["aliases"][0] for line in records} == {
             f"Town {i}" for i in range(4)
         }
+
+
+def test_a_model_that_no_device_holds_is_played_by_several(tmp_path):
+    """As one device plays it; with the parameters shared out, and the products too."""
+    checkpoint = checkpoints.save_trained(tmp_path / "run")
+    words = ["evaluate.py", f"--checkpoint={checkpoint}", f"--data_root={tmp_path / 'data'}"]
+    words += ["--episodes=4", "--eval.batch_size=4", "--cpu_devices=2"]
+    found = {}
+    for name, flags in (("whole", []), ("shared", ["--fsdp=2", "--rollout_tensor=2"])):
+        runs.run(*words, *flags, f"--out={tmp_path / name}")
+        [path] = (tmp_path / name).glob("*.jsonl")
+        found[name] = path.read_text()
+    assert found["whole"] == found["shared"]
+    said = runs.run(*words, "--fsdp=2", "--eval.batch_size=3", status=2)
+    assert "eval.batch_size=3 does not divide over 2 devices; pass --eval.batch_size" in said
+    assert "--fsdp=3" in runs.run(*words, "--fsdp=3", status=2)
