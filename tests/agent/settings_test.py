@@ -113,8 +113,10 @@ def test_a_model_that_no_device_holds_is_played_by_several(tmp_path):
     for name, flags in (("whole", []), ("shared", ["--fsdp=2", "--rollout_tensor=2"])):
         runs.run(*words, *flags, f"--out={tmp_path / name}")
         [path] = (tmp_path / name).glob("*.jsonl")
-        found[name] = path.read_text()
+        found[name] = [json.loads(line) for line in path.read_text().splitlines()]
+    told = {name: [record.pop("log_prob") for record in found[name]] for name in found}
     assert found["whole"] == found["shared"]
+    assert told["whole"] == pytest.approx(told["shared"], abs=1e-4)
     said = runs.run(*words, "--fsdp=2", "--eval.batch_size=3", status=2)
     assert "eval.batch_size=3 does not divide over 2 devices; pass --eval.batch_size" in said
     assert "--fsdp=3" in runs.run(*words, "--fsdp=3", status=2)

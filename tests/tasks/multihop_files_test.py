@@ -127,7 +127,9 @@ def test_a_file_to_train_on_and_one_to_test_on(tmp_path):
     assert seen.isdisjoint({"Person 3", "Firm 3", "Noise 100.0"})
     tests = list(multihop_qa.generate(config, corpus, "test"))
     other = write_two(tmp_path, [make_record(i) for i in range(50, 90)], test)
-    assert tests == list(multihop_qa.generate(other, multihop_files.read(other), "test"))
+    lone = MultihopQaConfig(**(vars(config) | {"train_file": "", "test_every": 1}))
+    for another in (other, lone):
+        assert tests == list(multihop_qa.generate(another, multihop_files.read(another), "test"))
 
 
 @pytest.mark.parametrize("field", ["train_file", "test_file"])
