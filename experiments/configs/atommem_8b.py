@@ -22,12 +22,12 @@ from ml_collections import ConfigDict
 from experiments.configs import hotpotqa, published
 
 DOCUMENTS = (200, 400, 800)
-SPLITS = [f"test_{count}" for count in DOCUMENTS]
 EPISODES = 128  # of each test split, about 400 questions
 
+# Of every size of the test.
 EVALUATIONS = [
-    {"splits": SPLITS, "temperatures": [0.0], "episodes": EPISODES},
-    {"step": "sft", "splits": SPLITS, "temperatures": [0.0], "episodes": EPISODES},
+    {"temperatures": [0.0], "episodes": EPISODES},
+    {"step": "sft", "temperatures": [0.0], "episodes": EPISODES},
 ]
 
 
