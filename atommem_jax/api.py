@@ -48,7 +48,7 @@ def load(
         one step in it.
       step: of a workdir: 'last', 'best' (on the validation split) or a number.
       settings: other sizes than the checkpoint's, such as {"memory.slots": 32}: fields of
-        `memory`, `rollout` and `eval`.
+        `task`, `memory`, `rollout` and `eval`.
       base: what a run with adapters was trained on, where that is no longer at its `init_from`.
       chunk_tokens: how many tokens are read at a time, at the most; by default as in training.
       question_tokens: how many a question may have; by default as in training.

@@ -60,11 +60,9 @@ QUESTION = _multi("question", [], "Question to answer; repeat the flag for sever
 INTERACTIVE = absl_flags.DEFINE_bool(
     "interactive", False, "Go on with questions that are typed, one a line, up to an empty line."
 )
-SET = _multi(
-    "set",
-    [],
-    "FIELD=VALUE sets a field of memory or rollout to another value than the checkpoint's, such as "
-    "memory.entry_length=64; repeat the flag for several.",
+SET = flags.define_settings(
+    "sets a field of memory or rollout to another value than the checkpoint's, such as "
+    "memory.entry_length=64; repeat the flag for several."
 )
 LOAD_MEMORY = flags.define_path(
     "load_memory", None, "Start with the memory in this file.", local=True

@@ -3,6 +3,8 @@
     python experiments/evaluate.py --checkpoint=runs/demo --split=test_1x --split=test_4x
     python experiments/evaluate.py --checkpoint=runs/demo/checkpoints/950 --temperature=1
     python experiments/evaluate.py --checkpoint=runs/demo --set=rollout.constrained=false
+    python experiments/evaluate.py --checkpoint=runs/hotpotqa --task.test_file=dev.json \\
+        --task.corpus_file=passages.json --task.test_documents=200,400,800
     python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
     python experiments/evaluate.py --checkpoint=runs/demo --against=runs/other
     python experiments/evaluate.py --checkpoint=runs/demo --skip_existing \\
@@ -21,6 +23,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +42,8 @@ from atommem_jax.collection.endpoint import (
 )
 from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.learning import comparison, life_cycle
+from atommem_jax.parallel import mesh as mesh_lib
+from atommem_jax.parallel import rules
 from atommem_jax.tasks import datasets
 from experiments import flags
 
@@ -62,17 +67,29 @@ SEED = absl_flags.DEFINE_integer("seed", 0, "Seed of sampling; greedy decoding d
 CPU_DEVICES = absl_flags.DEFINE_integer(
     "cpu_devices", 2, "Devices into which a host without an accelerator is split.", lower_bound=1
 )
+FSDP = absl_flags.DEFINE_integer(
+    "fsdp",
+    1,
+    "Devices that share the parameters of a copy, where one cannot hold them in float32: 8 for 8B "
+    "parameters on a v6e-8.",
+    lower_bound=1,
+)
+ROLLOUT_TENSOR = absl_flags.DEFINE_integer(
+    "rollout_tensor",
+    0,
+    "With --fsdp: devices of a copy that share every matrix product, see mesh.rollout_tensor.",
+    lower_bound=0,
+)
 OUT = flags.define_path("out", None, "Folder of the results. Default: <workdir>/eval.")
 BASE = flags.define_path(
     "base",
     "",
     "The model that the adapters of a run were trained on, where its init_from is no longer right.",
 )
-SET = absl_flags.DEFINE_multi_string(
-    "set",
-    [],
-    "FIELD=VALUE sets a field of memory, rollout or eval to another value than the checkpoint's, "
-    "such as eval.batch_size=4; repeat the flag for several. It becomes part of the files' names.",
+SET = flags.define_settings(
+    "sets a field of task, memory, rollout or eval to another value than the checkpoint's, such as "
+    "task.test_documents=200,400 or eval.batch_size=4; repeat the flag for several. A checkpoint "
+    "says how an agent was trained, not what it may be asked. It becomes part of the files' names."
 )
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",
@@ -129,7 +146,7 @@ def main(argv) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
-    loaded = load(checkpoint, STEP.value, CPU_DEVICES.value, base=BASE.value, settings=SET.value)
+    loaded = load_agent(checkpoint)
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
     prices = parse_prices(JUDGE_PRICE.value, JUDGE_PRICE.name)
     endpoint = make_endpoint(JUDGE.value) if JUDGE.value else None
@@ -219,6 +236,36 @@ def judge(
     told = {"judge": model} | summary
     paths.write_text(folder / f"{name}.json", json.dumps(told, indent=2) + "\n")
     print(f"{name}: {judge_lib.render(summary)}", flush=True)
+
+
+def load_agent(checkpoint: str) -> Loaded:
+    """The agent, each copy of its parameters on as many devices as the flags say."""
+    mesh = layout = None
+    if FSDP.value > 1:
+        mesh_lib.prepare_devices(CPU_DEVICES.value)
+        try:
+            mesh, layout = mesh_lib.make_mesh(0, FSDP.value), rules.TRAINING
+            mesh_lib.reshape_for_rollouts(mesh, ROLLOUT_TENSOR.value)
+        except ValueError as error:
+            message = re.sub(r"mesh\.(fsdp|rollout_tensor)", r"--\1", str(error))
+            raise ConfigError(message) from error
+    loaded = load(
+        checkpoint,
+        STEP.value,
+        CPU_DEVICES.value,
+        mesh=mesh,
+        rules=layout,
+        base=BASE.value,
+        settings=SET.value,
+    )
+    loaded.rollout_tensor = ROLLOUT_TENSOR.value
+    size = loaded.parts.config.eval.batch_size
+    check(
+        mesh is None or size % mesh.size == 0,
+        f"eval.batch_size={size} does not divide over {loaded.mesh.size} devices; pass "
+        "--eval.batch_size, or another --fsdp",
+    )
+    return loaded
 
 
 def print_crossed(loaded: Loaded, step: str, dataset: datasets.Dataset, split: str) -> None:

@@ -137,6 +137,34 @@ def define_workdir(about: str, default: str | None = None) -> absl_flags.FlagHol
     return _share("workdir", lambda: define_path("workdir", default, about))
 
 
+def define_settings(about: str) -> absl_flags.FlagHolder:
+    """Defines `--set=FIELD=VALUE` of a loaded agent; returns the holder.
+
+    `--task.documents=20` is short for `--set=task.documents=20`, and so for every section that a
+    checkpoint leaves open. about: which fields are meant, and what becomes of them.
+    """
+    return absl_flags.DEFINE_multi_string(
+        _SETTINGS, [], f"FIELD=VALUE, for which --FIELD=VALUE is short: {about}"
+    )
+
+
+_SETTINGS = "set"
+
+
+def _spell_settings(argv: Sequence[str]) -> list[str]:
+    """Returns argv with `--task.documents=20` as `--set=task.documents=20`."""
+    fields = re.compile(rf"--?((?:{'|'.join(config_lib.OVERRIDABLE)})\.[^=]+)(?:=(.*))?", re.DOTALL)
+    spelled = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = fields.fullmatch(argument)
+        if match:
+            value = match[2] if match[2] is not None else next(arguments, "")
+            argument = f"--{_SETTINGS}={match[1]}={value}"
+        spelled.append(argument)
+    return spelled
+
+
 def define_processes() -> Callable[[], dict[str, Any]]:
     """Defines the flags of a run of several processes.
 
@@ -217,6 +245,8 @@ def _parse_checked(argv: Sequence[str]) -> list[str]:
         for name, default in _DEFAULTS.items():
             argv, spec = _resolve_spec(name, default, argv)
             argv = _read_overrides(name, spec, argv)
+        if _SETTINGS in absl_flags.FLAGS:
+            argv = _spell_settings(argv)
         return absl_flags.FLAGS(argv)
     except absl_flags.Error as error:
         raise config_lib.ConfigError(f"{error}\nPass --helpshort for the flags.") from error

@@ -21,6 +21,7 @@ from experiments import flags
 
 CONFIG = flags.define_config("experiments/configs/village.py")
 EPISODES = absl_flags.DEFINE_integer("episodes", 0, "Episodes of each split; 0 for all.")
+ROWS = absl_flags.DEFINE_list("rows", [], "Names of the rows to play, as clean; by default all.")
 JSON = flags.define_path(
     "json", None, "File for the summaries; none is written without.", local=True
 )
@@ -34,6 +35,9 @@ def main(argv: Sequence[str]) -> None:
     paths.make_place(JSON.value, f"--json={JSON.value}")
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
     rows = validity.list_rows(config)
+    for name in ROWS.value:
+        check(name in rows, f"--rows={name}: allowed are {', '.join(rows)}")
+    rows = {name: row for name, row in rows.items() if name in ROWS.value or not ROWS.value}
     table = validity.measure(config, dataset, rows, episodes=EPISODES.value)
     print(validity.render(table, rows))
     if JSON.value:

@@ -30,8 +30,9 @@ ORDER = {
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema user_functions background builders synthetic village babi babilong multihop_files "
-        "multihop_qa custom datasets encoding batches teacher keeper workflows"
+        "schema user_functions background packing builders synthetic village babi babilong "
+        "passages multihop_files multihop_qa custom datasets encoding batches teacher keeper "
+        "workflows"
     ),
     "weights": (
         "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "
@@ -41,7 +42,7 @@ ORDER = {
         "rollout reward table_history evidence life_cycle advantage loss gate optimizer "
         "microbatches trainer evaluation long_evaluation comparison collapse"
     ),
-    "agent": "encoders build play crossed validate load long_score results score",
+    "agent": "encoders build play crossed validate settings load long_score results score",
     "report": "replay trace figures failures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint judge store player",

@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from atommem_jax.agent import build, play, validate
-from atommem_jax.config import ConfigError, Experiment, check, check_path, parse, paths
+from atommem_jax.agent import settings as settings_lib
+from atommem_jax.config import ConfigError, Experiment, check, parse, paths
 from atommem_jax.language import tokenizer as tokenizer_lib
 from atommem_jax.language.tokenizer import HuggingFaceTokenizer, Tokenizer
 from atommem_jax.model import lora
@@ -20,9 +21,6 @@ from atommem_jax.parallel import processes
 from atommem_jax.tasks import datasets, encoding
 from atommem_jax.weights import fingerprint
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError, Restored
-
-OVERRIDABLE = ("memory", "rollout", "eval")
-"""Sections of a config that say how an agent plays, and nothing of its parameters."""
 
 
 class Loaded:
@@ -42,6 +40,7 @@ class Loaded:
         trained_shape: encoding.EpisodeShape | None = None,
         settings: Sequence[str] = (),
     ):
+        self.rollout_tensor = 0  # devices that share every product of a rollout, see `make_player`
         self.workdir, self.step, self.parts = workdir, step, parts
         self.params, self.mesh = params, mesh
         self.trained_shape, self.settings = trained_shape, list(settings)
@@ -52,13 +51,17 @@ class Loaded:
     def player(self, shape: encoding.EpisodeShape):
         """The jitted rollout for episodes of this shape; compiled once a shape."""
         if shape not in self._players:
-            self._players[shape] = play.make_player(self.parts, shape, self.mesh)
+            self._players[shape] = play.make_player(
+                self.parts, shape, self.mesh, tensor=self.rollout_tensor
+            )
         return self._players[shape]
 
     def segment_player(self, shape: encoding.EpisodeShape) -> play.SegmentPlayer:
         """The jitted segments of rollouts in windows of this shape; compiled once a shape."""
         if shape not in self._segment_players:
-            self._segment_players[shape] = play.make_segment_player(self.parts, shape, self.mesh)
+            self._segment_players[shape] = play.make_segment_player(
+                self.parts, shape, self.mesh, tensor=self.rollout_tensor
+            )
         return self._segment_players[shape]
 
     def shape(
@@ -108,7 +111,7 @@ def load(
       mesh: where the parameters go; by default on devices that share an evaluation batch.
       rules: how they lie there, see `rules.Layout`; by default whole on every device.
       base: what adapters were trained on, where it is no longer at the run's `init_from`.
-      settings: see `override`.
+      settings: see `settings.override`.
       merge: merges adapters in any case, for those who need the matrices.
 
     Raises ConfigError where there is no such checkpoint, the base of its adapters is not there or
@@ -157,7 +160,7 @@ def _restore(
     try:
         with Checkpointer(folder, best_metric="em", read_only=True) as checkpointer:
             step = _choose(checkpointer, which)
-            config = override(parse(checkpointer.restore_config(step)), settings)
+            config = settings_lib.override(parse(checkpointer.restore_config(step)), settings)
             mesh = mesh or mesh_lib.make_mesh(_count_devices(config.eval.batch_size))
             tokenizer = tokenizer_lib.from_bytes(checkpointer.restore_tokenizer(step))
             parts = build.build(config, tokenizer)
@@ -181,49 +184,6 @@ def _restore(
     trained = encoding.EpisodeShape(**shape) if shape else None
     found = Loaded(str(folder.parent), restored.step, parts, params, mesh, trained, settings)
     return found, restored
-
-
-def override(config: Experiment, settings: Sequence[str]) -> Experiment:
-    """A copy of a checkpoint's config with other sizes; parameters do not depend on them.
-
-    settings: texts such as "memory.entry_length=64", of fields in `OVERRIDABLE` sections.
-
-    Raises ConfigError for another section or field, or a value out of range.
-    """
-    if not settings:
-        return config
-    plain, changes = config.to_dict(), {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        section = path.partition(".")[0]
-        check(
-            bool(equals) and section in OVERRIDABLE,
-            f"--set={setting}: allowed is FIELD=VALUE, of a field of {', '.join(OVERRIDABLE)}, "
-            "such as memory.entry_length=64",
-        )
-        check_path(plain, path)
-        field = path.partition(".")[2]
-        check(bool(field), f"--set={setting}: {section} is a section; name one of its fields")
-        changes[path] = _parse_like(plain[section][field], text, setting)
-    config = config.replace(changes)
-    # Nothing learns from what a loaded agent plays.
-    validate.validate(config.replace({"rl.steps": 0}))
-    return config
-
-
-def _parse_like(old: Any, text: str, setting: str) -> Any:
-    """The value that a text spells, of the type of another value."""
-    if isinstance(old, bool):
-        words = {"true": True, "false": False}
-        check(text.lower() in words, f"--set={setting}: allowed is true or false")
-        return words[text.lower()]
-    kind = type(old)
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(
-            f"--set={setting}: {text!r} is no {kind.__name__}; it was {old!r}"
-        ) from None
 
 
 def _load_base(

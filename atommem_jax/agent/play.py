@@ -59,8 +59,13 @@ class SegmentPlayer:
     turns: int  # of a segment
 
 
-def make_segment_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh) -> SegmentPlayer:
-    """Jitted; `shape.chunks`, the length of a window, is the number of turns of a segment."""
+def make_segment_player(
+    parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh, *, tensor: int = 0
+) -> SegmentPlayer:
+    """Jitted; `shape.chunks`, the length of a window, is the number of turns of a segment.
+
+    tensor: as for `make_player`.
+    """
     turns = shape.chunks
 
     def play_local(agent, setting, params, env, episodes, ids, seed, temperature, first_turn):
@@ -73,7 +78,7 @@ def make_segment_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh) 
     def start_local(setting, episodes):
         return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
 
-    play = _compile(parts, mesh, 0, play_local, rows=("env", "episodes", "ids"))
+    play = _compile(parts, mesh, tensor, play_local, rows=("env", "episodes", "ids"))
     start = jax.jit(program.data_parallel(start_local, mesh, rows=("episodes",), out=program.ROWS))
     agent, setting = host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
     return SegmentPlayer(

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from atommem_jax import text_files
+from atommem_jax.agent.settings import spell_name
 from atommem_jax.config import ConfigError, check
 from atommem_jax.learning.evaluation import Record
 
@@ -12,7 +13,8 @@ _NEEDED = ("episode", "question", "text", "answer", "aliases", "em", "f1")
 
 def name_files(split: str, temperature: float, step: int, settings: Sequence[str] = ()) -> str:
     """What the two files of an evaluation are called, without their endings."""
-    return "_".join([f"{split}_t{temperature:g}_step{step}", *settings])
+    spelt = [spell_name(settings)] if settings else []
+    return "_".join([f"{split}_t{temperature:g}_step{step}", *spelt])
 
 
 def find(chosen: str, out: pathlib.Path, split: str, temperature: float) -> pathlib.Path:

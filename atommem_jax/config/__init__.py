@@ -14,6 +14,7 @@ from atommem_jax.config.errors import (
     suggest,
 )
 from atommem_jax.config.experiment import (
+    OVERRIDABLE,
     Experiment,
     differences,
     flatten,
@@ -52,6 +53,7 @@ __all__ = [
     "EVICTION_POLICIES",
     "LAYERS",
     "LENGTH_BUCKETS",
+    "OVERRIDABLE",
     "ROPE_TYPES",
     "CheckpointConfig",
     "ConfigError",

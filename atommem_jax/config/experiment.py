@@ -40,6 +40,9 @@ from atommem_jax.config.sections import (
 )
 from atommem_jax.config.upgrade import upgrade
 
+OVERRIDABLE = ("task", "memory", "rollout", "eval")
+"""Sections that say what an agent is tried on and how it plays, and nothing of its parameters."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Section):

@@ -178,13 +178,16 @@ def read_failures(workdir: pathlib.Path, records: list, workflow: str) -> dict[s
 def _read_summaries(
     workdir: pathlib.Path, records: list, workflow: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(method, scale, summary) of every evaluation in `eval/`."""
-    for path in sorted((workdir / "eval").glob("*.json")):
-        summary = read_summary(path)
-        if summary is not None:
-            step, heat = summary["step"], summary["temperature"]
-            method = page_lib.name_method(step, heat, records, workflow)
-            yield method, summary["split"].removeprefix("test_"), summary
+    """(method, scale, summary) of every evaluation in `eval/`.
+
+    What was asked with the run's own settings comes last.
+    """
+    found = [read_summary(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    summaries = [summary for summary in found if summary is not None]
+    for summary in sorted(summaries, key=lambda summary: not summary.get("settings")):
+        step, heat = summary["step"], summary["temperature"]
+        method = page_lib.name_method(step, heat, records, workflow)
+        yield method, summary["split"].removeprefix("test_"), summary
 
 
 def _read_methods(path: pathlib.Path) -> dict[str, dict[str, Any]]:

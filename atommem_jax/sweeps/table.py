@@ -86,6 +86,7 @@ def _asks_for(evaluation: Evaluation, run: Run, summary: dict[str, Any]) -> bool
     split = summary["split"]
     return (
         summary["step"] == resolve_step(evaluation.step, run.config)
+        and not summary.get("settings")  # of somebody who asked something else
         and summary["temperature"] in evaluation.temperatures
         and (split in evaluation.splits if evaluation.splits else split.startswith("test"))
     )

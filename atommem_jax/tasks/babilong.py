@@ -8,9 +8,9 @@ worth storing of them come. In task 1 too it is a note, "Mary kitchen", and with
 is one of each person, whoever is asked for: where four facts are read at once, that teaches four
 times which person went to which place.
 
-Training hides a story in up to `train_tokens`, most often in few. Every test split hides the same stories, in as many
-tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million tokens. The last
-`test_books` books, by name, are read in tests only.
+Training hides a story in up to `train_tokens`, most often in few. Every test split hides the same
+stories, in as many tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million
+tokens. The last `test_books` books, by name, are read in tests only.
 """
 
 import dataclasses

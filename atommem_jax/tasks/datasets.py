@@ -137,6 +137,11 @@ def find_family(name: str | None) -> str:
     return FAMILIES[name]
 
 
+def find_config(name: str | None) -> Any:
+    """The config class of a family, whose fields are those of its task. As `find_family`."""
+    return _family(name)[0]
+
+
 def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
     module = find_family(name)
     if module == "village":

@@ -4,14 +4,18 @@ What is published is read by `multihop_files`. A sample is a row of documents an
 questions about them (AtomMem, section 4):
 
 - The documents that support the questions are always among them. Those that the questions were
-  published with come next, then documents of other questions of the same split, until there are
-  `documents`. They are shuffled with a seed of the sample's own.
+  published with come next, then documents of other questions of the same split and of the corpus
+  file, until there are as many as the split asks for. They are shuffled with a seed of the sample's
+  own.
+- A document that supports a question of one split stands in no sample of another; but test samples
+  are of `test_file` and the corpus alone where there is a file of its own for training.
 - A fact is a sentence. A document opens with "Document 3: Title"; it starts a new chunk where it
   does not fit into the rest of one, and opens again wherever it is continued.
 - Sentences lean on pronouns, so what is stored is the note "Title: sentence" without its last full
   stop, and the title is the subject. The standing query over a sample is the text of its questions.
 """
 
+import collections
 import dataclasses
 import enum
 import hashlib
@@ -23,16 +27,17 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from atommem_jax.parallel import processes
 from atommem_jax.tasks import builders
 from atommem_jax.tasks.multihop_files import (
     SPLITS,
     Corpus,
-    Document,
     MultihopQaConfig,
     SourceQuestion,
-    data_file,
+    find_files,
     read,
 )
+from atommem_jax.tasks.passages import Document
 
 
 class FactCategory(enum.IntEnum):
@@ -48,63 +53,103 @@ class FactCategory(enum.IntEnum):
 
 
 def generate(config: MultihopQaConfig, corpus: Corpus, split: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples (`schema.Example`) of 'train', 'validation' or 'test'.
+    """The examples (`schema.Example`) of one of `config.sizes`.
 
-    Which questions share a sample follows from `config.seed`.
+    Which questions share a sample follows from `config.seed`; those of all test splits are the
+    same.
 
-    Raises ValueError where there are too few questions or documents for one sample.
+    Raises ValueError, before the first example, where there are too few questions or documents.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed: train, validation, test.")
-    questions = list(corpus.splits[split])
-    fewest, most = config.questions
-    if len(questions) < fewest:
+    if split not in config.sizes:
+        raise ValueError(f"split is {split!r}; allowed: {', '.join(config.sizes)}.")
+    part = split.partition("_")[0]
+    questions = list(corpus.splits[part])
+    if len(questions) < config.questions[0]:
+        files = " and ".join(f"config.task.{name} {path!r}" for name, path in config.files.items())
         raise ValueError(
-            f"config.task.data_file {config.data_file!r} leaves {len(questions)} questions to the "
-            f"split {split!r}; needed: {fewest} or more. Take a larger file, or change "
+            f"{files} leaves {len(questions)} questions to the split {split!r}; needed: "
+            f"{config.questions[0]} or more. Take a larger file, or change "
             "config.task.test_every or validation_every."
         )
     pool = _Pool(config, corpus, split)
-    rng = random.Random(f"{config.seed}/{split}")
+    rng = random.Random(f"{config.seed}/{part}")
     rng.shuffle(questions)
-    index = start = 0
-    while start + fewest <= len(questions):
-        if config.max_examples and index >= config.max_examples:
-            break
+    return (
+        _make_example(config, index, group, pool)
+        for index, group in enumerate(_group(config, questions, rng, config.limit(split)))
+    )
+
+
+def _group(
+    config: MultihopQaConfig, questions: Sequence[SourceQuestion], rng: random.Random, limit: int
+) -> Iterator[Sequence[SourceQuestion]]:
+    """The questions of each sample; of `limit` samples, 0 for all."""
+    fewest, most = config.questions
+    made = start = 0
+    while start + fewest <= len(questions) and (made < limit or not limit):
         count = fewest
         if most > fewest and rng.random() < 0.5:
             count = rng.randint(fewest + 1, most)
-        yield _make_example(config, index, questions[start : start + count], pool)
-        index, start = index + 1, start + count
+        yield questions[start : start + count]
+        made, start = made + 1, start + count
 
 
 class _Pool:
-    """The documents that may stand in the samples of a split."""
+    """The documents that may stand in the samples of a split.
+
+    Raises ValueError where they are fewer than a sample has.
+    """
 
     def __init__(self, config: MultihopQaConfig, corpus: Corpus, split: str):
         self._config = config
         self._split = split
+        self._size = config.sizes[split]
+        # A smaller sample is the beginning of the largest of the same questions.
+        sizes = (size for name, size in config.sizes.items() if name.startswith("test"))
+        self._largest = max(sizes) if split.startswith("test") else self._size
+        part = split.partition("_")[0]
+        others = [other for other in SPLITS if other != part]
+        if part == "test" and len(config.files) == 2:
+            others = []
         self._elsewhere = {
-            document
-            for other in SPLITS
-            if other != split
+            document.identity
+            for other in others
             for question in corpus.splits[other]
             for document in question.supporting()
         }
-        questions = corpus.splits[split]
-        self._all = self._allowed(doc for question in questions for doc in question.documents)
+        own = self._allowed(doc for q in corpus.splits[part] for doc in q.documents)
+        self._all = self._allowed(itertools.chain(own, corpus.pool))
+        self._check_size(len(own))
 
     def _allowed(self, documents: Iterable[Document]) -> list[Document]:
-        return [
-            document
-            for document in dict.fromkeys(documents)
-            if document.sentences and document not in self._elsewhere
-        ]
+        found: dict[str, Document] = {}
+        for document in documents:
+            if document.sentences and document.identity not in self._elsewhere:
+                found.setdefault(document.identity, document)
+        return list(found.values())
+
+    def _check_size(self, own: int) -> None:
+        short = self._size - len(self._all)
+        if short <= 0:
+            return
+        field = "test_documents" if "_" in self._split else "documents"
+        further = (
+            f", and config.task.corpus_file adds {len(self._all) - own} others"
+            if self._config.corpus_file
+            else ""
+        )
+        raise ValueError(
+            f"config.task.{field} is {self._size}, but the questions of the split "
+            f"{self._split!r} come with {own} different documents{further}. {short} more would be "
+            f"enough: name a file of at least {self._size - own} further passages as "
+            "config.task.corpus_file, take a larger file of questions, lower "
+            f"config.task.{field}, or change config.task.test_every or validation_every."
+        )
 
     def draw(self, rng: random.Random, group: Sequence[SourceQuestion]) -> list[Document]:
         """The documents of a sample in random order. Raises ValueError where they are too few."""
-        size = self._config.documents
-        chosen = dict.fromkeys(doc for question in group for doc in question.supporting())
+        size = self._size
+        chosen = list(dict.fromkeys(doc for question in group for doc in question.supporting()))
         if len(chosen) > size:
             names = ", ".join(question.id for question in group)
             raise ValueError(
@@ -113,20 +158,17 @@ class _Pool:
             )
         own = self._allowed(doc for question in group for doc in question.documents)
         rng.shuffle(own)
-        chosen |= dict.fromkeys(own[:size])
-        if len(chosen) < size:
+        seen = {document.identity for document in chosen}
+        own = [document for document in own if document.identity not in seen]
+        chosen += own[: size - len(chosen)]
+        if len(chosen) < self._largest:
             # As many as are in the sample already may be drawn a second time.
-            chosen |= dict.fromkeys(rng.sample(self._all, min(size, len(self._all))))
-        chosen = dict.fromkeys(itertools.islice(chosen, size))
-        if len(chosen) < size:
-            raise ValueError(
-                f"config.task.documents is {size}, but the questions of the split "
-                f"{self._split!r} come with {len(self._all)} different documents; lower it, take "
-                "a larger file, or change config.task.test_every or validation_every."
-            )
-        documents = list(chosen)
-        rng.shuffle(documents)
-        return documents
+            drawn = rng.sample(self._all, min(self._largest, len(self._all)))
+            seen = {document.identity for document in chosen}
+            drawn = [document for document in drawn if document.identity not in seen]
+            chosen += drawn[: size - len(chosen)]
+        rng.shuffle(chosen)
+        return chosen
 
 
 def _make_example(
@@ -234,26 +276,43 @@ class MultihopQa(builders.ExampleBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         task = self.builder_config.task
         corpus = read(task)
-        return {
-            split: self._generate_examples(task, corpus, split)
-            for split in ("train", "validation", "test")
-        }
+        # Whatever is short of something is refused here, before the first split is written.
+        made = {split: generate(task, corpus, split) for split in task.sizes}
+        for reason, count in corpus.left_out.items():
+            processes.say(f"{task.dataset}: {count} questions left out: {reason}")
+        return {split: self._generate_examples(split, examples) for split, examples in made.items()}
 
     def _generate_examples(
-        self, task: MultihopQaConfig, corpus: Corpus, split: str
+        self, split: str, examples: Iterator[dict[str, Any]]
     ) -> Iterator[tuple[int, dict[str, str]]]:
-        return self.store(generate(task, corpus, split))
+        return self.store(_count(f"{self.builder_config.task.dataset} {split}", examples))
+
+
+def _count(name: str, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same examples; when they are over, it prints what they came to."""
+    total: collections.Counter[str] = collections.Counter()
+    for example in examples:
+        yield example
+        facts = [fact for chunk in example["chunks"] for fact in chunk]
+        total["samples"] += 1
+        total["questions"] += len(example["questions"])
+        total["chunks"] += len(example["chunks"])
+        total["sentences"] += len(facts)
+        total["words"] += sum(len(fact["text"].split()) for fact in facts)
+    processes.say(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in total.items()))
 
 
 def make_builder(config: MultihopQaConfig, data_root: str) -> MultihopQa:
     """The TFDS builder of `config`, with a directory of its own under `data_root`.
 
-    The directory depends on what the file says, not on where it lies. Raises FileNotFoundError
-    where it is missing.
+    The directory depends on what the files say, not on where they lie. Raises FileNotFoundError
+    where one is missing.
     """
-    with open(data_file(config), "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    fields = dataclasses.replace(config, data_file=content)
+    contents = {}
+    for name, path in find_files(config).items():
+        with open(path, "rb") as file:
+            contents[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    fields = dataclasses.replace(config, **contents)
     digest = hashlib.sha256(repr(fields).encode()).hexdigest()[:12]
     return MultihopQa(
         config=builders.TaskBuilderConfig(name=f"{config.dataset}_{digest}", task=config),

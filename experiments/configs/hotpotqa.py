@@ -1,7 +1,7 @@
 """HotpotQA, 2WikiMultihopQA and MuSiQue from the published files.
 
     python experiments/train.py --config=experiments/configs/hotpotqa.py:hotpotqa \
-        --config.task.data_file=/path/to/hotpot_train_v1.1.json --workdir=runs/hotpotqa
+        --config.task.train_file=/path/to/hotpot_train_v1.1.json --workdir=runs/hotpotqa
 
 One sentence a chunk, one question a sample, ten documents: sizes at which a small model can be
 trained from scratch, to try the machinery on real text. The paper's setting is
@@ -21,8 +21,12 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.task = ConfigDict()
     config.task.name = "multihop_qa"
     config.task.dataset = dataset
+    config.task.train_file = ""
+    config.task.test_file = ""
     config.task.data_file = ""
+    config.task.corpus_file = ""
     config.task.documents = 10
+    config.task.test_documents = ()
     config.task.questions = (1, 1)
     config.task.documents_per_chunk = 1
     config.task.chunk_sentences = 1
@@ -34,6 +38,7 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.task.test_every = 20
     config.task.validation_every = 20
     config.task.max_examples = 5_000
+    config.task.max_test_examples = 0
     config.task.seed = 0
 
     config.tokenizer.vocab_size = 8192

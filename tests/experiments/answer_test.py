@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from atommem_jax.agent import load
+from atommem_jax.agent import load, settings
 from atommem_jax.config import ConfigError
 from atommem_jax.documents import transcript
 from tests.conftest import COMPILATION_CACHE, ROOT
@@ -200,14 +200,14 @@ def test_a_memory_that_was_kept_goes_on_as_if_it_had_never_ended(checkpoint, doc
 
 
 def test_a_chat_model_reads_parts_of_many_sentences(chat_checkpoint, document, tmp_path):
-    settings = [
+    asked = [
         "memory.entry_length=24", "memory.query_length=24", "memory.shown=2",
         "rollout.response_length=80", "rollout.max_actions=2",
     ]  # fmt: skip
     (result,) = call(
         [
             f"--checkpoint={chat_checkpoint}", f"--document={document}", f"--document={document}",
-            f"--question={make_questions()[0]}", *(f"--set={text}" for text in settings),
+            f"--question={make_questions()[0]}", *(f"--set={text}" for text in asked),
             "--chunk_tokens=30", f"--out={tmp_path / 'out'}",
         ]
     )  # fmt: skip
@@ -310,7 +310,7 @@ def test_what_cannot_be_is_refused_before_anything_is_played(checkpoint, documen
 
 def test_sizes_of_a_checkpoint_can_be_set():
     config = tiny.make_config()
-    changed = load.override(
+    changed = settings.override(
         config, ["memory.slots=9", "rollout.constrained=false", "rollout.top_p=0.5"]
     )
     assert (changed.memory.slots, changed.rollout.constrained, changed.rollout.top_p) == (
@@ -319,7 +319,7 @@ def test_sizes_of_a_checkpoint_can_be_set():
         0.5,
     )
     assert config.memory.slots == 6
-    assert load.override(config, []) is config
+    assert settings.override(config, []) is config
     for setting, message in [
         ("memory.slots", "--set=memory.slots: allowed is FIELD=VALUE"),
         ("memory=3", "memory is a section"),
@@ -330,7 +330,7 @@ def test_sizes_of_a_checkpoint_can_be_set():
         ("rollout.top_p=2", "top_p=2.0: allowed is above 0.0"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(message)):
-            load.override(config, [setting])
+            settings.override(config, [setting])
 
 
 def test_a_checkpoint_knows_the_shape_that_it_was_trained_on(checkpoint, chat_checkpoint):

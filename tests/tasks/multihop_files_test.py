@@ -102,6 +102,49 @@ def test_splits_share_no_question_and_no_supporting_document(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Two files
+
+
+def write_two(folder, train, test, **fields) -> MultihopQaConfig:
+    (folder / "train").write_text(json.dumps(train))
+    (folder / "test").write_text(json.dumps(test))
+    files = {"train_file": str(folder / "train"), "test_file": str(folder / "test")}
+    return MultihopQaConfig(**(files | {"documents": 4, "validation_every": 4} | fields))
+
+
+def test_a_file_to_train_on_and_one_to_test_on(tmp_path):
+    shared = make_record(3, _id="again")  # asks about the documents of a question of train
+    test = [make_record(i) for i in range(100, 110)] + [shared]
+    config = write_two(tmp_path, [make_record(i) for i in range(40)], test)
+    corpus = multihop_files.read(config)
+    ids = {split: {q.id for q in questions} for split, questions in corpus.splits.items()}
+    assert ids["test"] == {record["_id"] for record in test}, "all, whatever test_every is"
+    assert ids["train"] | ids["validation"] == {f"id{i}" for i in range(40)} - {"id3"}
+    assert 3 < len(ids["validation"]) < 20
+    assert list(corpus.left_out.values()) == [1]
+    # Training sees nothing that test asks about; what test is made of is the test file's alone.
+    seen = {title for e in multihop_qa.generate(config, corpus, "train") for title in titles(e)}
+    assert seen.isdisjoint({"Person 3", "Firm 3", "Noise 100.0"})
+    tests = list(multihop_qa.generate(config, corpus, "test"))
+    other = write_two(tmp_path, [make_record(i) for i in range(50, 90)], test)
+    lone = MultihopQaConfig(**(vars(config) | {"train_file": "", "test_every": 1}))
+    for another in (other, lone):
+        assert tests == list(multihop_qa.generate(another, multihop_files.read(another), "test"))
+
+
+@pytest.mark.parametrize("field", ["train_file", "test_file"])
+def test_a_lone_file_is_split_as_ever(tmp_path, field):
+    records = [make_record(i) for i in range(60)]
+    old = write(tmp_path, records, test_every=4, validation_every=4)
+    fields = {"data_file": "", field: old.data_file}
+    alone = MultihopQaConfig(**(vars(old) | fields))
+    assert multihop_files.read(alone).splits == multihop_files.read(old).splits
+    every = MultihopQaConfig(**(vars(alone) | {"test_every": 1}))
+    assert len(multihop_files.read(every).splits["test"]) == 60
+    assert list(every.sizes) == ["test"]
+
+
+# ---------------------------------------------------------------------------------------------
 # Refusals
 
 
@@ -115,8 +158,14 @@ def test_splits_share_no_question_and_no_supporting_document(tmp_path):
         ({"dataset": "musique", "documents": 3}, "task.documents is 3; allowed: at least 4"),
         ({"chunk_words": -1}, "task.chunk_words is -1; allowed: 1 or more, or 0 for no limit"),
         ({"documents_per_chunk": 0}, "documents_per_chunk is 0; allowed: 1 or more, unless"),
-        ({"test_every": 1}, "task.test_every is 1; allowed: 2 or more"),
+        ({"test_every": 0}, "task.test_every is 0; allowed: 2 or more, or 1 for all"),
         ({"validation_every": 0}, "task.validation_every is 0"),
+        ({"test_documents": (8, 1)}, r"task.test_documents\[1\] is 1; allowed: at least 2"),
+        ({"test_documents": (8, 8)}, r"task.test_documents is \(8, 8\); allowed: each number once"),
+        (
+            {"train_file": "/a", "data_file": "/b"},
+            "data_file is '/b'; allowed: '' beside task.train",
+        ),
     ],
 )
 def test_bad_fields_are_refused(fields, message):
@@ -130,8 +179,21 @@ def test_a_missing_file_error_says_where_it_comes_from(dataset, path):
     with pytest.raises(FileNotFoundError) as error:
         multihop_files.read(MultihopQaConfig(dataset=dataset, data_file=path))
     source = {"hotpotqa": "hotpotqa.github.io", "2wikimultihopqa": "Alab-NII/2wikimultihop"}
-    for part in ("config.task.data_file", path or "not set", source.get(dataset, "musique_v1.0")):
+    for part in (
+        "config.task.data_file" if path else "config.task.train_file",
+        path or "not set",
+        source.get(dataset, "musique_v1.0"),
+    ):
         assert part in str(error.value)
+
+
+def test_every_file_that_is_named_must_be_there(tmp_path):
+    config = write_two(tmp_path, [make_record(0)], [make_record(1)], corpus_file="/no.json")
+    with pytest.raises(FileNotFoundError, match=r"task.corpus_file is '/no.json', which is no"):
+        multihop_files.read(config)
+    (tmp_path / "test").unlink()
+    with pytest.raises(FileNotFoundError, match=r"task.test_file is '.*test', which is no file; d"):
+        multihop_files.read(config)
 
 
 def without(record: dict, field: str) -> dict:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import jax
 import numpy as np
@@ -199,8 +200,89 @@ def test_chunks_keep_within_their_limits(tmp_path, limits):
         assert (whole[title] == 1) == fits, "continued only where no chunk can hold it"
 
 
+def write_pool(folder, count: int) -> str:
+    path = folder / "pool.json"
+    path.write_text(json.dumps([{"title": f"Pool {i}", "text": "It hums."} for i in range(count)]))
+    return str(path)
+
+
+def test_test_splits_of_several_sizes_ask_the_same_among_more(tmp_path):
+    records = [make_record(i) for i in range(30)]
+    config = write(
+        tmp_path,
+        records,
+        test_every=2,
+        validation_every=2,
+        questions=(1, 3),
+        documents=6,
+        test_documents=(8, 20, 70),
+        corpus_file=write_pool(tmp_path, 60),
+        max_examples=5,
+        max_test_examples=4,
+    )
+    assert config.sizes == {"train": 6, "validation": 6, "test_8": 8, "test_20": 20, "test_70": 70}
+    found = {split: generate(config, split) for split in config.sizes}
+    assert {split: len(examples) for split, examples in found.items()} == {
+        "train": 5, "validation": 4, "test_8": 4, "test_20": 4, "test_70": 4
+    }  # fmt: skip
+    for split, size in config.sizes.items():
+        assert {len(titles(example)) for example in found[split]} == {size}
+    assert any("Pool" in title for example in found["train"] for title in titles(example))
+    for few, more, most in zip(found["test_8"], found["test_20"], found["test_70"], strict=True):
+        told = [[question["text"] for question in e["questions"]] for e in (few, more, most)]
+        assert told[0] == told[1] == told[2]
+        assert set(titles(few)) < set(titles(more)) < set(titles(most))
+        for example in (few, more, most):
+            facts = flatten(example)
+            for question in example["questions"]:
+                needed = [facts[number]["note"] for number in question["needs"]]
+                assert question["aliases"][0] in needed[1]
+
+
+def test_a_passage_of_the_pool_that_supports_another_split_is_left_out(tmp_path):
+    records = [make_record(i) for i in range(20)]
+    pool = [{"title": title, "text": texts} for r in records for title, texts in r["context"]]
+    (tmp_path / "pool.json").write_text(json.dumps(pool))
+    fields = {"test_every": 2, "validation_every": 2, "corpus_file": str(tmp_path / "pool.json")}
+    config = write(tmp_path, records, documents=30, **fields)
+    corpus = multihop_files.read(config)
+    for split, examples in ((split, generate(config, split)) for split in config.sizes):
+        others = {
+            document.title
+            for other in corpus.splits
+            if other != split
+            for question in corpus.splits[other]
+            for document in question.supporting()
+        }
+        for example in examples:
+            assert len(titles(example)) == 30, "each once, of the pool or of the questions"
+            assert others.isdisjoint(titles(example))
+
+
 # ---------------------------------------------------------------------------------------------
 # Refusals
+
+
+def test_a_pool_that_is_too_small_is_told_before_anything_is_written(tmp_path):
+    records = [make_record(i) for i in range(40)]
+    pool = write_pool(tmp_path, 10)
+    fields = {"test_every": 2, "validation_every": 2, "corpus_file": pool}
+    config = write(tmp_path, records, test_documents=(8, 400), **fields)
+    own = len({title for r in records for title, _ in r["context"]})
+    with pytest.raises(ValueError, match=r"test_documents is 400, but .* 'test_400' come") as error:
+        datasets.prepare({"name": "multihop_qa"} | vars(config), tmp_path / "prepared")
+    found, further, short, least = (
+        int(re.search(pattern, str(error.value))[1])
+        for pattern in (
+            r"come with (\d+) different", r"adds (\d+) others", r"(\d+) more would be",
+            r"at least (\d+) further",
+        )
+    )  # fmt: skip
+    assert found < own
+    assert (further, short, least) == (10, 400 - found - 10, 400 - found)
+    assert not list((tmp_path / "prepared").rglob("*.array_record*"))
+    enough = MultihopQaConfig(**(vars(config) | {"corpus_file": write_pool(tmp_path, least)}))
+    assert {len(titles(example)) for example in generate(enough, "test_400")} == {400}
 
 
 def test_too_few_questions_or_documents_are_refused(tmp_path):
@@ -245,7 +327,9 @@ def test_prepared_once_for_what_the_file_says(tmp_path):
 def test_the_config_is_valid_and_asks_for_a_file(tmp_path, dataset):
     config = parse(load_config(f"experiments/configs/hotpotqa.py:{dataset}"))
     validate.validate(config)
-    with pytest.raises(ConfigError, match=r"config\.task\.data_file is not set; download"):
+    with pytest.raises(
+        ConfigError, match=r"config\.task\.train_file is not set, nor is test_file; download"
+    ):
         build.load_dataset(config, str(tmp_path))
     assert build.category_names(config) == ["support", "same_document", "distractor"]
 
