@@ -235,7 +235,7 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         "--temperature=0",
     )
     assert re.findall(r"temperature (\d)", printed) == ["1", "0"]
-    lines = re.findall(r"^test_1x .*$", printed, re.MULTILINE)
+    lines = re.findall(r"^test_1x .* \.\. .*$", printed, re.MULTILINE)
     for temperature, line in zip((1, 0), lines, strict=True):
         name = f"test_1x_t{temperature}_step{END}"
         records = read_lines(tmp_path / f"{name}.jsonl")
