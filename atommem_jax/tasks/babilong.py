@@ -8,7 +8,9 @@ worth storing of them come. In task 1 too it is a note, "Mary kitchen", and with
 is one of each person, whoever is asked for: where four facts are read at once, that teaches four
 times which person went to which place.
 
-Training hides a story in up to `train_tokens`, most often in few. Every test split hides the same
+Training hides a story in up to `train_tokens`, most often in few, and puts the persons of the
+stories in the place of some names of its books (`decoys`): books have a John of their own, of whom
+a reader that looks for names alone would take notes. Every test split hides the same
 stories, in as many tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million
 tokens. The last `test_books` books, by name, are read in tests only.
 """
@@ -29,7 +31,7 @@ from atommem_jax import text_files
 from atommem_jax.config import paths
 from atommem_jax.language import sentences
 from atommem_jax.tasks import babi, builders
-from atommem_jax.tasks.schema import Example, Fact
+from atommem_jax.tasks.schema import Background, Example, Fact
 from atommem_jax.types import EMPTY
 
 _SOURCE = "a folder of plain text (*.txt), one file a book; set --config.task.books to it"
@@ -39,6 +41,9 @@ _FILES = {"train": "train.txt", "test": "test.txt"}
 
 LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1m", "10m")
 """Splits of the benchmark, and one of ten million."""
+
+PERSONS = ("Daniel", "John", "Mary", "Sandra")
+"""Of the stories."""
 
 FactCategory = babi.FactCategory
 """Of the facts; sentences of books have none."""
@@ -57,6 +62,7 @@ class BabilongConfig:
     train_examples: int = 10_000  # at most one a question
     test_examples: int = 200  # of each test split; at most one a question
     lengths: tuple[str, ...] = LENGTHS
+    decoys: float = 0.2  # share of the names in training books that are persons of the stories
     everyone: bool = True  # task 1: everyone's place is worth storing, not the asked one's alone
     validation_every: int = 10
 
@@ -77,6 +83,8 @@ class BabilongConfig:
                 f"config.task.train_tokens is {self.train_tokens!r}; allowed: (least, most), with "
                 "0 <= least <= most."
             )
+        if not 0.0 <= self.decoys <= 1.0:
+            raise ValueError(f"config.task.decoys is {self.decoys!r}; allowed: 0.0 to 1.0.")
         for name in self.lengths:
             count_tokens(name)
         if not self.lengths:
@@ -138,16 +146,19 @@ def generate(config: BabilongConfig, split: str, books: str) -> Iterator[dict[st
     seeds = rng.integers(2**31, size=len(chosen))
     for index, number in enumerate(chosen):
         example = stories[number]
+        recipe: Background = {
+            "file": f"{books}/{_FILES['test' if part == 'test' else 'train']}",
+            "tokens": count_tokens(length) if length else int(sizes[index]),
+            "chunk_tokens": config.chunk_tokens,
+            "seed": int(seeds[index]),
+        }
+        if part == "train":
+            recipe |= {"decoys": config.decoys, "decoy_words": list(PERSONS)}
         yield {
             **example,
             "id": index,
             "chunks": [_note_facts(example, config)],
-            "background": {
-                "file": f"{books}/{_FILES['test' if part == 'test' else 'train']}",
-                "tokens": count_tokens(length) if length else int(sizes[index]),
-                "chunk_tokens": config.chunk_tokens,
-                "seed": int(seeds[index]),
-            },
+            "background": recipe,
         }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from atommem_jax import text_files
 from atommem_jax.language.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ class Sentences:
 
     tokens: Int[np.ndarray, " n"]
     starts: Int[np.ndarray, " s_plus_1"]  # of each sentence; the last is the end of all
+    is_name: Bool[np.ndarray, " n"]  # tokens that are words with a capital, within a sentence
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -78,7 +79,12 @@ def read_sentences(path: str, tokenizer: Tokenizer, longest: int) -> Sentences:
     if not cut:
         raise ValueError(f"{path}: holds no sentence; prepare the data set again.")
     starts = np.concatenate([[0], np.cumsum([len(row) for row in cut])])
-    return Sentences(np.concatenate([np.asarray(row, np.int32) for row in cut]), starts)
+    tokens = np.concatenate([np.asarray(row, np.int32) for row in cut])
+    kinds = np.unique(tokens)
+    texts = [tokenizer.decode([int(kind)]) for kind in kinds]
+    capital = np.isin(tokens, kinds[[text.istitle() and text.isalpha() for text in texts]])
+    capital[starts[:-1]] = False
+    return Sentences(tokens, starts, capital)
 
 
 def count_chains(facts: Sequence[Fact]) -> int:
@@ -98,8 +104,11 @@ class Layout:
         fact_ids: Sequence[list[int]],
         recipe: Background,
         sentences: Sentences,
+        decoys: Sequence[int] = (),
     ):
         """`fact_ids` are the tokens of the facts; `sentences` are as long as a chunk at most.
+
+        `decoys` are the tokens that stand in the place of names.
 
         Raises ValueError for a fact that is longer than a chunk.
         """
@@ -115,6 +124,8 @@ class Layout:
         rng = np.random.default_rng(recipe["seed"])
         self._first = int(rng.integers(len(sentences)))
         self._count = self._count_sentences(room)
+        self._decoys, self._decoy_share = np.array(decoys, np.int32), recipe.get("decoys", 0.0)
+        self._decoy_seed = [recipe["seed"], 1]
         # Before which of the sentences each fact stands.
         self._gaps = np.sort(rng.integers(0, self._count + 1, size=len(facts)))
 
@@ -130,13 +141,14 @@ class Layout:
     def __iter__(self) -> Iterator[Chunk]:
         held: list[tuple[Int[np.ndarray, " n"] | list[int], int]] = []
         room, sentence, fact = self._size, 0, 0
+        rng = np.random.default_rng(self._decoy_seed)
         while sentence < self._count or fact < len(self._facts):
             if fact < len(self._facts) and self._gaps[fact] <= sentence:
                 taken: Int[np.ndarray, " n"] | list[int] = self._ids[fact]
                 number, count = fact, 1
             else:
                 end = self._gaps[fact] if fact < len(self._facts) else self._count
-                taken, count = self._take(sentence, int(end) - sentence, room)
+                taken, count = self._take(sentence, int(end) - sentence, room, rng)
                 number = NOT_A_FACT
             if count == 0 or len(taken) > room:
                 yield self._close(held)
@@ -151,14 +163,21 @@ class Layout:
         if held:
             yield self._close(held)
 
-    def _take(self, sentence: int, most: int, room: int) -> tuple[Int[np.ndarray, " n"], int]:
+    def _take(
+        self, sentence: int, most: int, room: int, rng: np.random.Generator
+    ) -> tuple[Int[np.ndarray, " n"], int]:
         """The tokens of the next sentences, at most `most`, that have room; and their number."""
         starts = self._sentences.starts
         first = (self._first + sentence) % len(self._sentences)
         begin = int(starts[first])
         last = int(np.searchsorted(starts, begin + room, side="right")) - 1
         last = min(last, first + most)  # to the end of the books at most: the rest comes next
-        return self._sentences.tokens[begin : starts[last]], last - first
+        taken = self._sentences.tokens[begin : starts[last]]
+        if self._decoy_share and len(self._decoys):
+            chosen = self._sentences.is_name[begin : starts[last]]
+            chosen = chosen & (rng.random(len(taken)) < self._decoy_share)
+            taken = np.where(chosen, rng.choice(self._decoys, size=len(taken)), taken)
+        return taken, last - first
 
     def _close(self, held: Sequence[tuple]) -> Chunk:
         """The chunk of what was gathered."""

@@ -144,9 +144,10 @@ def lay_out(example: Example, encode_text: TextEncoder) -> background.Layout:
     sentences = background.read_sentences(
         recipe["file"], encode_text.tokenizer, recipe["chunk_tokens"]
     )
-    return background.Layout(
-        facts, [encode_text(fact["text"], False) for fact in facts], recipe, sentences
-    )
+    ids = [encode_text(fact["text"], False) for fact in facts]
+    words = [encode_text(word, False) for word in recipe.get("decoy_words", ())]
+    decoys = [word[0] for word in words if len(word) == 1]
+    return background.Layout(facts, ids, recipe, sentences, decoys)
 
 
 def _concatenate(lists: Iterable[list[Any]]) -> list[Any]:

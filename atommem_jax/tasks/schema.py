@@ -38,6 +38,10 @@ class Background(TypedDict):
     tokens: int  # of the whole document, as the policy's tokenizer counts; at least its facts
     chunk_tokens: int  # a chunk has at most so many, and ends where a sentence does
     seed: int  # of where the books are opened, and where the facts are put
+    # In place of so large a share of the books' names (words with a capital within a sentence)
+    # stands one of these words, such as the persons of the story: none of it is a fact.
+    decoys: NotRequired[float]
+    decoy_words: NotRequired[list[str]]
 
 
 class Example(TypedDict):
