@@ -93,12 +93,17 @@ class Annotations:
 
 @flax.struct.dataclass
 class Episode:
-    """One sample: a document in chunks and the questions asked about it."""
+    """One sample: a document in chunks and the questions asked about it.
+
+    Of a long document only a window is held: chunks from `first_chunk` on. Annotations are of the
+    chunks held, and name facts by their place in the window.
+    """
 
     id: Int[Array, ""]  # number of the sample within its split
     chunks: Int[Array, "C Lc"]
     chunk_lengths: Int[Array, " C"]
-    num_chunks: Int[Array, ""]
+    first_chunk: Int[Array, ""]  # number of the first chunk held; 0 where all are
+    num_chunks: Int[Array, ""]  # of the document; above all that are held where more follow
     questions: Int[Array, "Q Lq"]
     question_lengths: Int[Array, " Q"]
     num_questions: Int[Array, ""]

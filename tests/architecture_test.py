@@ -30,17 +30,19 @@ ORDER = {
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema user_functions packing builders synthetic village babi passages multihop_files "
-        "multihop_qa custom datasets encoding batches teacher keeper workflows"
+        "schema user_functions background packing builders synthetic village babi babilong "
+        "passages multihop_files multihop_qa custom datasets encoding batches teacher keeper "
+        "workflows"
     ),
     "weights": (
         "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward advantage loss gate optimizer microbatches trainer evaluation collapse"
+        "rollout reward advantage loss gate optimizer microbatches trainer evaluation "
+        "long_evaluation collapse"
     ),
-    "agent": "build play crossed validate settings load score",
+    "agent": "build play crossed validate settings load long_score score",
     "report": "replay trace figures page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint store player",

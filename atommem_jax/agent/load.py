@@ -45,7 +45,8 @@ class Loaded:
         self.params, self.mesh = params, mesh
         self.trained_shape, self.settings = trained_shape, list(settings)
         self._players: dict[Any, Any] = {}
-        self._shapes: dict[tuple[str, ...], encoding.EpisodeShape] = {}
+        self._segment_players: dict[Any, play.SegmentPlayer] = {}
+        self._shapes: dict[tuple[tuple[str, ...], int], encoding.EpisodeShape] = {}
 
     def player(self, shape: encoding.EpisodeShape):
         """The jitted rollout for episodes of this shape; compiled once a shape."""
@@ -55,8 +56,19 @@ class Loaded:
             )
         return self._players[shape]
 
-    def shape(self, dataset: datasets.Dataset, split: str) -> encoding.EpisodeShape:
+    def segment_player(self, shape: encoding.EpisodeShape) -> play.SegmentPlayer:
+        """The jitted segments of rollouts in windows of this shape; compiled once a shape."""
+        if shape not in self._segment_players:
+            self._segment_players[shape] = play.make_segment_player(self.parts, shape, self.mesh)
+        return self._segment_players[shape]
+
+    def shape(
+        self, dataset: datasets.Dataset, split: str, window: int = 0
+    ) -> encoding.EpisodeShape:
         """What holds the episodes of all splits of the same part: all tests, for `test_1x`.
+
+        window: see `encoding.fit_shape`. Of a task whose documents are long, which is one that is
+          evaluated in segments, the whole is that of this split alone.
 
         They share a compiled program, and what a split's episodes come to does not depend on which
         others are evaluated. Raises ConfigError for an unknown split.
@@ -64,12 +76,14 @@ class Loaded:
         find_split(dataset, split)
         part = split.partition("_")[0]
         splits = tuple(name for name in dataset.splits if name.partition("_")[0] == part)
-        if splits not in self._shapes:
-            shapes = [
-                encoding.fit_shape(dataset.split(name), self.parts.tokenizer) for name in splits
-            ]
-            self._shapes[splits] = functools.reduce(encoding.EpisodeShape.join, shapes)
-        return self._shapes[splits]
+        if self.parts.config.eval.segment and not window:
+            splits = (split,)
+        if (splits, window) not in self._shapes:
+            tokenizer = self.parts.tokenizer
+            shapes = [encoding.fit_shape(dataset.split(n), tokenizer, window) for n in splits]
+            joined = functools.reduce(encoding.EpisodeShape.join, shapes)
+            self._shapes[splits, window] = joined
+        return self._shapes[splits, window]
 
 
 def load(

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -17,6 +19,7 @@ from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules as rules_lib
 from atommem_jax.tasks import encoding, keeper
+from atommem_jax.types import Episode, Policy
 
 
 def make_player(
@@ -41,28 +44,54 @@ def make_player(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentPlayer:
+    """Plays long episodes a segment at a time, see `rollout.run_segment`.
+
+    start: (episodes) -> environments, before the first turn.
+    play: (params, environments, episodes, ids, seed key, temperature, number of the first turn) ->
+      environments and records of the turns, [B T].
+    """
+
+    start: Callable[..., Any]
+    play: Callable[..., Any]
+    turns: int  # of a segment
+
+
+def make_segment_player(parts: Parts, shape: encoding.EpisodeShape, mesh: Mesh) -> SegmentPlayer:
+    """Jitted; `shape.chunks`, the length of a window, is the number of turns of a segment."""
+    turns = shape.chunks
+
+    def play_local(agent, setting, params, env, episodes, ids, seed, temperature, first_turn):
+        policy = _make_policy(parts, agent, params, temperature, episodes)
+        env, records = rollout.run_segment(
+            setting, policy, env, episodes, ids, seed, first_turn, turns
+        )
+        return env, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records)
+
+    def start_local(setting, episodes):
+        return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
+
+    play = _compile(parts, mesh, 0, play_local, rows=("env", "episodes", "ids"))
+    start = jax.jit(program.data_parallel(start_local, mesh, rows=("episodes",), out=program.ROWS))
+    agent, setting = host_batches.replicate((parts.agent, parts.setting(shape)), mesh)
+    return SegmentPlayer(
+        functools.partial(start, setting), functools.partial(play, agent, setting), turns
+    )
+
+
 def make_program(
     parts: Parts, mesh: Mesh, *, tensor: int = 0, teacher: TeacherConfig | None = None
 ):
     """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
 
-    Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
-    A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
-    those of another policy than the one that learns.
-
     tensor: as for `make_player`. What is given lies on `mesh`, and so does what comes back; between
       the two everything lies on the mesh of rollouts, which has the same devices.
     teacher: as for `make_player`.
     """
-    rollout_mesh = mesh_lib.reshape_for_rollouts(mesh, tensor)
-    model = parts.agent.model.config
-    layout = model.layout
-    dtype = parts.config.rollout.param_dtype
-    merges = model.dtype == "float32"
 
     def play_local(agent, setting, params, episodes, ids, seed, temperature):
-        policy = rollout.model_policy(agent, params, temperature, episodes)
-        policy = parts.workflow.apply(policy, parts.make_teacher)
+        policy = _make_policy(parts, agent, params, temperature, episodes)
         label = None
         if teacher is not None:
             rates, scratchpad_only = _restrict(parts, teacher, parts.habits)
@@ -74,12 +103,28 @@ def make_program(
             label = parts.workflow.apply(label, parts.make_teacher)
         return rollout.run(setting, policy, episodes, ids, seed, label=label)
 
-    play_shares = program.data_parallel(
-        play_local,
-        rollout_mesh,
-        rows=("episodes", "ids"),
-        out=program.ROWS,
-    )
+    return _compile(parts, mesh, tensor, play_local, rows=("episodes", "ids"))
+
+
+def _make_policy(parts: Parts, agent, params, temperature, episodes: Episode) -> Policy:
+    """The model in the workflow."""
+    policy = rollout.model_policy(agent, params, temperature, episodes)
+    return parts.workflow.apply(policy, parts.make_teacher)
+
+
+def _compile(parts: Parts, mesh: Mesh, tensor: int, play_local: Any, rows: Sequence[str]):
+    """Jitted `play_local`, a function of (agent, setting, params, ...) on a share of the `rows`.
+
+    Adapters are merged into their matrices once a rollout, in float32, and cost decoding nothing.
+    A model that computes in bfloat16 keeps the branch: rounded after the sum, the matrices would be
+    those of another policy than the one that learns.
+    """
+    rollout_mesh = mesh_lib.reshape_for_rollouts(mesh, tensor)
+    model = parts.agent.model.config
+    layout = model.layout
+    dtype = parts.config.rollout.param_dtype
+    merges = model.dtype == "float32"
+    play_shares = program.data_parallel(play_local, rollout_mesh, rows=rows, out=program.ROWS)
 
     @jax.jit
     def play(agent, setting, params, *rest):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,14 +10,14 @@ import numpy as np
 import tqdm
 
 from atommem_jax import text_files
-from atommem_jax.agent import build
+from atommem_jax.agent import build, long_score
 from atommem_jax.agent.load import Loaded, find_split
 from atommem_jax.agent.settings import spell_name
 from atommem_jax.config import paths
 from atommem_jax.learning import evaluation, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
-from atommem_jax.tasks import datasets
+from atommem_jax.tasks import datasets, encoding, schema
 
 
 def evaluate_split(
@@ -34,7 +35,8 @@ def evaluate_split(
     """Plays a split once and returns its summary; with `out` it also writes both files.
 
     With `skip_existing` a summary that is in `out` already is returned instead, if it is of the
-    same split, temperature, step, seed, settings and number of episodes.
+    same split, temperature, step, seed, settings and number of episodes. With `eval.segment`
+    episodes are played in segments, and a killed evaluation goes on where it stood.
 
     Raises ConfigError for an unknown split, and where nothing can be written to `out`.
     """
@@ -56,21 +58,13 @@ def evaluate_split(
         found = _read_summary(out / f"{name}.json", cell | {"episodes": len(examples)})
         if found is not None:
             return found
-    tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
-    shape = loaded.shape(dataset, split)
-    size = loaded.parts.config.eval.batch_size
-    play = loaded.player(shape)
-    key = host_batches.replicate(jax.random.key(seed), mesh)
-    heat = host_batches.replicate(np.float32(temperature), mesh)
-    batches = batches_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
-    total = -(-len(examples) // size)
-    records, statistics = evaluation.evaluate(
-        lambda e, ids: play(loaded.params, e, ids, key, heat),
-        tqdm.tqdm(batches, desc=f"{label}{split}", total=total, leave=False, mininterval=1.0),
-        tokenizer.decode,
-        mesh=mesh,
-        metric=reward.find(loaded.parts.config.task),
-    )
+    if loaded.parts.config.eval.segment:
+        records, statistics = long_score.play_long(
+            loaded, dataset, examples, cell, label=label, out=out, name=name
+        )
+    else:
+        shape = loaded.shape(dataset, split)
+        records, statistics = _play_whole(loaded, shape, examples, cell, f"{label}{split}")
     summary: dict[str, Any] = evaluation.summarise(records)
     categories = build.category_names(loaded.parts.config)
     summary |= cell | {
@@ -80,6 +74,30 @@ def evaluate_split(
     if out is not None:
         _write(out, name, records, summary)
     return summary
+
+
+def _play_whole(
+    loaded: Loaded,
+    shape: encoding.EpisodeShape,
+    examples: Sequence[schema.Example],
+    cell: Mapping[str, Any],
+    label: str,
+) -> tuple[list[evaluation.Record], dict[str, float]]:
+    """Records and statistics of episodes, each of which is one program."""
+    tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
+    size = loaded.parts.config.eval.batch_size
+    play = loaded.player(shape)
+    key = host_batches.replicate(jax.random.key(cell["seed"]), mesh)
+    heat = host_batches.replicate(np.float32(cell["temperature"]), mesh)
+    batches = batches_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
+    total = -(-len(examples) // size)
+    return evaluation.evaluate(
+        lambda e, ids: play(loaded.params, e, ids, key, heat),
+        tqdm.tqdm(batches, desc=label, total=total, leave=False, mininterval=1.0),
+        tokenizer.decode,
+        mesh=mesh,
+        metric=reward.find(loaded.parts.config.task),
+    )
 
 
 def _read_summary(path: pathlib.Path, expected: dict[str, Any]) -> dict[str, Any] | None:

@@ -509,6 +509,10 @@ class EvalConfig(Section):
     split: str
     episodes: Positive
     batch_size: Positive
+    # Turns that evaluate.py plays at a time, and chunks that it holds of a document; 0 for all.
+    segment: Count = 0
+    # What evaluate.py writes of turns that are played in segments: nothing, or each.
+    records: Annotated[str, Choices("answers", "full")] = "answers"
 
 
 @dataclasses.dataclass(frozen=True)

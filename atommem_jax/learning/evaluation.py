@@ -4,7 +4,8 @@ Every sample of the split is scored, and the count is part of the summary. Inter
 *episodes*, because the questions of one episode share a memory and are not independent.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from atommem_jax.learning import reward
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks.batches import EpisodeBatch
-from atommem_jax.types import ActionKind, Episode, Phase, Trajectory
+from atommem_jax.types import ActionKind, Episode, Phase, Trajectory, Turns
 
 Record = dict[str, Any]
 
@@ -59,7 +60,49 @@ def score_answers(
 
 @jax.jit
 def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
-    """Means over a batch of trajectories, as float32 scalars.
+    """Means over a batch of trajectories, as float32 scalars: see `describe`."""
+    turns, answered = trajectories.turns, trajectories.answer_lengths > 0
+    # Rows past an episode's last question are padding: only what was put can go unanswered.
+    number = jnp.arange(answered.shape[1], dtype=jnp.int32)[None, None]
+    put = jnp.any(turns.live[..., None] & (turns.question[..., None] == number), axis=1)
+    missing = jnp.sum(put & ~answered).astype(jnp.float32)
+    means = describe(tally(turns), float(turns.live.shape[0]))
+    return means | {"unanswered": missing / _at_least_one(put.sum())}
+
+
+@jax.jit
+def tally(turns: Turns) -> dict[str, Float[Array, ""]]:
+    """Sums over the turns [B T] of a batch, from which `describe` makes means.
+
+    Those of the segments of a rollout add up to those of the whole.
+    """
+    model = turns.live & ~turns.scripted
+    places = jnp.arange(turns.actions.kind.shape[2], dtype=jnp.int32)[None, None]
+    begun = turns.live[..., None] & (places < turns.actions.count[..., None])
+    sums = {
+        "turns": turns.live.sum(),
+        "responses": model.sum(),
+        "tokens": jnp.where(turns.scripted, 0, turns.response_lengths).sum(),
+        "prompt_tokens": turns.prompt_lengths.sum(),
+        "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum(),
+        "passes": turns.passes.sum(),
+        "lanes": turns.lanes.sum(),
+        "log_probs": turns.log_probs.sum(),
+        "reading_turns": (turns.live & (turns.phase == Phase.READING)).sum(),
+        "begun": begun.sum(),
+        "well_formed": (begun & turns.actions.well_formed).sum(),
+        "ended": (model & (turns.response_lengths < turns.response.shape[2])).sum(),
+    }
+    for fate in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
+        counts = getattr(turns.report, fate).sum(axis=(0, 1))
+        for kind in _COUNTED:
+            if fate in _FATES or kind == ActionKind.CREATE:
+                sums[f"{fate}/{kind.name.lower()}"] = counts[kind]
+    return {name: value.astype(jnp.float32) for name, value in sums.items()}
+
+
+def describe(sums: Mapping[str, Any], episodes: float) -> dict[str, Any]:
+    """Means of what `tally` summed over so many episodes.
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
     turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
@@ -67,53 +110,43 @@ def statistics(trajectories: Trajectory) -> dict[str, Float[Array, ""]]:
     `well_formed` is a share of the actions begun, and `ended` of the turns: those that were shorter
     than they might have been.
     """
-    turns = trajectories.turns
-    live = turns.live.astype(jnp.float32)
-    episodes = float(live.shape[0])
-    turn_count = jnp.maximum(live.sum(), 1.0)
-    written = jnp.where(turns.scripted, 0, turns.response_lengths).astype(jnp.float32)
-    tokens = jnp.maximum(written.sum(), 1.0)
-    passes = turns.passes.sum().astype(jnp.float32)
-    responses = jnp.maximum((turns.live & ~turns.scripted).astype(jnp.float32).sum(), 1.0)
-    reading = turns.live & (turns.phase == Phase.READING)
-    places = jnp.arange(turns.actions.kind.shape[2], dtype=jnp.int32)[None, None]
-    begun = turns.live[..., None] & (places < turns.actions.count[..., None])
-    ended = turns.live & ~turns.scripted & (turns.response_lengths < turns.response.shape[2])
-    answered = trajectories.answer_lengths > 0
-    # Rows past an episode's last question are padding: only what was put can go unanswered.
-    number = jnp.arange(answered.shape[1], dtype=jnp.int32)[None, None]
-    put = jnp.any(turns.live[..., None] & (turns.question[..., None] == number), axis=1)
-    result = {
-        "turns": live.sum() / episodes,
+    turns, tokens = _at_least_one(sums["turns"]), _at_least_one(sums["tokens"])
+    responses = _at_least_one(sums["responses"])
+    return {
+        "turns": sums["turns"] / episodes,
         "response_tokens": tokens / responses,
-        "prompt_tokens": turns.prompt_lengths.sum().astype(jnp.float32) / turn_count,
+        "prompt_tokens": sums["prompt_tokens"] / turns,
         "tokens": tokens,
-        "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum().astype(jnp.float32)
-        / turn_count,
+        "occupancy": sums["occupancy"] / turns,
         # Of what decoding computed: rows that have ended, and lanes without a row, are the rest.
-        "lane_utilisation": passes / jnp.maximum(turns.lanes.sum().astype(jnp.float32), 1.0),
-        "tokens_per_pass": tokens / jnp.maximum(passes, 1.0),
-        "sampled_nll": -turns.log_probs.sum() / tokens,
-        "unanswered": jnp.sum(put & ~answered).astype(jnp.float32)
-        / jnp.maximum(put.sum().astype(jnp.float32), 1.0),
-        "reading_turns": reading.sum().astype(jnp.float32) / episodes,
-        "well_formed": (begun & turns.actions.well_formed).sum().astype(jnp.float32)
-        / jnp.maximum(begun.sum().astype(jnp.float32), 1.0),
-        "ended": ended.sum().astype(jnp.float32) / responses,
-    }
-    for fate in ("attempted", "applied", "invalid", "rejected", "truncated", "evicted"):
-        counts = getattr(turns.report, fate).sum(axis=(0, 1)).astype(jnp.float32) / episodes
-        for kind in _COUNTED:
-            if fate in _FATES or kind == ActionKind.CREATE:
-                result[f"{fate}/{kind.name.lower()}"] = counts[kind]
-    return result
+        "lane_utilisation": sums["passes"] / _at_least_one(sums["lanes"]),
+        "tokens_per_pass": tokens / _at_least_one(sums["passes"]),
+        "sampled_nll": -sums["log_probs"] / tokens,
+        "reading_turns": sums["reading_turns"] / episodes,
+        "well_formed": sums["well_formed"] / _at_least_one(sums["begun"]),
+        "ended": sums["ended"] / responses,
+    } | {name: value / episodes for name, value in sums.items() if "/" in name}
 
 
-def _handling(trajectories: Trajectory, episodes: Episode) -> Iterator[list[tuple[int, str]]]:
-    """Per episode: (category, what its turn did) of every fact that was read."""
-    turns = host_batches.fetch(trajectories.turns)
-    category = np.asarray(episodes.annotations.category)
+def _at_least_one(count: Any) -> Any:
+    if isinstance(count, jax.Array):
+        return jnp.maximum(count.astype(jnp.float32), 1.0)
+    return max(count, 1.0)
+
+
+Handled = list[tuple[int, list[int], str]]
+"""(chunk, categories of its facts, what was done in its turns) of each chunk that has facts."""
+
+
+def find_handling(
+    turns: Turns, category: Int[np.ndarray, "B C U"], first_chunk: Int[np.ndarray, " B"]
+) -> list[Handled]:
+    """What these turns [B T] did, in each episode, with the facts that they showed.
+
+    `category` is that of the chunks from `first_chunk` on.
+    """
     names = {ActionKind.CREATE: "create", ActionKind.UPDATE: "update"}
+    found: list[Handled] = []
     for b in range(category.shape[0]):
         done: dict[int, str] = {}
         for t in np.flatnonzero(turns.live[b] & (turns.phase[b] == Phase.READING)):
@@ -122,7 +155,21 @@ def _handling(trajectories: Trajectory, episodes: Episode) -> Iterator[list[tupl
             for kind, name in names.items():
                 if turns.report.applied[b, t, kind]:
                     done[chunk] = name
-        yield [(int(c), what) for chunk, what in done.items() for c in category[b, chunk] if c >= 0]
+        found.append([])
+        for chunk, what in done.items():
+            row = category[b, chunk - first_chunk[b]]
+            if (row >= 0).any():
+                found[b].append((chunk, row[row >= 0].tolist(), what))
+    return found
+
+
+def join_handling(before: Handled, after: Handled) -> Handled:
+    """What two segments did, of which the second may go on with the last chunk of the first."""
+    if not before or not after or before[-1][0] != after[0][0]:
+        return before + after
+    chunk, categories, what = after[0]
+    what = before[-1][2] if what == "none" else what
+    return [*before[:-1], (chunk, categories, what), *after[1:]]
 
 
 def evaluate(
@@ -160,42 +207,79 @@ def evaluate(
             (trajectories.answers, trajectories.answer_lengths, trajectories.answer_log_prob)
         )
         turn_counts = np.asarray(host_batches.fetch(trajectories.turns.live)).sum(axis=1)
-        texts = decode_answers(answers, lengths, decode)
-        em = score_answers(texts, batch.aliases)
-        f1 = score_answers(texts, batch.aliases, reward.f1)
-        own = {}
-        if metric is not reward.exact_match:
-            own["reward"] = score_answers(texts, batch.aliases, metric)
-        handled = list(_handling(trajectories, batch.episodes))
-        for b in np.flatnonzero(rows < real):
-            for q, accepted in enumerate(batch.aliases[b]):
-                question = batch.episodes.questions[b, q]
-                length = int(batch.episodes.question_lengths[b, q])
-                records.append(
-                    {
-                        "episode": int(batch.ids[b]),
-                        "trajectory": int(ids[b]),
-                        "question": q,
-                        "text": decode(question[:length].tolist()),
-                        "answer": texts[b][q],
-                        "aliases": accepted,
-                        "em": float(em[b, q]),
-                        "f1": float(f1[b, q]),
-                        **{name: float(scores[b, q]) for name, scores in own.items()},
-                        "log_prob": float(log_probs[b, q]),
-                        "turns": int(turn_counts[b]),
-                        "handled": handled[b] if q == 0 else [],
-                    }
-                )
+        handled = find_handling(
+            host_batches.fetch(trajectories.turns),
+            np.asarray(batch.episodes.annotations.category),
+            np.asarray(batch.episodes.first_chunk),
+        )
+        e = batch.episodes
+        questions = decode_answers(np.asarray(e.questions), np.asarray(e.question_lengths), decode)
+        given = Given(answers, lengths, log_probs, turn_counts, handled)
+        found = make_records(given, questions, batch.aliases, batch.ids, ids, decode, metric)
+        records += [record for b in np.flatnonzero(rows < real) for record in found[b]]
         kept = host_batches.first_rows(trajectories, real)
         for name, value in jax.device_get(statistics(kept)).items():
             totals[name] = totals.get(name, 0.0) + float(value) * real
         seen += real
     means = {name: value / max(seen, 1) for name, value in totals.items()}
-    return _merge(processes.gather(records)), means
+    return merge(processes.gather(records)), means
 
 
-def _merge(parts: Sequence[list[Record]]) -> list[Record]:
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a batch of trajectories came to, on the host."""
+
+    answers: Int[np.ndarray, "B Q X"]
+    lengths: Int[np.ndarray, "B Q"]  # of the answers, in tokens
+    log_probs: Float[np.ndarray, "B Q"]  # of the turns that answered
+    turns: Int[np.ndarray, " B"]  # that were played
+    handled: Sequence[Handled]  # see `find_handling`
+
+
+def make_records(
+    given: Given,
+    questions: Sequence[Sequence[str]],
+    aliases: Sequence[Sequence[Sequence[str]]],
+    episodes: Int[np.ndarray, " B"],
+    trajectories: Int[np.ndarray, " B"],
+    decode: Callable[[Sequence[int]], str],
+    metric: reward.Metric,
+) -> list[list[Record]]:
+    """One record a question of each trajectory."""
+    texts = decode_answers(given.answers, given.lengths, decode)
+    scores = {
+        "em": score_answers(texts, aliases),
+        "f1": score_answers(texts, aliases, reward.f1),
+    }
+    if metric is not reward.exact_match:
+        scores["reward"] = score_answers(texts, aliases, metric)
+    return [
+        [
+            {
+                "episode": int(episodes[b]),
+                "trajectory": int(trajectories[b]),
+                "question": q,
+                "text": questions[b][q],
+                "answer": texts[b][q],
+                "aliases": list(expected),
+                **{name: float(score[b, q]) for name, score in scores.items()},
+                "log_prob": float(given.log_probs[b, q]),
+                "turns": int(given.turns[b]),
+                "handled": list(_by_fact(given.handled[b])) if q == 0 else [],
+            }
+            for q, expected in enumerate(accepted)
+        ]
+        for b, accepted in enumerate(aliases)
+    ]
+
+
+def _by_fact(handled: Handled) -> Iterator[tuple[int, str]]:
+    for _, categories, what in handled:
+        for category in categories:
+            yield category, what
+
+
+def merge(parts: Sequence[list[Record]]) -> list[Record]:
     """The records of all processes in the order of one; rows that several hold count once."""
     if len(parts) == 1:
         return parts[0]

@@ -1,8 +1,10 @@
-"""The turn loop: a whole multi-turn episode is one jitted program.
+"""The turn loop: a whole multi-turn episode is one jitted program, or a segment of a long one.
 
 Every turn shows what the standing query retrieves, builds the prompt, lets a *policy* respond,
 parses the response and applies its actions to the slot table. `run` loops over turns in a
 `lax.while_loop` that ends when every trajectory is over, and returns a record of each turn.
+`run_segment` goes on from where the last segment stopped: an episode without end is a row of them,
+each with the chunks that it may need, and its memory is what one segment takes.
 
 A policy is any function `(view, episodes, keys) -> Response` on a batch: `model_policy` samples
 from the transformer; scripted teachers (`tasks.teacher`) and static workflows are others. So
@@ -205,7 +207,7 @@ def begin_turn(
     answering = (env.phase == Phase.ANSWERING) | (env.phase == Phase.FINAL)
     rows = jnp.arange(episode.questions.shape[0])
     put = jnp.where(reading, rows < episode.num_questions, rows == env.question)
-    chunk = jnp.minimum(env.chunk, episode.chunks.shape[0] - 1)
+    chunk = jnp.clip(env.chunk - episode.first_chunk, 0, episode.chunks.shape[0] - 1)
     observation = Observation(
         phase=env.phase,
         questions=episode.questions,
@@ -408,20 +410,58 @@ def run(
       Trajectory with leaves [B, ...]; turns past an episode's end are zero, `live` False.
       An episode still running after `max_turns` keeps empty answers for its open questions.
     """
-    max_turns = setting.limits.max_turns
-    keys = trajectory_keys(seed, ids)
     env = jax.vmap(start, in_axes=(None, 0))(setting, episodes)
+    first = jnp.zeros((), jnp.int32)
+    turns = setting.limits.max_turns
+    env, records = run_segment(
+        setting, policy, env, episodes, ids, seed, first, turns, widths=widths, label=label
+    )
+    return finish(ids, env, records)
+
+
+def run_segment(
+    setting: Setting,
+    policy: Policy,
+    env: Environment,
+    episodes: Episode,
+    ids: Int[Array, " B"],
+    seed: PRNGKeyArray,
+    first_turn: Int[Array, ""],
+    turns: int,
+    *,
+    widths: Int[Array, "B T"] | None = None,
+    label: Policy | None = None,
+) -> tuple[Environment, Turns]:
+    """Plays the next turns of a batch of episodes; segment after segment they are those of `run`.
+
+    Args:
+      setting: as for `run`.
+      policy: as for `run`.
+      env: environments [B] before the segment: of `start`, or after the last segment.
+      episodes: of a long document a window of chunks; it must hold `turns` chunks from `env.chunk`
+        on, or the rest of the document.
+      ids: as for `run`.
+      seed: as for `run`.
+      first_turn: number of the segment's first turn: turns before it.
+      turns: of the segment, static; fewer where every trajectory ends before.
+      widths: as for `run`, of the turns of this segment.
+      label: as for `run`.
+
+    Returns environments [B] after it, and records [T B].
+    """
+    keys = trajectory_keys(seed, ids)
 
     def step(env, turn):
         width = None if widths is None else widths[:, turn]
-        return _one_turn(setting, policy, env, episodes, turn_keys(keys, turn), width, label)
+        mine = turn_keys(keys, first_turn + turn)
+        return _one_turn(setting, policy, env, episodes, mine, width, label)
 
     record = jax.eval_shape(step, env, jnp.zeros((), jnp.int32))[1]
-    records = jax.tree.map(lambda x: jnp.zeros((max_turns, *x.shape), x.dtype), record)
+    records = jax.tree.map(lambda x: jnp.zeros((turns, *x.shape), x.dtype), record)
 
     def keep_going(carry):
         turn, env, _ = carry
-        return (turn < max_turns) & jnp.any(env.phase != Phase.DONE)
+        return (turn < turns) & jnp.any(env.phase != Phase.DONE)
 
     def body(carry):
         turn, env, records = carry
@@ -436,7 +476,7 @@ def run(
     first = (jnp.zeros((), jnp.int32), env, records)
     with jax.named_scope("turns"):
         _, env, records = jax.lax.while_loop(keep_going, body, first)
-    return finish(ids, env, records)
+    return env, records
 
 
 def finish(ids: Int[Array, " B"], env: Environment, records: Turns) -> Trajectory:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.tasks.encoding import EpisodeShape, TextEncoder, encode_with
+from atommem_jax.tasks.encoding import EpisodeShape, EpisodeStream, TextEncoder, encode_with
 from atommem_jax.tasks.schema import Example
 from atommem_jax.types import Episode
 
@@ -22,6 +22,27 @@ class EpisodeBatch(NamedTuple):
     episodes: Episode  # NumPy leaves, each with a leading B
     aliases: list[list[list[str]]]  # sample -> question -> accepted answers; not padded
     ids: Int[np.ndarray, " B"]
+
+
+class StreamBatch(NamedTuple):
+    """Documents that are read window after window, and what the host needs to score them."""
+
+    streams: Sequence[EpisodeStream]
+    questions: list[list[str]]  # sample -> question, as text
+    aliases: list[list[list[str]]]  # sample -> question -> accepted answers
+    ids: Int[np.ndarray, " B"]
+
+    def window(self, first: Int[np.ndarray, " B"]) -> Episode:
+        """The windows from chunks `first` on, stacked as the episodes of an `EpisodeBatch`."""
+        windows = [
+            stream.window(int(chunk)) for stream, chunk in zip(self.streams, first, strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *windows)
+
+    @property
+    def tokens_read(self) -> Int[np.ndarray, " B"]:
+        """Tokens of each document before its last window."""
+        return np.array([stream.tokens_read for stream in self.streams])
 
 
 class EncodedDataset(Sequence[tuple[Episode, list[list[str]]]]):
@@ -144,11 +165,39 @@ def iterate_split(
 
     Raises ValueError as `batches` does.
     """
-    rows = _check_rows(batch_size, rows)
     encoded = EncodedDataset(source, tokenizer, shape, cache_bytes=0)
-    for first in range(0, len(source), batch_size):
-        indices = np.minimum(first + rows, len(source) - 1)
-        yield encoded.stack(indices.tolist()), min(batch_size, len(source) - first)
+    for indices, real in _cut_split(len(source), batch_size, rows):
+        yield encoded.stack(indices), real
+
+
+def stream_split(
+    source: Sequence[Example],
+    tokenizer: Tokenizer,
+    shape: EpisodeShape,
+    *,
+    batch_size: int,
+    rows: Int[np.ndarray, " rows"] | None = None,
+) -> Iterator[tuple[StreamBatch, int]]:
+    """As `iterate_split`, of documents that are read in windows of `shape.chunks` chunks."""
+    encode_text = TextEncoder(tokenizer)
+    for indices, real in _cut_split(len(source), batch_size, rows):
+        examples = [source[i] for i in indices]
+        batch = StreamBatch(
+            streams=[EpisodeStream(example, encode_text, shape) for example in examples],
+            questions=[[q["text"] for q in example["questions"]] for example in examples],
+            aliases=[[q["aliases"] for q in example["questions"]] for example in examples],
+            ids=np.array([example["id"] for example in examples]),
+        )
+        yield batch, real
+
+
+def _cut_split(
+    count: int, batch_size: int, rows: Int[np.ndarray, " rows"] | None
+) -> Iterator[tuple[list[int], int]]:
+    rows = _check_rows(batch_size, rows)
+    for first in range(0, count, batch_size):
+        indices = np.minimum(first + rows, count - 1)
+        yield indices.tolist(), min(batch_size, count - first)
 
 
 def _check_rows(batch_size: int, rows: Int[np.ndarray, " rows"] | None) -> Int[np.ndarray, " rows"]:

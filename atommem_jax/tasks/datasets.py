@@ -14,6 +14,7 @@ from typing import Any
 
 import filelock
 
+from atommem_jax import text_files
 from atommem_jax.config import ConfigError, parse_field, paths
 from atommem_jax.tasks import user_functions
 from atommem_jax.tasks.schema import Example
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, str] = {
     "village": "village",
     "facts": "synthetic",
     "babi": "babi",
+    "babilong": "babilong",
     "multihop_qa": "multihop_qa",
     "custom": "custom",
 }
@@ -31,9 +33,9 @@ FAMILIES: Mapping[str, str] = {
 class Split(Sequence[Example]):
     """The examples of one split, decoded when they are asked for."""
 
-    def __init__(self, records: Any):
+    def __init__(self, records: Any, data_root: str):
         """Wraps a TFDS data source whose records have the one field `example`."""
-        self._records = records
+        self._records, self._root = records, data_root
 
     def __len__(self) -> int:
         return len(self._records)
@@ -43,15 +45,20 @@ class Split(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of a split of {len(self)}")
-        return json.loads(self._records[index % len(self)]["example"])
+        return self._read(self._records[index % len(self)])
 
     def __iter__(self) -> Iterator[Example]:
         block = 1024  # the record reader is several times faster for many at once
         for first in range(0, len(self), block):
             rows = range(first, min(first + block, len(self)))
-            yield from (
-                json.loads(record["example"]) for record in self._records.__getitems__(rows)
-            )
+            yield from map(self._read, self._records.__getitems__(rows))
+
+    def _read(self, record: Any) -> Example:
+        example = json.loads(record["example"])
+        if "background" in example:
+            recipe = example["background"]
+            recipe["file"] = os.path.join(self._root, recipe["file"])
+        return example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,10 @@ def prepare(task: Mapping[str, Any], data_root: str | os.PathLike[str]) -> Datas
         )
     return Dataset(
         directory=str(builder.data_dir),
-        splits={split: Split(builder.as_data_source(split=split)) for split in builder.info.splits},
+        splits={
+            split: Split(builder.as_data_source(split=split), os.fspath(data_root))
+            for split in builder.info.splits
+        },
     )
 
 
@@ -146,6 +156,10 @@ def _family(name: str | None) -> tuple[Any, Callable[[Any, str], Any]]:
         from atommem_jax.tasks import babi
 
         return babi.BabiConfig, babi.make_builder
+    if module == "babilong":
+        from atommem_jax.tasks import babilong
+
+        return babilong.BabilongConfig, babilong.make_builder
     if module == "multihop_qa":
         from atommem_jax.tasks import multihop_files, multihop_qa
 
@@ -183,6 +197,13 @@ def tokenizer_texts(dataset: Dataset) -> Iterator[str]:
             if text not in seen:
                 seen.add(text)
                 yield text
+        file = example.get("background", {}).get("file")
+        if file is not None and file not in seen:
+            seen.add(file)  # of the same books for every example
+            for line in text_files.read_text(file).split("\n"):
+                if line and line not in seen:
+                    seen.add(line)
+                    yield line
 
 
 def _texts(example: Example) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """From an example, which is text, to the arrays of an `Episode`.
 
-`fit_shape` finds the static sizes of a split; `encode` makes one example an Episode of that shape.
+`fit_shape` finds the static sizes of a split; `encode` makes one example an Episode of that shape,
+and `EpisodeStream` a document of any length, a window of chunks after the other.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
+from atommem_jax.tasks import background, packing
 from atommem_jax.tasks.schema import Example
 from atommem_jax.types import EMPTY, Annotations, Episode
 
@@ -38,7 +41,8 @@ class EpisodeShape:
 class _Tokens(NamedTuple):
     """An example in token ids, not yet padded."""
 
-    chunks: list[list[list[int]]]  # chunk -> fact -> ids
+    pieces: list[list[background.Piece]]  # chunk -> fact
+    places: dict[int, tuple[int, int]]  # number of a fact -> where it is: chunk, piece
     questions: list[list[int]]
     answers: list[list[int]]
     focus: list[int]
@@ -46,9 +50,9 @@ class _Tokens(NamedTuple):
 
     def shape(self, example: Example) -> EpisodeShape:
         return EpisodeShape(
-            chunks=len(self.chunks),
-            chunk_length=max((sum(map(len, chunk)) for chunk in self.chunks), default=0),
-            facts=max(map(len, self.chunks), default=0),
+            chunks=len(self.pieces),
+            chunk_length=max((sum(len(p.ids) for p in chunk) for chunk in self.pieces), default=0),
+            facts=max(map(len, self.pieces), default=0),
             questions=len(self.questions),
             question_length=max(map(len, self.questions), default=0),
             needs=max((len(question["needs"]) for question in example["questions"]), default=0),
@@ -62,6 +66,7 @@ class TextEncoder:
     """A tokenizer's `encode` as texts in a row need it; remembers, as sentences recur often."""
 
     def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
         self._encode = tokenizer.encode
         self._known: dict[str, list[int]] = {}
         self.pad_id = tokenizer.pad_id
@@ -80,12 +85,20 @@ class TextEncoder:
 
 
 def _tokenize(example: Example, encode_text: TextEncoder, partial: bool = False) -> _Tokens:
-    chunks = [
-        [encode_text(fact["text"], first=u == 0) for u, fact in enumerate(chunk)]
-        for chunk in example["chunks"]
-    ]
+    pieces, places = _read_chunks(example, encode_text)
+    return _join_tokens(example, encode_text, pieces, places, partial)
+
+
+def _join_tokens(
+    example: Example,
+    encode_text: TextEncoder,
+    pieces: list[list[background.Piece]],
+    places: dict[int, tuple[int, int]],
+    partial: bool = False,
+) -> _Tokens:
     questions = [encode_text(question["text"]) for question in example["questions"]]
-    for name, texts in [("chunks", _concatenate(chunks)), ("questions", questions)]:
+    read = [piece.ids for chunk in pieces for piece in chunk]
+    for name, texts in [("chunks", read), ("questions", questions)]:
         if not (texts or partial) or not all(texts):
             raise ValueError(
                 f"example {example['id']}: {name} has no text, or one without any token; allowed: "
@@ -93,29 +106,100 @@ def _tokenize(example: Example, encode_text: TextEncoder, partial: bool = False)
             )
     answers = [encode_text(question["aliases"][0]) for question in example["questions"]]
     notes = [
-        [encode_text(fact["note"]) if fact.get("note") else [] for fact in chunk]
-        for chunk in example["chunks"]
+        [encode_text(piece.fact["note"]) if piece.fact.get("note") else [] for piece in chunk]
+        for chunk in pieces
     ]
-    return _Tokens(chunks, questions, answers, encode_text(example["focus"]), notes)
+    return _Tokens(pieces, places, questions, answers, encode_text(example["focus"]), notes)
+
+
+def _read_chunks(
+    example: Example, encode_text: TextEncoder
+) -> tuple[list[list[background.Piece]], dict[int, tuple[int, int]]]:
+    """What is read, and where each of the example's facts is in it."""
+    pieces: list[list[background.Piece]] = []
+    places: dict[int, tuple[int, int]] = {}
+    for c, chunk in enumerate(_iterate_chunks(example, encode_text)):
+        pieces.append(chunk.pieces)
+        places |= {number: (c, place) for number, place in chunk.places.items()}
+    return pieces, places
+
+
+def _iterate_chunks(example: Example, encode_text: TextEncoder) -> Iterable[background.Chunk]:
+    if "background" in example:
+        yield from lay_out(example, encode_text)
+        return
+    if "packing" in example:
+        for packed in packing.lay_out(example, encode_text, **example["packing"]):
+            new = {piece.number: u for u, piece in enumerate(packed) if not piece.repeats}
+            yield background.Chunk([background.Piece(*piece[:3]) for piece in packed], new)
+        return
+    number = 0
+    for chunk in example["chunks"]:
+        texts = [encode_text(fact["text"], first=u == 0) for u, fact in enumerate(chunk)]
+        numbered = zip(texts, chunk, itertools.count(number), strict=False)
+        pieces = [background.Piece(*piece) for piece in numbered]
+        yield background.Chunk(pieces, {piece.number: u for u, piece in enumerate(pieces)})
+        number += len(chunk)
+
+
+def lay_out(example: Example, encode_text: TextEncoder) -> background.Layout:
+    """The document of an example that is a recipe; nothing of it is made yet but its plan."""
+    recipe = example["background"]
+    facts = _concatenate(example["chunks"])
+    sentences = background.read_sentences(
+        recipe["file"], encode_text.tokenizer, recipe["chunk_tokens"]
+    )
+    return background.Layout(
+        facts, [encode_text(fact["text"], False) for fact in facts], recipe, sentences
+    )
 
 
 def _concatenate(lists: Iterable[list[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 
 
-def fit_shape(examples: Iterable[Example], tokenizer: Tokenizer) -> EpisodeShape:
+def fit_shape(examples: Iterable[Example], tokenizer: Tokenizer, window: int = 0) -> EpisodeShape:
     """The smallest shape that holds all of `examples`; reads and tokenises each once.
+
+    window: chunks that are held at a time of a document that is longer (`EpisodeStream`); 0 holds
+      all of them. With it nothing is laid out that is longer.
 
     Raises ValueError where there are none, or where one has no facts or questions.
     """
     encode_text = TextEncoder(tokenizer)
     fitted = None
     for example in examples:
-        shape = _tokenize(example, encode_text).shape(example)
+        if window:
+            shape = _shape_of_windows(example, encode_text, window)
+        else:
+            shape = _tokenize(example, encode_text).shape(example)
         fitted = shape if fitted is None else fitted.join(shape)
     if fitted is None:
         raise ValueError("examples is empty; pass a split with at least one example.")
     return fitted
+
+
+def _shape_of_windows(example: Example, encode_text: TextEncoder, window: int) -> EpisodeShape:
+    """What holds any window of an example; of a recipe as it may be laid out at most."""
+    if "background" not in example:
+        shape = _tokenize(example, encode_text).shape(example)
+        return dataclasses.replace(shape, chunks=window)
+    facts = _concatenate(example["chunks"])
+    pieces = [[background.Piece(encode_text(f["text"]), f, n) for n, f in enumerate(facts)]]
+    return dataclasses.replace(
+        _join_tokens(example, encode_text, pieces, {}).shape(example),
+        chunks=window,
+        chunk_length=example["background"]["chunk_tokens"],
+        facts=max(1, background.count_chains(facts)),
+    )
+
+
+def count_tokens(example: Example, tokenizer: Tokenizer) -> int:
+    """Tokens of its document; of a recipe those that it is laid out to at most."""
+    encode_text = TextEncoder(tokenizer)
+    facts = _concatenate(example["chunks"])
+    length = sum(len(encode_text(fact["text"], False)) for fact in facts)
+    return max(length, example["background"]["tokens"]) if "background" in example else length
 
 
 def longest_support(
@@ -128,8 +212,9 @@ def longest_support(
     encode_text = TextEncoder(tokenizer)
     tokens = facts = 0
     for example in examples:
-        for chunk in example["chunks"]:
-            stored = [fact.get("note") or fact["text"] for fact in chunk if fact["support"]]
+        for chunk in _read_chunks(example, encode_text)[0]:
+            facts_here = [piece.fact for piece in chunk if piece.fact["support"]]
+            stored = [fact.get("note") or fact["text"] for fact in facts_here]
             sizes = [min(len(encode_text(text, first=False)), cap) for text in stored]
             tokens, facts = max(tokens, sum(sizes)), max(facts, len(sizes))
     return tokens, facts
@@ -156,21 +241,85 @@ def encode(
 def encode_with(
     example: Example, encode_text: TextEncoder, shape: EpisodeShape, partial: bool = False
 ) -> Episode:
-    pad_id = encode_text.pad_id
     tokens = _tokenize(example, encode_text, partial)
+    return _to_episode(example, tokens, encode_text, shape, 0, len(tokens.pieces))
+
+
+def _to_episode(
+    example: Example,
+    tokens: _Tokens,
+    encode_text: TextEncoder,
+    shape: EpisodeShape,
+    first_chunk: int,
+    num_chunks: int,
+) -> Episode:
+    """The arrays of what was tokenised: chunks from `first_chunk` on, of `num_chunks` in all."""
+    pad_id = encode_text.pad_id
     _check_fits(example, tokens.shape(example), shape)
-    chunks = [_concatenate(chunk) for chunk in tokens.chunks]
+    chunks = [_concatenate(piece.ids for piece in chunk) for chunk in tokens.pieces]
     # Any: the leaves are NumPy's, Episode says JAX's; a batch goes to the devices later, as one.
     leaves: dict[str, Any] = {
         "id": np.int32(example["id"]),
         "chunks": _pad_rows(chunks, (shape.chunks, shape.chunk_length), pad_id),
         "chunk_lengths": _lengths(chunks, shape.chunks),
-        "num_chunks": np.int32(len(chunks)),
+        "first_chunk": np.int32(first_chunk),
+        "num_chunks": np.int32(num_chunks),
         "questions": _pad_rows(tokens.questions, (shape.questions, shape.question_length), pad_id),
         "question_lengths": _lengths(tokens.questions, shape.questions),
         "num_questions": np.int32(len(tokens.questions)),
     }
     return Episode(annotations=_annotate(example, tokens, encode_text, shape), **leaves)
+
+
+class EpisodeStream:
+    """A document of any length as windows of chunks, read once from its beginning to its end.
+
+    It holds the chunks of one window and one beyond, and nothing that grows with the document.
+    """
+
+    def __init__(self, example: Example, encode_text: TextEncoder, shape: EpisodeShape):
+        """`shape.chunks` is the length of a window, see `fit_shape`."""
+        self._example, self._encode_text, self._shape = example, encode_text, shape
+        self._rest = iter(_iterate_chunks(example, encode_text))
+        self._held: collections.deque[background.Chunk] = collections.deque()
+        self._first = 0
+        self.tokens_read = 0
+        """Tokens before the last window."""
+
+    def window(self, first: int) -> Episode:
+        """The chunks from number `first` on, as an Episode with NumPy leaves.
+
+        What it `supersedes` or `needs` of other windows is EMPTY. As long as more chunks follow
+        than fit, `num_chunks` is only a number that none of the window reaches.
+
+        Raises ValueError for a window that begins before the last one did.
+        """
+        if first < self._first:
+            raise ValueError(
+                f"first is {first}, but the document was read to chunk {self._first}; allowed: "
+                "that one or a later one. Open it again."
+            )
+        while self._first < first and (self._held or self._fill()):
+            self.tokens_read += self._held.popleft().length
+            self._first += 1
+        while len(self._held) <= self._shape.chunks and self._fill():
+            pass
+        held = list(self._held)
+        shown = held[: self._shape.chunks]
+        places = {n: (c, u) for c, chunk in enumerate(shown) for n, u in chunk.places.items()}
+        tokens = _join_tokens(
+            self._example, self._encode_text, [c.pieces for c in shown], places, partial=True
+        )
+        return _to_episode(
+            self._example, tokens, self._encode_text, self._shape, first, self._first + len(held)
+        )
+
+    def _fill(self) -> bool:
+        """Holds a further chunk; False where none is left."""
+        found = next(self._rest, None)
+        if found is not None:
+            self._held.append(found)
+        return found is not None
 
 
 def _annotate(
@@ -185,22 +334,23 @@ def _annotate(
     note = np.full((*grid, shape.note_length), pad_id, np.int32)
     support = np.zeros(grid, np.bool_)
     supersedes, category = (np.full(grid, EMPTY, np.int32) for _ in range(2))
-    places = [
-        c * shape.facts + u for c, chunk in enumerate(tokens.chunks) for u in range(len(chunk))
-    ]
+    last = sum(map(len, example["chunks"])) - 1
 
     def flat(number: int) -> int:
-        if not 0 <= number < len(places):
+        if not 0 <= number <= last:
             raise ValueError(
                 f"example {example['id']}: a `needs` or `supersedes` is {number}; allowed: its "
-                f"facts, 0 to {len(places) - 1}. Correct the data set's builder."
+                f"facts, 0 to {last}. Correct the data set's builder."
             )
-        return places[number]
+        if number not in tokens.places:  # in no chunk of the window
+            return EMPTY
+        c, u = tokens.places[number]
+        return c * shape.facts + u
 
-    for c, chunk in enumerate(example["chunks"]):
+    for c, chunk in enumerate(tokens.pieces):
         position = 0
-        for u, fact in enumerate(chunk):
-            ids, noted = tokens.chunks[c][u], tokens.notes[c][u]
+        for u, (ids, fact, _) in enumerate(chunk):
+            noted = tokens.notes[c][u]
             subject = encode_text(fact["subject"], first=u == 0 or bool(noted))
             start[c, u], length[c, u] = position, len(ids)
             note[c, u, : len(noted)], note_length[c, u] = noted, len(noted)

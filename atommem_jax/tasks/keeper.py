@@ -187,7 +187,7 @@ class _Fact(NamedTuple):
     def read(cls, view: View, episode: Episode, sight: _Sight, key: PRNGKeyArray) -> "_Fact":
         """The U facts of the chunk: the first words and the last ones of each sentence."""
         text, a = view.observation.chunk, episode.annotations
-        chunk = jnp.maximum(view.chunk, 0)
+        chunk = jnp.maximum(view.chunk - episode.first_chunk, 0)
         first, stop = a.start[chunk], a.start[chunk] + a.length[chunk] - 1  # the full stop
 
         def words(start):

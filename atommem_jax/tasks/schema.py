@@ -31,10 +31,32 @@ class Question(TypedDict):
     focus: NotRequired[str]
 
 
+class Background(TypedDict):
+    """A recipe: the facts of an example stand among sentences of books, see `background`."""
+
+    file: str  # of the sentences, one a line; as it is stored, under the folder of all data sets
+    tokens: int  # of the whole document, as the policy's tokenizer counts; at least its facts
+    chunk_tokens: int  # a chunk has at most so many, and ends where a sentence does
+    seed: int  # of where the books are opened, and where the facts are put
+
+
+class Packing(TypedDict):
+    """A recipe: the documents of an example fill chunks of so many tokens, see `packing`."""
+
+    chunk_tokens: int  # a chunk has at most so many, and ends where a sentence does
+    overlap: int  # of them repeat the chunk before, at the most
+
+
 class Example(TypedDict):
-    """One sample. Its facts are numbered 0, 1, ... in reading order, over all chunks."""
+    """One sample. Its facts are numbered 0, 1, ... in reading order, over all chunks.
+
+    With `background` the chunks here are not those that are read: all facts are in one. Nor with
+    `packing`: each chunk here is a document.
+    """
 
     id: int  # number of the sample within its split
     chunks: list[list[Fact]]
     questions: list[Question]
     focus: str  # a good standing query over all questions
+    background: NotRequired[Background]
+    packing: NotRequired[Packing]

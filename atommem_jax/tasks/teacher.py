@@ -260,10 +260,10 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     ask &= not c.scratchpad_only  # a read would retrieve nothing and keep the chunk
     actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
     notes = _Notes.read(view)
+    chunk = jnp.maximum(view.chunk - episode.first_chunk, 0)  # in the window
     for place in range(a.start.shape[1]):
-        index = jnp.maximum(view.chunk, 0) * a.start.shape[1] + place
+        index = chunk * a.start.shape[1] + place
         text, length = _entry(script, episode, index)
-        chunk = jnp.maximum(view.chunk, 0)
         u = jax.random.uniform(jax.random.fold_in(key, 1 + place), (3,))
         rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
         store = (length > 0) & (u[0] < rate)

@@ -227,6 +227,7 @@ def abstract_episodes(shape: EpisodeShape, batch: int) -> Episode:
         id=array(),
         chunks=array(s.chunks, s.chunk_length),
         chunk_lengths=array(s.chunks),
+        first_chunk=array(),
         num_chunks=array(),
         questions=array(s.questions, s.question_length),
         question_lengths=array(s.questions),

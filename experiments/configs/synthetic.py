@@ -191,6 +191,8 @@ def get_config() -> ConfigDict:
     config.eval.split = "validation_1x"
     config.eval.episodes = 128
     config.eval.batch_size = 128
+    config.eval.segment = 0  # turns that evaluate.py plays at a time, of long documents; 0 for all
+    config.eval.records = "answers"  # or "full": evaluate.py writes each turn of the segments
 
     config.checkpoint = ConfigDict()
     config.checkpoint.keep_last = 2

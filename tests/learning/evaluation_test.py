@@ -99,8 +99,8 @@ def test_records_of_several_processes_become_those_of_one():
     records, _, _ = evaluation()
     # Rows dealt to three processes, of which two hold some of the same.
     parts = [[r for r in records if r["trajectory"] % 3 in kept] for kept in ((0,), (1, 2), (2, 0))]
-    assert evaluation_lib._merge(parts) == records
-    assert evaluation_lib._merge([records]) is records
+    assert evaluation_lib.merge(parts) == records
+    assert evaluation_lib.merge([records]) is records
 
 
 def test_statistics_of_one_batch_by_hand():

@@ -88,6 +88,7 @@ def make_episodes(documents) -> Episode:
             id=np.int32(number),
             chunks=chunks,
             chunk_lengths=chunk_lengths,
+            first_chunk=np.int32(0),
             num_chunks=np.int32(len(document.chunks)),
             questions=questions,
             question_lengths=question_lengths,
