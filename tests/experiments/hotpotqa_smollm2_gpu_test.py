@@ -19,7 +19,8 @@ from tests.helpers.multihop import make_record
 
 FILE = "experiments/configs/hotpotqa_smollm2_gpu.py"
 SMALL = {
-    "mesh.data": 1, "model.width": 16, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1,
+    "mesh.data": 1,
+    "model.width": 16, "model.num_layers": 1, "model.num_heads": 2, "model.num_kv_heads": 1,
     "model.head_width": 8, "model.mlp_width": 16,
     "task.test_documents": (20, 40), "task.chunk_words": 100,
     "memory.entry_length": 20, "memory.query_length": 32,
