@@ -71,5 +71,7 @@ def test_two_steps_of_each_stage(tmp_path, monkeypatch):
     config = config.replace({"init_from": base})
     train.train(config, str(tmp_path / "run"), str(tmp_path / "data"))
     metrics = read_metrics(tmp_path / "run")
-    assert [r["stage"] for r in metrics if "loss" in r] == ["sft", "sft", "rl", "rl"]
+    # Groups of an untrained model may have no contrast: such a step of RL has no loss.
+    assert [r["stage"] for r in metrics if r["stage"] != "eval"] == ["sft", "sft", "rl", "rl"]
+    assert all("loss" in record for record in metrics if record["stage"] == "sft")
     assert all(np.isfinite(record["loss"]) for record in metrics if "loss" in record)
