@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.tasks import background
+from atommem_jax.tasks import background, packing
 from atommem_jax.tasks.schema import Example
 from atommem_jax.types import EMPTY, Annotations, Episode
 
@@ -127,6 +127,11 @@ def _read_chunks(
 def _iterate_chunks(example: Example, encode_text: TextEncoder) -> Iterable[background.Chunk]:
     if "background" in example:
         yield from lay_out(example, encode_text)
+        return
+    if "packing" in example:
+        for packed in packing.lay_out(example, encode_text, **example["packing"]):
+            new = {piece.number: u for u, piece in enumerate(packed) if not piece.repeats}
+            yield background.Chunk([background.Piece(*piece[:3]) for piece in packed], new)
         return
     number = 0
     for chunk in example["chunks"]:

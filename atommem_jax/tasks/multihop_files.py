@@ -71,6 +71,8 @@ class MultihopQaConfig:
     documents_per_chunk: int = 1
     chunk_sentences: int = 0
     chunk_words: int = 0  # titles aside
+    chunk_tokens: int = 0  # in place of all of these: chunks are filled up, see `packing`
+    chunk_overlap: int = 0  # tokens of a chunk that repeat the one before, at the most
     max_sentence_words: int = 0  # a longer one is split into facts of at most so many words
     max_question_words: int = 0  # questions with more are left out
     max_answer_words: int = 0  # questions with more in their answer are left out
@@ -103,7 +105,13 @@ class MultihopQaConfig:
         ):
             if getattr(self, name) < 0:
                 _refuse(name, getattr(self, name), "1 or more, or 0 for no limit")
-        if not any(getattr(self, name) for name in limits):
+        if self.chunk_tokens < 0:
+            _refuse("chunk_tokens", self.chunk_tokens, "1 or more, or 0 for the other limits")
+        if not 0 <= self.chunk_overlap < max(self.chunk_tokens, 1):
+            _refuse(
+                "chunk_overlap", self.chunk_overlap, "0 or more, below config.task.chunk_tokens"
+            )
+        if not self.chunk_tokens and not any(getattr(self, name) for name in limits):
             _refuse(limits[0], 0, f"1 or more, unless {limits[1]} or {limits[2]} limits a chunk")
         if self.test_every < 1:
             _refuse("test_every", self.test_every, "2 or more, or 1 for all")
@@ -147,7 +155,8 @@ class MultihopQaConfig:
     @property
     def sentence_words(self) -> int:
         """The most words of a fact; 0 for no limit."""
-        limits = [limit for limit in (self.max_sentence_words, self.chunk_words) if limit]
+        words = 0 if self.chunk_tokens else self.chunk_words
+        limits = [limit for limit in (self.max_sentence_words, words) if limit]
         return min(limits, default=0)
 
 

@@ -191,12 +191,16 @@ def _make_example(
         }
         for question in group
     ]
-    return {
+    example = {
         "id": index,
         "chunks": chunks,
         "questions": questions,
         "focus": " ".join(question.text for question in group),
     }
+    if config.chunk_tokens:
+        overlap = config.chunk_overlap
+        example["packing"] = {"chunk_tokens": config.chunk_tokens, "overlap": overlap}
+    return example
 
 
 def _lay_out(
@@ -239,9 +243,10 @@ class _Room:
     """What is left of a chunk."""
 
     def __init__(self, config: MultihopQaConfig):
-        self._documents = config.documents_per_chunk or math.inf
-        self._sentences = config.chunk_sentences or math.inf
-        self._words = config.chunk_words or math.inf
+        limits = config.documents_per_chunk, config.chunk_sentences, config.chunk_words
+        if config.chunk_tokens:
+            limits = 1, 0, 0  # what is read is packed once there is a tokenizer
+        self._documents, self._sentences, self._words = (limit or math.inf for limit in limits)
 
     def fits(self, sizes: Sequence[int], opened: bool) -> bool:
         """Is there room for sentences of so many words, of a document that is open already?"""

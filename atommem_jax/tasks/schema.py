@@ -44,10 +44,18 @@ class Background(TypedDict):
     decoy_words: NotRequired[list[str]]
 
 
+class Packing(TypedDict):
+    """A recipe: the documents of an example fill chunks of so many tokens, see `packing`."""
+
+    chunk_tokens: int  # a chunk has at most so many, and ends where a sentence does
+    overlap: int  # of them repeat the chunk before, at the most
+
+
 class Example(TypedDict):
     """One sample. Its facts are numbered 0, 1, ... in reading order, over all chunks.
 
-    With `background` the chunks here are not those that are read: all facts are in one.
+    With `background` the chunks here are not those that are read: all facts are in one. Nor with
+    `packing`: each chunk here is a document.
     """
 
     id: int  # number of the sample within its split
@@ -55,3 +63,4 @@ class Example(TypedDict):
     questions: list[Question]
     focus: str  # a good standing query over all questions
     background: NotRequired[Background]
+    packing: NotRequired[Packing]

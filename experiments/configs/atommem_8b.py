@@ -12,9 +12,8 @@ are the paper's (AtomMem, sections 4 and 5): 200 documents and 1 to 10 questions
 .28 and 3.0, no KL, 1e-6 after 20 steps of warm-up, one update a rollout. Where it gives none, they
 are those of `published.py`, or stand here with their reason.
 
-What differs from the paper: a chunk is counted in words (`task.chunk_words`), about as many as its
-tokens allow; entries are searched by the words that they share with the query, the rarer the more
-(`memory.weighting`), not by Qwen3-Embedding; a turn is actions without thoughts
+What differs from the paper: entries are searched by the words that they share with the query, the
+rarer the more (`memory.weighting`), not by Qwen3-Embedding; a turn is actions without thoughts
 (`protocol.free_text`). `get_config` has one data set, and `sweep` the rows of its table.
 """
 
@@ -46,7 +45,8 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.task.questions = (1, 10)
     config.task.documents_per_chunk = 0
     config.task.chunk_sentences = 0
-    config.task.chunk_words = 2_800  # of English: about 4,000 of Qwen's tokens
+    config.task.chunk_words = 0
+    config.task.chunk_tokens = 4_096
     config.task.max_sentence_words = 0
     config.task.max_question_words = 0
     config.task.max_answer_words = 0

@@ -4,10 +4,7 @@
         --config.task.train_file=/path/to/hotpot_train_v1.1.json --workdir=runs/hotpotqa
 
 One sentence a chunk, one question a sample, ten documents: sizes at which a small model can be
-trained from scratch, to try the machinery on real text. The paper's setting is
-`task.documents=200`, `task.questions=(1, 10)`, no limit but `task.chunk_words=2800` (about 4,000
-tokens), a teacher with `store_distractor=0` (else all of a chunk must fit into its turn),
-and a pretrained model with the budgets of `published.py`.
+trained from scratch, to try the machinery on real text. The paper's setting is `atommem_8b.py`.
 """
 
 from ml_collections import ConfigDict
@@ -31,6 +28,8 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.task.documents_per_chunk = 1
     config.task.chunk_sentences = 1
     config.task.chunk_words = 0
+    config.task.chunk_tokens = 0
+    config.task.chunk_overlap = 0
     # Few are longer, and every row is as wide as the longest.
     config.task.max_sentence_words = 32
     config.task.max_question_words = 30

@@ -35,7 +35,7 @@ SMALL = {
     "mesh.cpu_devices": 1,
     "task.documents": 20,
     "task.test_documents": SIZES,
-    "task.chunk_words": 100,
+    "task.chunk_tokens": 240,
     "memory.slots": 32,
     "memory.entry_length": 20,
     "memory.scratchpad_length": 8,

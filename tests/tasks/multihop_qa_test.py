@@ -398,6 +398,42 @@ def test_the_clean_teacher_answers_everything(tmp_path):
         assert kept == {fact["note"] for fact in flatten(example) if fact["support"]}
 
 
+@pytest.mark.parametrize("overlap", [0, 30])
+def test_chunks_of_tokens_hold_every_sentence_once(tmp_path, overlap):
+    """Once there is a tokenizer: full to the last sentence that fits, whatever the builder knew."""
+    records = [make_record(i, distractors=1) for i in range(20)]
+    config = write(
+        tmp_path, records, questions=(1, 3), documents=12, chunk_tokens=90, chunk_overlap=overlap
+    )
+    task = {"name": "multihop_qa"} | vars(config)
+    dataset = datasets.prepare(task | {"test_every": 2, "validation_every": 2}, tmp_path / "data")
+    examples = list(dataset.split("train"))
+    tokenizer = SentencePieceTokenizer.train(datasets.tokenizer_texts(dataset), 400, ["<x>"])
+    shape = encoding.fit_shape(examples, tokenizer)
+    assert 70 < shape.chunk_length <= 90
+    for example in examples:
+        episode = encoding.encode(example, tokenizer, shape)
+        notes = episode.annotations
+        facts = flatten(example)
+        told = [
+            tokenizer.decode(notes.note[c, u, : notes.note_length[c, u]].tolist())
+            for c in range(shape.chunks)
+            for u in range(shape.facts)
+            if notes.length[c, u]
+        ]
+        assert set(told) == {fact["note"] for fact in facts}
+        assert (len(told) > len(facts)) == bool(overlap)
+        assert notes.support.sum() == sum(fact["support"] for fact in facts)
+        for q, question in enumerate(example["questions"]):
+            for place, number in zip(notes.needs[q], question["needs"], strict=False):
+                c, u = divmod(int(place), shape.facts)
+                spelled = notes.note[c, u, : notes.note_length[c, u]]
+                assert tokenizer.decode(spelled.tolist()) == facts[number]["note"]
+                start, length = notes.start[c, u], notes.length[c, u]
+                text = tokenizer.decode(episode.chunks[c, start : start + length].tolist())
+                assert facts[number]["note"].split(": ")[1].removesuffix(".") in text
+
+
 @pytest.mark.parametrize("dataset", PUBLISHED)
 def test_published_files_are_read_whole(shared_data, dataset):
     name, count = PUBLISHED[dataset]
