@@ -20,6 +20,9 @@ class Words:
     def encode(self, text):
         return [self.known.setdefault(word, len(self.known)) for word in text.split()]
 
+    def decode(self, ids):
+        return " ".join(list(self.known)[i] for i in ids)
+
 
 def write_books(folder, sizes):
     """A file of sentences of the given lengths; every word is another."""
@@ -165,6 +168,29 @@ def test_facts_are_spread_over_the_whole_document(tmp_path):
     assert abs(np.mean(places) - 0.5) < 4 * 0.29 / np.sqrt(200)
     assert np.quantile(places, 0.1) < 0.2
     assert np.quantile(places, 0.9) > 0.8
+
+
+def test_names_within_sentences_give_way_to_decoys_and_nothing_else_does(tmp_path):
+    path = tmp_path / "books.txt"
+    path.write_text("Once Arthur met Lucy there.\nThen Arthur left and 3 DOGS stayed.\n")
+    words, names = Words(), ("John", "Mary")
+    sentences = background.read_sentences(str(path), words, 12)
+    decoys = [words.encode(name)[0] for name in names]
+
+    def read(share, seed):
+        recipe = {"file": str(path), "tokens": 120, "chunk_tokens": 12, "seed": seed}
+        layout = background.Layout([], [], recipe | {"decoys": share}, sentences, decoys)
+        return [word for c in layout for p in c.pieces for word in words.decode(p.ids).split()]
+
+    plain, all_gone = read(0.0, 1), read(1.0, 1)
+    assert not set(plain) & set(names)
+    changed = [(old, new) for old, new in zip(plain, all_gone, strict=True) if old != new]
+    assert {old for old, _ in changed} == {"Arthur", "Lucy"}
+    assert {new for _, new in changed} == set(names)
+    assert not {"Arthur", "Lucy"} & set(all_gone)
+    half = [read(0.5, seed).count("Arthur") / plain.count("Arthur") for seed in range(60)]
+    assert 0.4 < np.mean(half) < 0.6
+    assert read(0.5, 3) == read(0.5, 3)
 
 
 def test_a_fact_that_no_chunk_holds_is_refused(tmp_path):
