@@ -32,7 +32,7 @@ from absl import flags as absl_flags
 from atommem_jax import folder_lock
 from atommem_jax.agent import build, crossed, results
 from atommem_jax.agent.load import Loaded, find_split, load
-from atommem_jax.agent.score import evaluate_split
+from atommem_jax.agent.score import UnwrittenError, evaluate_split
 from atommem_jax.collection import judge as judge_lib
 from atommem_jax.collection.endpoint import (
     Endpoint,
@@ -297,24 +297,30 @@ def evaluate(
     loaded: Loaded, dataset: datasets.Dataset, splits: Sequence[str], out: pathlib.Path
 ) -> None:
     """Plays every split at every temperature, and prints a table for each."""
+    unwritten = None
     for temperature in TEMPERATURES.value:
         print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
         print(_HEADER)
         summaries = {}
         for split in splits:
-            summary = evaluate_split(
-                loaded,
-                dataset,
-                split,
-                temperature=temperature,
-                episodes=EPISODES.value,
-                seed=SEED.value,
-                out=out,
-                skip_existing=SKIP_EXISTING.value,
-            )
+            try:
+                summary = evaluate_split(
+                    loaded,
+                    dataset,
+                    split,
+                    temperature=temperature,
+                    episodes=EPISODES.value,
+                    seed=SEED.value,
+                    out=out,
+                    skip_existing=SKIP_EXISTING.value,
+                )
+            except UnwrittenError as error:  # what it cost minutes to find out is shown first
+                summary, unwritten = error.summary, error
             print(_render(split, summary), flush=True)
             summaries[split] = summary
         print(render_stages(summaries), flush=True)
+    if unwritten is not None:
+        raise unwritten
     print(f"records and summaries: {out}")
 
 

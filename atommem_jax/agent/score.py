@@ -12,11 +12,21 @@ import tqdm
 from atommem_jax import text_files
 from atommem_jax.agent import build, long_score, results
 from atommem_jax.agent.load import Loaded, find_split
-from atommem_jax.config import paths
+from atommem_jax.config import ConfigError, paths
 from atommem_jax.learning import evaluation, life_cycle, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.tasks import datasets, encoding, schema
+
+
+class UnwrittenError(ConfigError):
+    """What was played could not be written; `summary` is what came of it."""
+
+    def __init__(self, out: pathlib.Path, summary: dict[str, Any], error: BaseException):
+        """`error` is why."""
+        why = getattr(error, "strerror", None) or error
+        super().__init__(f"--out={out}: the results could not be written ({why}); pass another")
+        self.summary = summary
 
 
 def evaluate_split(
@@ -37,7 +47,8 @@ def evaluate_split(
     same split, temperature, step, seed, settings and number of episodes. With `eval.segment`
     episodes are played in segments, and a killed evaluation goes on where it stood.
 
-    Raises ConfigError for an unknown split, and where nothing can be written to `out`.
+    Raises ConfigError for an unknown split, and where nothing can be written to `out`; and
+    UnwrittenError where that turns out when all is played.
     """
     if out is not None:
         paths.try_folder(out, f"--out={out}")
@@ -72,7 +83,10 @@ def evaluate_split(
         "drift": life_cycle.average_drift(records),
     }
     if out is not None:
-        _write(out, name, records, summary)
+        try:
+            _write(out, name, records, summary)
+        except (OSError, ConfigError) as error:
+            raise UnwrittenError(out, summary, error) from error
     return summary
 
 

@@ -72,3 +72,12 @@ def test_a_judge_sees_the_answers(evaluated):
     assert [v["correct"] for v in verdicts] == [bool(r["answer"].strip()) for r in records]
     refused = forks.refuse("evaluate.py", *flags, f"--judge={stub.url}")
     assert "--judge_model is missing" in refused
+
+
+def test_what_was_played_is_printed_where_it_cannot_be_written(evaluated, tmp_path):
+    _, flags = evaluated
+    (tmp_path / f"{STEM}.json").mkdir()  # the folder can be written to, this file cannot
+    printed = runs.run("evaluate.py", *flags, f"--out={tmp_path}", status=2)
+    assert "test_1x " in printed
+    assert f"--out={tmp_path}: the results could not be written (" in printed
+    assert "Traceback" not in printed
