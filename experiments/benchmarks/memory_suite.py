@@ -138,8 +138,11 @@ class Ours:
 
     def _start(self, operations: Operations):
         """Tables filled by creates, and the first query."""
-        sizes, length = dataclasses.asdict(self._load.sizes), self._load.entry_length
-        del sizes["eviction"], sizes["weighting"]
+        length = self._load.entry_length
+        # How it is searched and what gives way are no sizes of a table.
+        no_sizes = {"eviction", "weighting", "embedding", "encoder"}
+        fields = dataclasses.asdict(self._load.sizes).items()
+        sizes = {name: value for name, value in fields if name not in no_sizes}
 
         def start(texts, query):
             slots = texts.shape[0]
