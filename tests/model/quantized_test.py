@@ -149,9 +149,8 @@ def test_matrices_of_int8_take_a_byte_a_number():
 
 
 def is_matrix(name):
-    return "scale" not in name and any(
-        f"'{key}'" in name for key in ("layers", "embedding", "head")
-    )
+    parts = ("layers", "embedding", "head")
+    return not name.endswith(("scale']", "bias']")) and any(f"'{key}'" in name for key in parts)
 
 
 # ---------------------------------------------------------------------------------------------
