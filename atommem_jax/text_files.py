@@ -93,12 +93,16 @@ def read_text(path: str | os.PathLike[str], name: str | None = None) -> str:
 
 def read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
     """What a file holds, unpacked where it is packed with gzip. As `read_text`."""
-    file = pathlib.Path(path)
-    check(not file.is_dir(), f"{name}: is a folder; pass a text file")
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror}; pass the path of a text file") from error
+    file = paths.locate(path)
+    with paths.reaching(path, name):
+        check(not file.is_dir(), f"{name}: is a folder; pass a text file")
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            if paths.is_remote(path):
+                raise
+            why = f"{name}: {error.strerror}; pass the path of a text file"
+            raise ConfigError(why) from error
     if not data.startswith(b"\x1f\x8b"):
         return data
     try:

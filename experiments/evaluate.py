@@ -162,6 +162,8 @@ def main(argv) -> None:
             print_crossed(loaded, CROSSED.value, dataset, splits[0])
             return
         evaluate(loaded, dataset, splits, out)
+        if not others and endpoint is None:
+            return
         for temperature, split in itertools.product(TEMPERATURES.value, splits):
             name = results.name_files(split, temperature, loaded.step, loaded.settings)
             records = results.read(out / f"{name}.jsonl")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from atommem_jax import text_files
 from atommem_jax.agent.settings import spell_name
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.learning.evaluation import Record
 
 _NEEDED = ("episode", "question", "text", "answer", "aliases", "em", "f1")
@@ -30,7 +30,7 @@ def find(chosen: str, out: pathlib.Path, split: str, temperature: float) -> path
     Raises ConfigError where there are none, or several.
     """
     wanted, flag = f"{split}_t{temperature:g}", f"--against={chosen}"
-    place = pathlib.Path(chosen)
+    place = paths.locate(chosen)
     if place.is_file():
         return place
     if not place.is_dir():

@@ -32,7 +32,7 @@ BOUND = processes.HEARTBEAT + 15  # seconds within which all end once one is los
 
 # Split parameters: what is tested are saves and restores, and no run comes to the end of its stage,
 # so that the programs of one stage are enough to compile.
-SPLIT_STEPS = 400  # more than any run here takes, until SIGTERM has come round to all of them
+SPLIT_STEPS = 2000  # more than any run here takes, until SIGTERM has come round to all of them
 LONGEST = 100  # steps that the others are compared with
 SPLIT_SETTINGS = {
     "sft__steps": SPLIT_STEPS,
