@@ -54,6 +54,7 @@ _PACKAGES = (
 
 _rounds = itertools.count()  # numbers the notes: all processes count alike
 _asked_to_stop = threading.Event()
+_steps_asked = itertools.count()  # how often `preempted` was called
 
 
 class DistributedError(RuntimeError):
@@ -335,7 +336,11 @@ def preempted(step: int) -> bool:
     first step that none of them has passed.
     """
     if process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Until it is asked for the first time, JAX takes every process to be at step 0 and makes
+        # them stop at step 1, which a run that goes on from a checkpoint has passed long ago.
+        first = next(_steps_asked) == 0
+        early = first and multihost_utils.reached_preemption_sync_point(1)
+        return multihost_utils.reached_preemption_sync_point(step) or early
     return _asked_to_stop.is_set()
 
 

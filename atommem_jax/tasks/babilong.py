@@ -8,11 +8,13 @@ worth storing of them come. In task 1 too it is a note, "Mary kitchen", and with
 is one of each person, whoever is asked for: where four facts are read at once, that teaches four
 times which person went to which place.
 
-Training hides a story in up to `train_tokens`, most often in few, and puts the persons of the
+Training hides a story in up to `train_tokens`, most often in few. It puts the persons of the
 stories in the place of some names of its books (`decoys`): books have a John of their own, of whom
-a reader that looks for names alone would take notes. Every test split hides the same
-stories, in as many tokens as its name says: `test_0k` holds no other sentence, `test_1m` a million
-tokens. The last `test_books` books, by name, are read in tests only.
+a reader that looks for names alone would take notes. And into some of their sentences it puts a
+piece of what the stories say of persons, "went to the kitchen" (`decoy_phrases`): others go there
+too. Every test split hides the same stories, in as many tokens as its name says: `test_0k` holds no
+other sentence, `test_1m` a million tokens. The last `test_books` books, by name, are read in tests
+only.
 """
 
 import dataclasses
@@ -63,6 +65,7 @@ class BabilongConfig:
     test_examples: int = 200  # of each test split; at most one a question
     lengths: tuple[str, ...] = LENGTHS
     decoys: float = 0.2  # share of the names in training books that are persons of the stories
+    decoy_phrases: float = 0.0  # share of their sentences that a piece of a story's is put into
     everyone: bool = True  # task 1: everyone's place is worth storing, not the asked one's alone
     validation_every: int = 10
 
@@ -83,8 +86,11 @@ class BabilongConfig:
                 f"config.task.train_tokens is {self.train_tokens!r}; allowed: (least, most), with "
                 "0 <= least <= most."
             )
-        if not 0.0 <= self.decoys <= 1.0:
-            raise ValueError(f"config.task.decoys is {self.decoys!r}; allowed: 0.0 to 1.0.")
+        for field in ("decoys", "decoy_phrases"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(
+                    f"config.task.{field} is {getattr(self, field)!r}; allowed: 0.0 to 1.0."
+                )
         for name in self.lengths:
             count_tokens(name)
         if not self.lengths:
@@ -153,7 +159,11 @@ def generate(config: BabilongConfig, split: str, books: str) -> Iterator[dict[st
             "seed": int(seeds[index]),
         }
         if part == "train":
-            recipe |= {"decoys": config.decoys, "decoy_words": list(PERSONS)}
+            recipe |= {
+                "decoys": config.decoys,
+                "decoy_words": list(PERSONS),
+                "decoy_phrases": config.decoy_phrases,
+            }
         yield {
             **example,
             "id": index,

@@ -26,6 +26,8 @@ from atommem_jax.types import EMPTY
 NOT_A_FACT = EMPTY
 """`Piece.number` of text in which there is no fact that is worth storing."""
 
+_APART = 4  # tokens at least between a name and what a piece of a fact begins with
+
 _NO_FACT = Fact(text="", subject="", support=False, supersedes=EMPTY, category=EMPTY)
 
 
@@ -87,6 +89,51 @@ def read_sentences(path: str, tokenizer: Tokenizer, longest: int) -> Sentences:
     return Sentences(tokens, starts, capital)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoys:
+    """What is put into books so that they look like facts and are none.
+
+    A reader that looks for names alone, or for what facts say of them alone, is led astray: both
+    are in books that it has not seen.
+    """
+
+    names: Sequence[int] = ()  # tokens, in the place of names of the books
+    name_share: float = 0.0  # of the books' names
+    phrases: Sequence[Sequence[int]] = ()  # tokens of facts without their names
+    phrase_share: float = 0.0  # of the books' sentences
+
+    def put(
+        self,
+        tokens: Int[np.ndarray, " n"],
+        is_name: Bool[np.ndarray, " n"],
+        count: int,
+        rng: np.random.Generator,
+    ) -> Int[np.ndarray, " n"]:
+        """The tokens of `count` sentences, as many as before, with decoys among them."""
+        if self.name_share and len(self.names):
+            chosen = is_name & (rng.random(len(tokens)) < self.name_share)
+            tokens = np.where(chosen, rng.choice(self.names, size=len(tokens)), tokens)
+        if self.phrase_share and len(self.phrases):
+            tokens = tokens.copy()
+            for _ in range(rng.binomial(count, self.phrase_share)):
+                self._put_phrase(tokens, rng)
+        return tokens
+
+    def _put_phrase(self, tokens: Int[np.ndarray, " n"], rng: np.random.Generator) -> None:
+        """Writes the end of a fact over some tokens, all of it or less, unless a name is near."""
+        phrase = self.phrases[int(rng.integers(len(self.phrases)))]
+        if rng.random() < 0.5:
+            phrase = phrase[int(rng.integers(len(phrase))) :]
+        if len(phrase) > len(tokens):
+            return
+        at = int(rng.integers(len(tokens) - len(phrase) + 1))
+        if not np.isin(tokens[max(0, at - _APART) : at], self.names).any():
+            tokens[at : at + len(phrase)] = phrase
+
+
+_NO_DECOYS = Decoys()
+
+
 def count_chains(facts: Sequence[Fact]) -> int:
     """The most facts of an example that are worth storing of any one chunk.
 
@@ -104,11 +151,9 @@ class Layout:
         fact_ids: Sequence[list[int]],
         recipe: Background,
         sentences: Sentences,
-        decoys: Sequence[int] = (),
+        decoys: Decoys = _NO_DECOYS,
     ):
         """`fact_ids` are the tokens of the facts; `sentences` are as long as a chunk at most.
-
-        `decoys` are the tokens that stand in the place of names.
 
         Raises ValueError for a fact that is longer than a chunk.
         """
@@ -124,8 +169,7 @@ class Layout:
         rng = np.random.default_rng(recipe["seed"])
         self._first = int(rng.integers(len(sentences)))
         self._count = self._count_sentences(room)
-        self._decoys, self._decoy_share = np.array(decoys, np.int32), recipe.get("decoys", 0.0)
-        self._decoy_seed = [recipe["seed"], 1]
+        self._decoys, self._decoy_seed = decoys, [recipe["seed"], 1]
         # Before which of the sentences each fact stands.
         self._gaps = np.sort(rng.integers(0, self._count + 1, size=len(facts)))
 
@@ -172,12 +216,9 @@ class Layout:
         begin = int(starts[first])
         last = int(np.searchsorted(starts, begin + room, side="right")) - 1
         last = min(last, first + most)  # to the end of the books at most: the rest comes next
-        taken = self._sentences.tokens[begin : starts[last]]
-        if self._decoy_share and len(self._decoys):
-            chosen = self._sentences.is_name[begin : starts[last]]
-            chosen = chosen & (rng.random(len(taken)) < self._decoy_share)
-            taken = np.where(chosen, rng.choice(self._decoys, size=len(taken)), taken)
-        return taken, last - first
+        span = slice(begin, starts[last])
+        tokens, is_name = self._sentences.tokens[span], self._sentences.is_name[span]
+        return self._decoys.put(tokens, is_name, last - first, rng), last - first
 
     def _close(self, held: Sequence[tuple]) -> Chunk:
         """The chunk of what was gathered."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.tasks import background, packing
-from atommem_jax.tasks.schema import Example
+from atommem_jax.tasks.schema import Background, Example, Fact
 from atommem_jax.types import EMPTY, Annotations, Episode
 
 
@@ -150,9 +150,29 @@ def lay_out(example: Example, encode_text: TextEncoder) -> background.Layout:
         recipe["file"], encode_text.tokenizer, recipe["chunk_tokens"]
     )
     ids = [encode_text(fact["text"], False) for fact in facts]
-    words = [encode_text(word, False) for word in recipe.get("decoy_words", ())]
-    decoys = [word[0] for word in words if len(word) == 1]
-    return background.Layout(facts, ids, recipe, sentences, decoys)
+    return background.Layout(
+        facts, ids, recipe, sentences, _make_decoys(recipe, facts, encode_text)
+    )
+
+
+def _make_decoys(
+    recipe: Background, facts: Sequence[Fact], encode_text: TextEncoder
+) -> background.Decoys:
+    """Of a recipe: its words that are one token, and what the facts say of them."""
+    words = recipe.get("decoy_words", [])
+    names = [ids[0] for ids in (encode_text(word, False) for word in words) if len(ids) == 1]
+    said = {
+        fact["text"].removeprefix(word).strip()
+        for fact in facts
+        for word in words
+        if fact["text"].startswith(word)
+    }
+    return background.Decoys(
+        names,
+        recipe.get("decoys", 0.0),
+        [encode_text(text, False) for text in sorted(said) if text],
+        recipe.get("decoy_phrases", 0.0),
+    )
 
 
 def _concatenate(lists: Iterable[list[Any]]) -> list[Any]:

@@ -42,6 +42,9 @@ class Background(TypedDict):
     # stands one of these words, such as the persons of the story: none of it is a fact.
     decoys: NotRequired[float]
     decoy_words: NotRequired[list[str]]
+    # Into so large a share of the books' sentences a piece of a fact is put that says nothing of
+    # any of these words, such as "went to the kitchen".
+    decoy_phrases: NotRequired[float]
 
 
 class Packing(TypedDict):

@@ -30,6 +30,7 @@ def get_config(task: str = "1") -> ConfigDict:
     config.task.chunk_tokens = 128
     config.task.train_tokens = (0, 2000)
     config.task.decoys = 0.5
+    config.task.decoy_phrases = 0.2
     config.task.everyone = True
     config.task.train_examples = 10_000
     config.task.test_examples = 200

@@ -64,6 +64,19 @@ def test_the_story_of_a_split_is_hidden_in_the_books_of_its_part(tmp_path):
         assert text.index("Mary moved") < text.index("John went")
 
 
+def test_training_books_hold_what_stories_say_of_others(tmp_path):
+    config = make_config(tmp_path, decoys=0.0, decoy_phrases=0.6)
+    dataset, tokenizer = prepare(config, tmp_path)
+    for split, told in (("train", True), ("validation", False), ("test_1k", False)):
+        example = dataset.split(split)[0]
+        facts = [fact["text"] for fact in example["chunks"][0]]
+        text = " ".join(read_text(example, tokenizer))
+        assert all(fact in text for fact in facts)
+        places = [fact.rstrip(".").split()[-1] for fact in facts]
+        of_others = [text.count(place) - " ".join(facts).count(place) for place in places]
+        assert any(of_others) is told, split
+
+
 def test_every_length_asks_the_same_and_has_as_many_tokens_as_it_says(tmp_path):
     dataset, tokenizer = prepare(make_config(tmp_path), tmp_path)
     nothing, thousand = dataset.split("test_0k"), dataset.split("test_1k")

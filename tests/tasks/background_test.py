@@ -175,11 +175,12 @@ def test_names_within_sentences_give_way_to_decoys_and_nothing_else_does(tmp_pat
     path.write_text("Once Arthur met Lucy there.\nThen Arthur left and 3 DOGS stayed.\n")
     words, names = Words(), ("John", "Mary")
     sentences = background.read_sentences(str(path), words, 12)
-    decoys = [words.encode(name)[0] for name in names]
+    ids = [words.encode(name)[0] for name in names]
 
     def read(share, seed):
         recipe = {"file": str(path), "tokens": 120, "chunk_tokens": 12, "seed": seed}
-        layout = background.Layout([], [], recipe | {"decoys": share}, sentences, decoys)
+        decoys = background.Decoys(ids, share)
+        layout = background.Layout([], [], recipe, sentences, decoys)
         return [word for c in layout for p in c.pieces for word in words.decode(p.ids).split()]
 
     plain, all_gone = read(0.0, 1), read(1.0, 1)
@@ -191,6 +192,34 @@ def test_names_within_sentences_give_way_to_decoys_and_nothing_else_does(tmp_pat
     half = [read(0.5, seed).count("Arthur") / plain.count("Arthur") for seed in range(60)]
     assert 0.4 < np.mean(half) < 0.6
     assert read(0.5, 3) == read(0.5, 3)
+
+
+def test_ends_of_facts_stand_in_sentences_and_never_behind_a_name(tmp_path):
+    words = Words()
+    path = write_books(tmp_path, [9, 7, 12, 8])
+    sentences = background.read_sentences(path, words, 12)
+    john = words.encode("John")[0]
+    sentences.tokens[::10] = john
+    phrase = words.encode("went to the kitchen")
+    recipe = {"file": path, "tokens": 300, "chunk_tokens": 12, "seed": 2}
+
+    def read(share):
+        decoys = background.Decoys([john], 0.0, [phrase], share)
+        return [list(c.pieces[0].ids) for c in background.Layout([], [], recipe, sentences, decoys)]
+
+    plain, filled = read(0.0), read(0.5)
+    assert [len(chunk) for chunk in plain] == [len(chunk) for chunk in filled]
+    assert not {i for chunk in plain for i in chunk} & set(phrase)
+    found = []
+    for before, after in zip(plain, filled, strict=True):
+        put = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+        assert {after[at] for at in put} <= set(phrase)
+        begins = [at for at in put if at - 1 not in put or after[at] <= after[at - 1]]
+        assert all(john not in after[max(0, at - 4) : at] for at in begins)
+        found += [words.decode(after[at] for at in put)] if len(begins) == 1 else []
+    assert "went to the kitchen" in found
+    assert {"kitchen", "the kitchen", "to the kitchen"} & set(found)
+    assert read(0.5) == filled
 
 
 def test_a_fact_that_no_chunk_holds_is_refused(tmp_path):
