@@ -53,8 +53,8 @@ def get_config(task: str = "1") -> ConfigDict:
     config.teacher.set_query = 1.0
     config.teacher.answer_known = 1.0
 
-    config.sft.steps = 900
-    config.sft.eval_every = 450
+    config.sft.steps = 1200
+    config.sft.eval_every = 400
     config.sft.episodes = 16
     config.sft.length_buckets = (4, 6, 8)
     config.rl.steps = 6
