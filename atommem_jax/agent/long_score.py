@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -60,24 +61,23 @@ def play_long(
     size = _fit_batch(loaded, len(examples))
     cell = {**cell, "episodes": len(examples), "segment": shape.chunks, "batch": size}
     place = out / f"{name}.partial.json" if out is not None else None
-    saved = _read_saved(place, cell)
+    stood = _read_stand(place, cell)
     tokens = sum(encoding.count_tokens(example, tokenizer) for example in examples)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
             tqdm.tqdm(
                 desc=f"{label}{cell['split']}",
                 total=tokens,
+                initial=0 if stood is None else stood.evaluation.tokens,
                 unit=" tokens",
                 unit_scale=True,
                 mininterval=1.0,
                 leave=False,
             )
         )
-        on_turns = None
+        file = on_turns = None
         if out is not None and config.eval.records == "full":
-            out.mkdir(parents=True, exist_ok=True)
-            mode = "w" if saved is None else "a"
-            file = stack.enter_context((out / f"{name}.turns.jsonl").open(mode))
+            file = stack.enter_context(_open_turns(out / f"{name}.turns.jsonl", stood))
             on_turns = functools.partial(write_turns, file, tokenizer)
         found = long_evaluation.LongEvaluation(
             player=_Player(loaded, loaded.segment_player(shape), cell),
@@ -85,10 +85,13 @@ def play_long(
             mesh=loaded.mesh,
             metric=reward.find(config.task),
             eviction=loaded.parts.setting(shape).limits.memory.eviction,
-            save=None if place is None else functools.partial(_save, place, cell),
+            save=None if place is None else functools.partial(_save, place, cell, file),
             on_turns=on_turns,
             on_tokens=bar.update,
-        ).run(batches_lib.stream_split(examples, tokenizer, shape, batch_size=size), saved)
+        ).run(
+            batches_lib.stream_split(examples, tokenizer, shape, batch_size=size),
+            stood.evaluation if stood else None,
+        )
     if place is not None:
         place.unlink(missing_ok=True)
     return found
@@ -117,30 +120,48 @@ class _Player:
         return self._player.play(self._params, env, episodes, ids, self._key, self._heat, turn)
 
 
-def _save(place: pathlib.Path, cell: Mapping[str, Any], saved: long_evaluation.Saved) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Stand:
+    """Where an evaluation stands, and the file that its turns are written to."""
+
+    evaluation: long_evaluation.Saved
+    turns_bytes: int  # of the file of turns, 0 without one; what follows is played again
+
+
+def _open_turns(path: pathlib.Path, stood: _Stand | None) -> IO[str]:
+    """The file of turns, cut to those before the last save: they are written once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    file.truncate(0 if stood is None else stood.turns_bytes)
+    return file
+
+
+def _save(
+    place: pathlib.Path, cell: Mapping[str, Any], file: IO[str] | None, saved: long_evaluation.Saved
+) -> None:
+    stand = _Stand(saved, 0 if file is None else file.seek(0, io.SEEK_END))
     place.parent.mkdir(parents=True, exist_ok=True)
-    paths.write_text(place, json.dumps({"of": cell, "stands": dataclasses.asdict(saved)}))
+    paths.write_text(place, json.dumps({"of": cell, "stands": dataclasses.asdict(stand)}))
 
 
-def _read_saved(
-    place: pathlib.Path | None, cell: Mapping[str, Any]
-) -> long_evaluation.Saved | None:
+def _read_stand(place: pathlib.Path | None, cell: Mapping[str, Any]) -> _Stand | None:
     """Where an evaluation of the same stood; None where there was none."""
     if place is None or not place.exists():
         return None
-    value = text_files.read_json(place, "state of an evaluation", _is_saved)
+    value = text_files.read_json(place, "state of an evaluation", _is_stand)
     if value is None or value["of"] != json.loads(json.dumps(cell)):
         return None
-    return long_evaluation.Saved(**value["stands"])
+    stands = value["stands"]
+    return _Stand(long_evaluation.Saved(**stands["evaluation"]), stands["turns_bytes"])
 
 
-def _is_saved(value: Any) -> bool:
-    fields = {field.name for field in dataclasses.fields(long_evaluation.Saved)}
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("stands"), dict)
-        and set(value["stands"]) == fields
-    )
+def _is_stand(value: Any) -> bool:
+    stands: Any = value.get("stands") if isinstance(value, dict) else None
+    return _has_fields(stands, _Stand) and _has_fields(stands["evaluation"], long_evaluation.Saved)
+
+
+def _has_fields(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and set(value) == {f.name for f in dataclasses.fields(kind)}
 
 
 def write_turns(

@@ -61,6 +61,7 @@ class Saved:
     records: list[Record] = dataclasses.field(default_factory=list)  # of the batches before
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # see `evaluation.tally`
     episodes: int = 0  # of the batches before
+    tokens: int = 0  # of documents that this process has read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,7 @@ class LongEvaluation:
                 records=saved.records,
                 sums=saved.sums,
                 episodes=saved.episodes + real,
+                tokens=saved.tokens,
             )
             if self.save is not None:
                 self.save(saved)
@@ -144,8 +146,10 @@ class LongEvaluation:
             read = batch.tokens_read.sum()
             phases, chunks = host_batches.fetch((env.phase, env.chunk))
             window = batch.window(chunks)
+            more = int(batch.tokens_read.sum() - read)
+            saved.tokens += more
             if self.on_tokens is not None:
-                self.on_tokens(int(batch.tokens_read.sum() - read))
+                self.on_tokens(more)
             if (host_batches.gather_rows(phases, self.mesh) == Phase.DONE).all():
                 break
             episodes = host_batches.shard(window, self.mesh)

@@ -174,13 +174,14 @@ def test_what_was_killed_goes_on_where_it_stood(die_at, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(Segments(3, die_at), save=save)
     saved = long_evaluation.Saved(**json.loads(kept[-1])) if kept else None
-    player = Segments(3)
-    records, statistics = run(player, saved)
+    player, told = Segments(3), []
+    records, statistics = run(player, saved, on_tokens=told.append)
     same_records(json.loads(json.dumps(records)), json.loads(json.dumps(whole()[0])))
-    complete = Segments(3)
-    expected = run(complete)[1]
+    complete, everything = Segments(3), []
+    expected = run(complete, on_tokens=everything.append)[1]
     assert statistics == pytest.approx(expected, rel=1e-6)
     assert player.played < complete.played or not kept
+    assert sum(told) + (saved.tokens if saved else 0) == sum(everything)
 
 
 def test_a_state_of_another_agent_is_refused():
