@@ -37,7 +37,7 @@ VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
     color: f"var(--series-{i})" for i, color in enumerate(SERIES)
 }
 
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _LINES = ("-", "--", ":", "-.", "-", "--")
 _OPERATIONS = ("create", "read", "update", "delete", "scratchpad")
 _STYLE: dict[Any, Any] = {
@@ -104,7 +104,7 @@ def draw_em_curve(runs: Mapping[str, Sequence[Record]]) -> Figure | None:
                 [r["step"] - first for r in found],
                 [r["em"] for r in found],
                 yerr=_whiskers(found),
-                fmt=_MARKERS[i],
+                fmt=MARKERS[i],
                 color=SERIES[i],
                 capsize=2.5,
                 label=f"{prefix}validation, greedy",
