@@ -208,7 +208,7 @@ def run(
     """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
 
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
-    while it checks its config; where it is a StoreError, the status is 1. An object store that
+    while it checks its config; where it is a PassingError, the status is 1. An object store that
     fails or refuses in the middle of the work ends in a sentence too, whichever client has raised
     it. Other exceptions keep their traceback. `leave` is called with what ended `main` early; it
     may end the process in its own way.
@@ -327,7 +327,7 @@ def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[st
             raise
     print(f"{pathlib.Path(sys.argv[0]).name}: {found}", file=sys.stderr)
     # What passes is no mistake: supervise.py starts the command again.
-    sys.exit(1 if isinstance(found, config_lib.StoreError) else 2)
+    sys.exit(1 if isinstance(found, config_lib.PassingError) else 2)
 
 
 _URL = re.compile(r"[a-z0-9]+://[^\s'\",)]+")
