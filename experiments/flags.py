@@ -322,7 +322,7 @@ def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[st
     except config_lib.ConfigError as error:
         found = error
     except Exception as error:
-        found = paths.explain(_URL.findall(" ".join(sys.argv[1:])), error)
+        found = paths.explain(find_addresses(" ".join(sys.argv[1:])), error)
         if found is None:
             raise
     print(f"{pathlib.Path(sys.argv[0]).name}: {found}", file=sys.stderr)
@@ -330,4 +330,7 @@ def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[st
     sys.exit(1 if isinstance(found, config_lib.PassingError) else 2)
 
 
-_URL = re.compile(r"[a-z0-9]+://[^\s'\",)]+")
+def find_addresses(text: str) -> list[str]:
+    """What looks like the address of an object store or a server, such as gs://bucket/run."""
+    # Looking back keeps a long value from being read once for each of its characters.
+    return re.findall(r"(?<![a-z0-9])[a-z0-9]++://[^\s'\",)]+", text)

@@ -50,9 +50,9 @@ _THOUGHTS = {
 _MARKS = re.compile("|".join(map(re.escape, [*_THOUGHTS, *_THOUGHTS.values()])), re.IGNORECASE)
 
 # A reply of gpt-oss: channels, of which the one named "final" is for the user; and what is left of
-# them where a server drops control tokens.
+# them where a server drops control tokens. Nothing is given back (++): a name may be long.
 _CHANNEL = re.compile(
-    r"<\|channel\|>\s*(?P<name>\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"<\|channel\|>\s*+(?P<name>\w++)[^<]*+(?:<\|constrain\|>[^<]*+)?+<\|message\|>"
     r"(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
 )

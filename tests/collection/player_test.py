@@ -292,6 +292,19 @@ def test_a_long_reply_is_split_in_linear_time(piece):
     assert time.monotonic() - begin < 10.0
 
 
+@pytest.mark.parametrize("name", ["a", "a ", "1", "\u00e9"])
+def test_the_name_of_a_channel_may_have_any_length(name):
+    """What follows it is looked for once, and not from each of its characters: that took hours."""
+    tags = build.find_protocol(tiny.make_config()).tags
+    name = name * 1_000_000
+    unfinished = f"<|channel|>{name}<|constrain|>{name}"
+    assert player_lib.split_thoughts(unfinished, tags) == ("", unfinished, True)
+    whole = (
+        f"<|channel|>{name}<|constrain|>{name}<|message|>Hm.<|end|><|channel|>final<|message|>So."
+    )
+    assert player_lib.split_thoughts(whole, tags) == ("Hm.", "So.", True)
+
+
 def test_thoughts_are_kept_beside_the_turn_and_neither_played_nor_learned(expected, tmp_path):
     replies = list_replies(expected[0][0])
     plain = Player(tiny.make_parts(), list_examples(), Scripted(replies)).play((0, 0))
