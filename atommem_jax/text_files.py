@@ -237,7 +237,7 @@ def may_hold_surrogates(text: str) -> bool:
 
 
 _RECORDS = "allowed are records of JSON, a list or one a line"
-_LINE = re.compile(r"[^\n]*+\n?+")
+_LINE = re.compile(r"([^\n]*+)\n?+")
 _FIRST_LINE = re.compile(r"\s*+([^\n]*)")
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -260,7 +260,7 @@ def _read_whole(text: str, name: str) -> list[Any] | None:
 def _read_lines(text: str, name: str) -> Iterator[Any]:
     # Not `splitlines`: a text in JSON may hold U+2028. Nor all at once: one copy of it is enough.
     for number, found in enumerate(_LINE.finditer(text), start=1):
-        line = found[0]
+        line = found[1].removesuffix("\r")
         if not line.strip():
             continue
         try:
