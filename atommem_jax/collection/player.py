@@ -384,8 +384,8 @@ def collect(
     )
     if failed.total() and not tally.done:
         raise PassingError(
-            f"nothing was collected: the server did not answer in {failed['failed']} episodes, and "
-            f"refused {failed['refused']}, the last one with: {last}. Look at the server, whose "
+            f"nothing was collected (episodes without an answer: {failed['failed']}, refused: "
+            f"{failed['refused']}); the last one failed with: {last}. Look at the server, whose "
             "answers --timeout and --retries wait for; when it answers, the same command goes on"
         )
 

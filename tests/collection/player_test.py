@@ -518,15 +518,15 @@ def test_a_server_that_is_down_or_refuses_ends_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("fates", "said"),
     [
-        (["down"] * 3, "did not answer in 3 episodes, and refused 0, the last one with: down."),
-        (["refused", "down"], "not answer in 1 episodes, and refused 1, the last one with: down."),
+        (["down"] * 3, "(episodes without an answer: 3, refused: 0)"),
+        (["refused", "down"], "(episodes without an answer: 1, refused: 1)"),
     ],
 )
 def test_a_collection_of_failures_alone_has_failed(records, tmp_path, fates, said):
     taught = Taught(records[0], fates)
     summary, error = collect_here(taught, tmp_path, max_failures=10, concurrency=1)
     assert isinstance(error, PassingError)
-    assert f"nothing was collected: the server {said}" in str(error)
+    assert f"nothing was collected {said}; the last one failed with: down. Look" in str(error)
     assert str(error).endswith("when it answers, the same command goes on")
     assert (summary["trajectories"], summary["failures"]) == (0, len(fates))
     # One that is played is enough.

@@ -249,7 +249,7 @@ def test_errors_alone_end_with_a_status_of_failure(tmp_path, data_root, answer, 
         command = make_command(stub, tmp_path, data_root, "--episodes=2", "--retries=1")
         printed = runs.run("collect.py", *command, status=1)
     sentence = printed[printed.index("collect.py: nothing was collected") :]
-    assert "the server did not answer in 2 episodes, and refused 0, the last one with: " in sentence
+    assert "(episodes without an answer: 2, refused: 0); the last one failed with: " in sentence
     assert said in sentence
     assert sentence.rstrip().endswith("when it answers, the same command goes on")
     assert "0 trajectories, 0 kept" in printed
