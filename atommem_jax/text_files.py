@@ -228,16 +228,23 @@ def read_records(path: str | os.PathLike[str], name: str | None = None) -> Itera
     whole = _read_whole(text, name)
     records = _read_lines(text, name) if whole is None else whole
     # Most files have none, and looking into every text of a large one takes as long as reading it.
-    return _clean_all(records, name) if _ESCAPED.search(text) else iter(records)
+    return _clean_all(records, name) if may_hold_surrogates(text) else iter(records)
+
+
+def may_hold_surrogates(text: str) -> bool:
+    """Whether JSON, which can spell halves of characters as escapes, does so, in pairs or alone."""
+    return _ESCAPED.search(text) is not None
 
 
 _RECORDS = "allowed are records of JSON, a list or one a line"
+_LINE = re.compile(r"([^\n]*+)\n?+")
+_FIRST_LINE = re.compile(r"\s*+([^\n]*)")
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _read_whole(text: str, name: str) -> list[Any] | None:
     """The records of a list, or the one object that goes over several lines; None for lines."""
-    first = text.lstrip().split("\n", 1)[0]
+    first = _FIRST_LINE.match(text)[1]  # type: ignore[index]  # it matches any text
     if first[0] != "[" and first.strip() != "{":
         return None
     try:
@@ -251,8 +258,9 @@ def _read_whole(text: str, name: str) -> list[Any] | None:
 
 
 def _read_lines(text: str, name: str) -> Iterator[Any]:
-    # Not `splitlines`: a text in JSON may hold U+2028.
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+    # Not `splitlines`: a text in JSON may hold U+2028. Nor all at once: one copy of it is enough.
+    for number, found in enumerate(_LINE.finditer(text), start=1):
+        line = found[1].removesuffix("\r")
         if not line.strip():
             continue
         try:

@@ -208,7 +208,7 @@ def run(
     """Parses the flags and runs `main(argv)`; a mistake of the user ends with status 2.
 
     Mistakes are flags and configs that cannot be parsed, and any `ConfigError` that `main` raises
-    while it checks its config; where it is a StoreError, the status is 1. An object store that
+    while it checks its config; where it is a PassingError, the status is 1. An object store that
     fails or refuses in the middle of the work ends in a sentence too, whichever client has raised
     it. Other exceptions keep their traceback. `leave` is called with what ended `main` early; it
     may end the process in its own way.
@@ -322,12 +322,15 @@ def _exit_on_mistake(function: Callable[[Sequence[str]], Any], argv: Sequence[st
     except config_lib.ConfigError as error:
         found = error
     except Exception as error:
-        found = paths.explain(_URL.findall(" ".join(sys.argv[1:])), error)
+        found = paths.explain(find_addresses(" ".join(sys.argv[1:])), error)
         if found is None:
             raise
     print(f"{pathlib.Path(sys.argv[0]).name}: {found}", file=sys.stderr)
     # What passes is no mistake: supervise.py starts the command again.
-    sys.exit(1 if isinstance(found, config_lib.StoreError) else 2)
+    sys.exit(1 if isinstance(found, config_lib.PassingError) else 2)
 
 
-_URL = re.compile(r"[a-z0-9]+://[^\s'\",)]+")
+def find_addresses(text: str) -> list[str]:
+    """What looks like the address of an object store or a server, such as gs://bucket/run."""
+    # Looking back keeps a long value from being read once for each of its characters.
+    return re.findall(r"(?<![a-z0-9])[a-z0-9]++://[^\s'\",)]+", text)

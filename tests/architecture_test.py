@@ -19,14 +19,15 @@ PACKAGE = "atommem_jax"
 # A new file gets its place here, as low as it can stand.
 ORDER = {
     "": "types",
-    "config": "errors paths sections upgrade experiment files",
+    "config": "errors paths fields sections upgrade experiment files",
     "text_files": "",
     "folder_lock": "",
     "metrics": "",
     "language": "tokenizer protocol automaton token_tables grammar prompt chat sentences",
     "parallel": "rules mesh program processes host_batches",
     "model": (
-        "quantized attention model_config lora transformer cpu_decode drafts sampling prefix groups"
+        "quantized attention model_config lora rope kv_cache matrices transformer cpu_decode "
+        "drafts distribution sampling scoring prefix groups"
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
@@ -39,8 +40,8 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward table_history evidence life_cycle advantage loss gate optimizer "
-        "microbatches trainer evaluation long_evaluation comparison collapse"
+        "rollout reward table_history evidence life_cycle advantage loss credit gate "
+        "optimizer microbatches trainer evaluation long_evaluation comparison collapse"
     ),
     "agent": "encoders build play crossed validate settings load long_score results score",
     "report": "replay trace figures failures frontier page run",

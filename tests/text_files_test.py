@@ -161,6 +161,10 @@ def test_lists_one_a_line_and_one_object_of_many_lines_are_records_too(tmp_path)
     [
         ("", "is empty; allowed are records of JSON, a list or one a line"),
         (LINES + "\n<html>", r", line 4, column 1: is no JSON \(Expecting value\)"),
+        (
+            '{"a": 1}\r\n{"b": 2\r\n{"c": 3}',
+            r", line 2, column 8: is no JSON \(Expecting ',' delim",
+        ),
         ('[\n {"a": 1},\n {"b" 2}\n]', r", line 3, column 7: is no JSON \(Expecting ':' delim"),
         ("[" * 200_000, "is no JSON"),
         ('{"a": ' + "9" * 5000 + "}", r", line 1: is no JSON \(Exceeds the limit"),

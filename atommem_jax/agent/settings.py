@@ -110,8 +110,14 @@ def spell_name(settings: Sequence[str]) -> str:
     Other settings have another name: where anything is left out, a digest of all of it is in.
     """
     whole = "_".join(settings)
-    short = [re.sub(r"=.*[/\\]", "=", setting) for setting in settings]
+    short = [_shorten(setting) for setting in settings]
     name = re.sub(r"[^\w.,=+-]", "-", "_".join(short))[:_LONGEST_NAME]
     if name == whole:
         return name
     return f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def _shorten(setting: str) -> str:
+    field, equals, value = setting.partition("=")
+    last = re.split(r"[/\\]", value)[-1]
+    return f"{field}{equals}{last}"

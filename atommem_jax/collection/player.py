@@ -24,7 +24,7 @@ from atommem_jax.collection.endpoint import (
     RefusedError,
     Reply,
 )
-from atommem_jax.config import ConfigError, check
+from atommem_jax.config import ConfigError, PassingError, check
 from atommem_jax.documents.session import Session
 from atommem_jax.language import chat
 from atommem_jax.language.protocol import Tag
@@ -50,9 +50,9 @@ _THOUGHTS = {
 _MARKS = re.compile("|".join(map(re.escape, [*_THOUGHTS, *_THOUGHTS.values()])), re.IGNORECASE)
 
 # A reply of gpt-oss: channels, of which the one named "final" is for the user; and what is left of
-# them where a server drops control tokens.
+# them where a server drops control tokens. Nothing is given back (++): a name may be long.
 _CHANNEL = re.compile(
-    r"<\|channel\|>\s*(?P<name>\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"<\|channel\|>\s*+(?P<name>\w++)[^<]*+(?:<\|constrain\|>[^<]*+)?+<\|message\|>"
     r"(?P<text>.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
     re.DOTALL,
 )
@@ -347,7 +347,8 @@ def collect(
 
     What was refused before comes last, and is no news when it is refused again.
 
-    Raises ConfigError where the server refuses everything, or `max_failures` in a row have failed.
+    Raises ConfigError where the server refuses everything, or the last of `max_failures` in a row;
+    PassingError where it did not answer the last of them, or nothing was collected at all.
     """
     keys = [(number, sample) for sample in range(samples) for number in range(len(player))]
     todo = [key for key in keys if player.name(key) not in tally.done]
@@ -356,7 +357,8 @@ def collect(
     few = 0 if tally.done else max(_FIRST_FEW, concurrency)
     row = _Row(len(todo) - len(again), max_failures, few)
     places = {player.name(key): place for place, key in enumerate(todo)}
-    refusal = ""
+    refusal = last = ""
+    failed: collections.Counter[str] = collections.Counter()
     try:
         bar = tqdm.tqdm(
             _play_all(player, todo, concurrency),
@@ -366,9 +368,10 @@ def collect(
             mininterval=2.0,
         )
         for record in bar:
-            failed = "error" in record
-            writer.append(store.FAILURES if failed else store.EPISODES, record)
+            writer.append(store.FAILURES if "error" in record else store.EPISODES, record)
             tally.add(record)
+            last = record.get("error", last)
+            failed["refused" if record.get("refused") else "failed"] += "error" in record
             bar.set_postfix(kept=tally.kept, failed=len(tally.failed), refresh=False)
             refusal = record["error"] if record.get("refused") else refusal
             row.add(places[record["example"], record["sample"]], record)
@@ -379,6 +382,12 @@ def collect(
         f"the server refused all episodes that there were to play ({len(todo)}), the last one "
         f"with: {refusal}",
     )
+    if failed.total() and not tally.done:
+        raise PassingError(
+            f"nothing was collected (episodes without an answer: {failed['failed']}, refused: "
+            f"{failed['refused']}); the last one failed with: {last}. Look at the server, whose "
+            "answers --timeout and --retries wait for; when it answers, the same command goes on"
+        )
 
 
 class _Row:
@@ -401,7 +410,7 @@ class _Row:
         self._next = self._failed = 0
 
     def add(self, place: int, record: Mapping[str, Any]) -> None:
-        """Raises ConfigError where this is one too many."""
+        """Raises ConfigError where this is one too many, PassingError where it was not refused."""
         error, refused = record.get("error"), record.get("refused", False)
         self._over[place] = error, refused
         if error is None:
@@ -418,11 +427,12 @@ class _Row:
                 f"the server refused the first {self._next} episodes, the last one with: {error}. "
                 "When it takes them, the same command goes on",
             )
-            check(
-                self._failed < self._max_failures,
-                f"{self._failed} episodes in a row failed (--max_failures), the last one with: "
-                f"{error}. When the server answers again, the same command goes on",
-            )
+            if self._failed >= self._max_failures:
+                kind = ConfigError if refused else PassingError
+                raise kind(
+                    f"{self._failed} episodes in a row failed (--max_failures), the last one with: "
+                    f"{error}. When the server answers again, the same command goes on"
+                )
 
 
 def _play_all(

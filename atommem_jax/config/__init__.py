@@ -6,6 +6,7 @@
 
 from atommem_jax.config.errors import (
     ConfigError,
+    PassingError,
     StoreError,
     check,
     check_path,
@@ -66,6 +67,7 @@ __all__ = [
     "MeshConfig",
     "OptimizerConfig",
     "PPOConfig",
+    "PassingError",
     "ProtocolConfig",
     "RlConfig",
     "RolloutConfig",

@@ -23,8 +23,12 @@ class ConfigError(ValueError):
     """The config cannot run. The message names the field, its value and the next step."""
 
 
-class StoreError(ConfigError):
-    """An object store gives no answer. No mistake: the same command may succeed later."""
+class PassingError(ConfigError):
+    """Something else than the config failed. No mistake: the same command may succeed later."""
+
+
+class StoreError(PassingError):
+    """An object store gives no answer."""
 
 
 def check(condition: bool, message: str) -> None:

@@ -16,27 +16,22 @@ from ml_collections import ConfigDict
 
 from atommem_jax.config import paths
 from atommem_jax.config.errors import ConfigError, check, check_path, is_section
+from atommem_jax.config.fields import Choices, Count, Path, Section, check_value, read_hints
 from atommem_jax.config.sections import (
     CheckpointConfig,
-    Choices,
-    Count,
     DebugConfig,
     DecoderConfig,
     EvalConfig,
     LoraConfig,
     MemoryConfig,
     MeshConfig,
-    Path,
     ProtocolConfig,
     RlConfig,
     RolloutConfig,
-    Section,
     SftConfig,
     TaskConfig,
     TeacherConfig,
     TokenizerConfig,
-    check_value,
-    read_hints,
 )
 from atommem_jax.config.upgrade import upgrade
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from atommem_jax.config import LENGTH_BUCKETS
-from atommem_jax.model import groups, sampling
+from atommem_jax.model import groups, scoring
 from atommem_jax.parallel import program, rules
 from atommem_jax.types import Batch
 
@@ -37,11 +37,11 @@ def accumulate_gradients(
     `layout` says where gradients lie on the mesh; `multiple` divides the widths of micro-batches.
     `loss_fn` returns (loss, (metrics to add up, metrics to take the maximum of)); its loss is a
     sum over rows with a denominator fixed beforehand, so that micro-batches add up. Its last
-    argument is static: no row of the part has more `sampling.row_lengths` than that.
+    argument is static: no row of the part has more `scoring.row_lengths` than that.
     """
     size = active.shape[0]
     rows = min(program.count_rows(rows), size)
-    lengths = sampling.row_lengths(batch.prompt_lengths, batch.response_lengths)
+    lengths = scoring.row_lengths(batch.prompt_lengths, batch.response_lengths)
     lengths = jnp.where(active, lengths, -1)
     order = jnp.argsort(-lengths, stable=True)
     widths = groups.list_widths(

@@ -15,7 +15,6 @@ beside it: only the first is differentiated.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,14 +22,21 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from atommem_jax.config import LENGTH_BUCKETS, PPOConfig
-from atommem_jax.learning import advantage, gate, loss, microbatches
+from atommem_jax.learning import gate, loss, microbatches
+from atommem_jax.learning.credit import (
+    explained_variance,
+    masked_deviation,
+    mean_cost,
+    turn_advantages,
+    turn_costs,
+)
 from atommem_jax.learning.microbatches import Metrics, PyTree
 from atommem_jax.learning.optimizer import TrainState, apply_gradients
-from atommem_jax.model import attention, lora, sampling
+from atommem_jax.model import attention, lora, scoring
 from atommem_jax.model.sampling import Agent
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import program, rules
-from atommem_jax.types import EMPTY, ActionKind, Batch, Trajectory
+from atommem_jax.types import Batch, Trajectory
 
 # Metrics of `loss.ppo_loss` that are means over the tokens scored.
 _PER_TOKEN = (
@@ -91,8 +97,8 @@ def _width_multiple(agent: Agent, batch: Batch) -> int:
 
 def _score(
     agent: Agent, params, batch: Batch, temperature, width: int | None = None
-) -> sampling.Scores:
-    return sampling.score(
+) -> scoring.Scores:
+    return scoring.score(
         agent,
         params,
         batch.prompt,
@@ -178,69 +184,6 @@ def sft_step(
     }
 
 
-def turn_advantages(
-    config: PPOConfig,
-    trajectories: Trajectory,
-    rewards: Float[Array, "B Q"],
-    num_questions: Int[Array, " B"],
-    costs: Float[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Advantage and return of every turn.
-
-    rewards: score of each question, 0 past `num_questions`. A trajectory's reward is their mean
-    (paper, section 4). With estimator 'group' the advantage is relative to the trajectories of
-    the same episode; with credit 'question' answering turns take that of their own question.
-    With 'gae' a question's share of the reward arrives with the turn that ends it.
-
-    costs: of each turn, see `turn_costs`; taken from the trajectory's reward, with 'gae' where they
-      are made.
-    """
-    chex.assert_rank([rewards, num_questions], [2, 1])
-    turns = trajectories.turns
-    share = rewards / jnp.maximum(num_questions, 1)[:, None].astype(jnp.float32)
-    at = jnp.maximum(turns.question, 0)
-    is_question = turns.live & (turns.question != EMPTY)
-    if config.estimator == "gae":
-        following = jnp.concatenate(
-            [turns.question[:, 1:], jnp.full_like(turns.question[:, :1], EMPTY)], axis=1
-        )
-        alive_next = jnp.concatenate([turns.live[:, 1:], jnp.zeros_like(turns.live[:, :1])], axis=1)
-        ends = is_question & ((following != turns.question) | ~alive_next)
-        paid = jnp.where(ends, jnp.take_along_axis(share, at, axis=1), 0.0)
-        paid = paid if costs is None else paid - costs
-        gae = functools.partial(
-            advantage.turn_level_gae, discount=config.discount, gae_lambda=config.gae_lambda
-        )
-        return jax.vmap(gae)(paid, turns.values, turns.live)
-    relative = functools.partial(
-        advantage.group_relative,
-        divide_by_std=config.divide_by_std,
-        leave_one_out=config.leave_one_out,
-    )
-    groups = rewards.shape[0] // config.group_size
-    total = share.sum(axis=1)
-    total = total if costs is None else total - costs.sum(axis=1)
-    whole = relative(total.reshape(groups, config.group_size)).reshape(-1)
-    result = jnp.broadcast_to(whole[:, None], turns.live.shape)
-    if config.credit == "question":
-        own = relative(rewards.reshape(groups, config.group_size, -1)).reshape(rewards.shape)
-        result = jnp.where(is_question, jnp.take_along_axis(own, at, axis=1), result)
-    returns = jnp.broadcast_to(total[:, None], turns.live.shape)
-    return jnp.where(turns.live, result, 0.0), jnp.where(turns.live, returns, 0.0)
-
-
-def turn_costs(config: PPOConfig, trajectories: Trajectory) -> Float[Array, "B T"] | None:
-    """What the actions of each turn cost; None where nothing does."""
-    if not (config.read_cost or config.create_cost or config.invalid_cost):
-        return None
-    report = trajectories.turns.report
-    read, create = (report.applied[..., kind] for kind in (ActionKind.READ, ActionKind.CREATE))
-    costs = config.read_cost * read.astype(jnp.float32)
-    costs += config.create_cost * create.astype(jnp.float32)
-    costs += config.invalid_cost * report.invalid.sum(axis=-1).astype(jnp.float32)
-    return jnp.where(trajectories.turns.live, costs, 0.0)
-
-
 def _leave_out_cut(trajectories: Trajectory, eos_id: int) -> Trajectory:
     """Turns that the budget ended are no longer learned from, as if a program had written them."""
     turns = trajectories.turns
@@ -262,7 +205,7 @@ def ppo_objective(
 ):
     """Loss of some rows: (loss, (metrics to add up, metrics to take the maximum of)).
 
-    denominators: tokens and turns of the whole mini-batch. width: as in `sampling.score`.
+    denominators: tokens and turns of the whole mini-batch. width: as in `scoring.score`.
     """
     tokens, turns = denominators
     scores = _score(agent, lora.join(params, frozen), part, temperature, width)
@@ -409,9 +352,9 @@ def update_step(
         state, metrics = jax.lax.scan(one_epoch, state, jnp.arange(config.epochs))
         live = trajectories.turns.live
         of_rollout = {
-            "advantage_std": _masked_deviation(advantages, live),
+            "advantage_std": masked_deviation(advantages, live),
             "explained_variance": explained_variance(trajectories.turns.values, returns, live),
-            "cost": _mean_cost(costs, live),
+            "cost": mean_cost(costs, live),
             **found,
         }
         return state, metrics, of_rollout
@@ -516,36 +459,3 @@ def _minibatch_step(config, optimizer, agent, temperature, frozen, state, batch,
         state = state.replace(params=_keep_value_head(state.params, before))
     state = program.constrain_params(agent.model.config.layout, state)
     return state, {**sums, **program.pmax(maxima), **extra}
-
-
-def _mean_cost(costs: Float[Array, "B T"] | None, live: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """What a trajectory's turns cost, on average."""
-    if costs is None:
-        return jnp.zeros((), jnp.float32)
-    total, count = program.psum((costs.sum(), jnp.asarray(live.shape[0], jnp.float32)))
-    return total / count
-
-
-def _masked_deviation(x: Float[Array, "B T"], live: Bool[Array, "B T"]) -> Float[Array, ""]:
-    weights = live.astype(jnp.float32)
-    count, square = program.psum((weights.sum(), loss.masked_sum(jnp.square(x), weights)))
-    return jnp.sqrt(square / jnp.maximum(count, 1.0))
-
-
-def explained_variance(
-    values: Float[Array, "B T"], returns: Float[Array, "B T"], live: Bool[Array, "B T"]
-) -> Float[Array, ""]:
-    """1 - Var[returns - values] / Var[returns] over the live turns of all devices.
-
-    0 where returns do not vary. Inside `program.fsdp_parallel` only.
-    """
-    weights = live.astype(jnp.float32)
-    count = jnp.maximum(program.psum(weights.sum()), 1.0)
-
-    def variance(x):
-        mean = program.psum(loss.masked_sum(x, weights)) / count
-        return program.psum(loss.masked_sum(jnp.square(x - mean), weights)) / count
-
-    total = variance(returns)
-    left = variance(returns - values)
-    return jnp.where(total > 0, 1.0 - left / jnp.maximum(total, 1e-12), 0.0)

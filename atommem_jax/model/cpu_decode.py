@@ -20,20 +20,18 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.model import attention
-from atommem_jax.model.quantized import Stored, swap_axes
-from atommem_jax.model.transformer import (
-    Block,
+from atommem_jax.model.kv_cache import (
     Cache,
     Prefix,
-    Transformer,
     count_positions,
-    dot_general,
     like_stored,
     list_slots,
     mask_slots,
-    multiply,
     write_slots,
 )
+from atommem_jax.model.matrices import dot_general, multiply
+from atommem_jax.model.quantized import Stored, swap_axes
+from atommem_jax.model.transformer import Block, Transformer
 
 
 @flax.struct.dataclass
@@ -154,7 +152,7 @@ def logits(
 
 
 def multiply_rows(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """`transformer.dot_general` of rows [B, in] or [B, T, in] and a matrix, which comes first.
+    """`matrices.dot_general` of rows [B, in] or [B, T, in] and a matrix, which comes first.
 
     The matrix should be the transpose of one that lies [out, in]. The barriers keep the compiler
     from turning the product round.

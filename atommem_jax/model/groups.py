@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from atommem_jax.config import LENGTH_BUCKETS
 from atommem_jax.model import attention, sampling
+from atommem_jax.model.kv_cache import Prefix
 from atommem_jax.model.sampling import Decoder
-from atommem_jax.model.transformer import Prefix
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
 

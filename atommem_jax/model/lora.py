@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al., 2021): a frozen base, and a small trainable part beside it.
 
 A matrix W [in, out] of the base gets two more, A [in, rank] and B [rank, out], and the layer
-computes x W + (alpha / rank) (x A) B: the branch lies in `transformer.Adapter`. A starts random
+computes x W + (alpha / rank) (x A) B: the branch lies in `matrices.Adapter`. A starts random
 and B at zero, so that training starts from the base. What is trained are the adapters and the value
 head, which no base that was published has; everything else is frozen. It has no gradient and no
 moments, and it is in no checkpoint: `fingerprint` says which base the adapters belong to.

@@ -14,8 +14,8 @@ from jaxtyping import Array, Int
 
 from atommem_jax.language import prompt as prompting
 from atommem_jax.model import attention
+from atommem_jax.model.kv_cache import Cache, Prefix
 from atommem_jax.model.sampling import Decoder, take_rows
-from atommem_jax.model.transformer import Cache, Prefix
 from atommem_jax.types import Episode, Phase
 
 

@@ -1,4 +1,4 @@
-"""From prompts to responses, and from responses to log-probs.
+"""From prompts to responses.
 
 `prefill` reads a batch of prompts and draws the first token of each response; `decode_step` is one
 forward pass more, and adds a token to every row, or several where they were guessed. `generate` is
@@ -11,16 +11,13 @@ host calls the same two, and sees every token in between:
         state = decode_step(decoder, state)
     response = make_response(state)
 
-`score` is what the learner calls: the same model, the same grammar mask, the same temperature and
-the same `masked_log_softmax`, so that the two agree to float32 rounding. A row's randomness is its
-own key folded with the position: it does not depend on the other rows.
+A row's randomness is its own key folded with the position: it does not depend on the other rows.
 """
 
 import dataclasses
 import functools
 from typing import Any
 
-import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -30,12 +27,12 @@ from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
 from atommem_jax.model import cpu_decode, drafts
 from atommem_jax.model.cpu_decode import CpuCache
+from atommem_jax.model.distribution import draw, find_scale, masked_log_softmax
+from atommem_jax.model.kv_cache import Cache, Prefix
 from atommem_jax.model.quantized import INT8
-from atommem_jax.model.transformer import Cache, Prefix, Transformer
+from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import program
 from atommem_jax.types import Response
-
-_MASKED = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,67 +121,6 @@ class Decoder:
     def whole_params(self) -> Any:
         """As the model has them."""
         return self.params.whole if self.agent.sampler.cpu_decode else self.params
-
-
-@flax.struct.dataclass
-class Scores:
-    """What the learner knows of the same tokens; 0 on padding."""
-
-    log_probs: Float[Array, "M R"]
-    entropy: Float[Array, "M R"]
-    values: Float[Array, " M"]
-    largest: Float[Array, "M R"]  # |logit| of what was allowed, after the temperature
-
-
-def masked_log_softmax(
-    logits: Float[Array, "*batch V"], mask: Bool[Array, "*batch V"], temperature: Array
-) -> Float[Array, "*batch V"]:
-    """float32 log-probs over the allowed tokens; the others hold a very negative number."""
-    logits = jnp.where(mask, logits.astype(jnp.float32) / temperature, _MASKED)
-    return jax.nn.log_softmax(logits, axis=-1)
-
-
-def masked_entropy(logits: Float[Array, "*b V"], mask: Bool[Array, "*b V"]) -> Float[Array, "*b"]:
-    """Entropy in nats of softmax over the allowed tokens; 0 where none is allowed.
-
-    Logits that are not allowed may hold anything; an allowed one of -inf has probability zero.
-    """
-    chex.assert_equal_shape([logits, mask])
-    mask = mask & (logits != -jnp.inf)
-    logits = logits.astype(jnp.float32)
-    largest = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0))
-    shifted = jnp.where(mask, logits - largest, 0.0)
-    mass = jnp.where(mask, jnp.exp(shifted), 0.0)
-    total = jnp.maximum(mass.sum(axis=-1), jnp.finfo(jnp.float32).tiny)
-    # H = log Z - E[shifted]; with no token allowed the mass is zero and so is the answer.
-    mean = (mass * shifted).sum(axis=-1) / total
-    return jnp.where(mask.any(axis=-1), jnp.log(total) - mean, 0.0)
-
-
-def draw(
-    key: PRNGKeyArray, log_probs: Float[Array, " V"], *, temperature: Array, top_p: float
-) -> Int[Array, ""]:
-    """Samples one token by inverting the cumulative distribution; argmax at temperature 0.
-
-    One uniform number a token, where Gumbel noise would need V. A token of probability 0 is
-    never drawn.
-    """
-    probs = jnp.exp(log_probs)
-    if top_p < 1.0:
-        ranked = jnp.sort(probs)[::-1]
-        before = jnp.cumsum(ranked) - ranked
-        least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf))
-        probs = jnp.where(probs >= least, probs, 0.0)
-    # `cumsum` adds in a tree, so rounding can raise the sum at a token of probability 0.
-    cumulative = jnp.where(probs > 0, jnp.cumsum(probs), 0.0)
-    threshold = jax.random.uniform(key, dtype=jnp.float32) * jnp.max(cumulative)
-    sampled = jnp.argmax(cumulative > threshold)
-    return jnp.where(temperature > 0, sampled, jnp.argmax(log_probs)).astype(jnp.int32)
-
-
-def _effective(temperature: Array) -> Array:
-    return jnp.where(temperature > 0, temperature, 1.0).astype(jnp.float32)
 
 
 def match_features(
@@ -294,7 +230,7 @@ def _read(decoder: Decoder, prompt: Array, width: int, start: Array, prefix: Pre
 def make_decoder(agent: Agent, params: Any, temperature: Float[Array, ""]) -> Decoder:
     """Call it outside of the loop: it may put the parameters in another order."""
     ready = cpu_decode.arrange_params(params) if agent.sampler.cpu_decode else params
-    return Decoder(agent, ready, temperature, _effective(temperature))
+    return Decoder(agent, ready, temperature, find_scale(temperature))
 
 
 def decode_step(decoder: Decoder, state: DecodeState) -> DecodeState:
@@ -485,108 +421,3 @@ def take_rows(tree: Any, rows: Int[Array, " M"]) -> Any:
 def _row_axis(x: Any) -> int:
     """Of a state's array: of keys and values it is the fourth from the end."""
     return max(x.ndim - 4, 0)
-
-
-def row_lengths(
-    prompt_lengths: Int[Array, " M"], response_lengths: Int[Array, " M"]
-) -> Int[Array, " M"]:
-    """Tokens that `score` feeds to the model for each row."""
-    return prompt_lengths + jnp.maximum(response_lengths - 1, 0)
-
-
-def score(
-    agent: Agent,
-    params,
-    prompt: Int[Array, "M P"],
-    prompt_lengths: Int[Array, " M"],
-    response: Int[Array, "M R"],
-    response_lengths: Int[Array, " M"],
-    phase: Int[Array, " M"],
-    temperature: Float[Array, ""],
-    width: int | None = None,
-) -> Scores:
-    """Log-probs and entropies of given responses under the sampler's own distribution.
-
-    width: static; columns that hold the prompt and response of every row, `row_lengths` of them.
-      None is what always suffices, P + R - 1. A shorter one leaves out padding, no token.
-    """
-    model, grammar, config = agent.model, agent.grammar, agent.sampler
-    limit = response.shape[1]
-    width = prompt.shape[1] + limit - 1 if width is None else width
-    # The last response token predicts nothing, so it is never fed; the rest ends every row.
-    fed = row_lengths(prompt_lengths, response_lengths)
-    column = jnp.arange(width, dtype=jnp.int32)[None] - (width - fed)[:, None]  # within its row
-    place = column + (prompt.shape[1] - prompt_lengths)[:, None]
-    both = jnp.concatenate([prompt, response[:, :-1]], axis=1)
-    tokens = jnp.take_along_axis(both, jnp.maximum(place, 0), axis=1)
-    tokens = jnp.where(column >= 0, tokens, grammar.pad_id)
-    tail = min(limit, width)  # the last columns, among which are all that predict a token
-    hidden, _ = model.apply(
-        {"params": params},
-        tokens,
-        width - fed,
-        features=match_features(agent, prompt, tokens),
-        tail=tail,
-    )
-    # Within the tail: the column that predicts the first response token, and those behind it.
-    first = tail - fed + prompt_lengths - 1
-    at = jnp.minimum(first[:, None] + jnp.arange(limit, dtype=jnp.int32)[None], tail - 1)
-    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1)
-    values = model.apply({"params": params}, hidden[:, 0], method="value")
-    if config.constrained:
-        # Whole tables: no device should ask another what each token does to a state.
-        states = jax.vmap(program.whole(grammar).states)(phase, response)
-    else:
-        states = jnp.zeros_like(response)
-    remaining = jnp.broadcast_to(limit - jnp.arange(limit, dtype=jnp.int32), response.shape)
-
-    readout = model.apply({"params": params}, hidden.dtype, method="readout")
-
-    def read(hidden, response, states, remaining):
-        """Log-probs, entropies and largest logits of some columns of the response."""
-        logits = model.apply({"params": params}, hidden, readout, method="logits")
-        if config.constrained:
-            mask = jax.vmap(jax.vmap(grammar.allowed))(states, remaining)
-        else:
-            any_token = jnp.arange(model.config.vocab_size) != grammar.pad_id
-            mask = jnp.broadcast_to(any_token, logits.shape)
-        mask = program.constrain(mask, "rows", None, "vocab")
-        logp = masked_log_softmax(logits, mask, _effective(temperature))
-        chosen = jnp.take_along_axis(logp, response[..., None], axis=2)[..., 0]
-        size = jnp.max(jnp.abs(jax.lax.stop_gradient(logits)), axis=-1, where=mask, initial=0.0)
-        return chosen, masked_entropy(logp, mask), size / _effective(temperature)
-
-    columns = (hidden, response, states, remaining)
-    log_probs, entropy, largest = _in_chunks(read, columns, config.score_chunk)
-    real = jnp.arange(limit)[None, :] < response_lengths[:, None]
-    return Scores(
-        log_probs=jnp.where(real, log_probs, 0.0),
-        entropy=jnp.where(real, entropy, 0.0),
-        values=values,
-        largest=jnp.where(real, largest, 0.0),
-    )
-
-
-def _in_chunks(function, columns, chunk: int):
-    """`function` of arrays [M, R, ...], `chunk` of the R columns at a time; 0 for all at once.
-
-    What it computes is recomputed in the backward pass: no more than one chunk ever exists.
-    """
-    limit = columns[0].shape[1]
-    if chunk == 0 or chunk >= limit:
-        return function(*columns)
-    count = -(-limit // chunk)
-
-    def split(x):
-        pad = [(0, 0), (0, count * chunk - limit)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, pad).reshape(x.shape[0], count, chunk, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    with jax.named_scope("score_chunks"):
-        chunks = jax.lax.map(
-            lambda parts: jax.checkpoint(function, prevent_cse=False)(*parts),
-            tuple(split(x) for x in columns),
-        )
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * chunk)[:, :limit], chunks
-    )

@@ -5,380 +5,55 @@ optional query/key norms and biases, SwiGLU, tied or untied output head and a va
 of Llama, SmolLM2, Qwen2 and Qwen3. Layers are stacked with `nn.scan` and optionally
 rematerialised.
 
-A row is addressed by *slots*: prompts are left-padded to a common width, so that decoding
-writes the same slot in every row. `start[b]` is the first slot of row b that holds a token;
-its rotary position is 0. That one integer per row gives positions and the attention mask.
+Prompts are left-padded: `start[b]` is the first slot of row b that holds a token, and gives
+positions and the attention mask, see `kv_cache`.
 
 Two input features serve models trained from scratch and are off for pretrained ones:
 `token_shift` adds the embeddings of the previous tokens (a learned gate per channel), and
 `num_features` projects flags that the prompt computes for each token (see `prompt.match`).
 
-With `lora` matrices get a low-rank branch beside them, see `Adapter` and `lora`; without, nothing
-of it is there.
+With `lora` matrices get a low-rank branch beside them, see `matrices.Adapter`; without, nothing of
+it is there.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.config import LoraConfig
 from atommem_jax.model import attention
-from atommem_jax.model.lora import SUFFIX
+from atommem_jax.model.kv_cache import (
+    Cache,
+    Prefix,
+    count_positions,
+    like_stored,
+    list_slots,
+    mask_pieces,
+    mask_slots,
+    write_slots,
+)
+from atommem_jax.model.matrices import (
+    dot_general,
+    gather,
+    make_adapter,
+    make_dense,
+    multiply,
+    rescale,
+    round_off,
+)
 from atommem_jax.model.model_config import REMAT_POLICIES, ModelConfig
-from atommem_jax.model.quantized import INT8, Quantized, Stored, quantize
+from atommem_jax.model.quantized import INT8, quantize
+from atommem_jax.model.rope import rotary_frequencies, rotary_scale, rotate
 from atommem_jax.parallel import program
 from atommem_jax.parallel.program import constrain
 
 _FEW_LAYERS = 8  # at most: leaving out a part of the last one is worth a program of its own
-_CHAIN = 32  # terms that are added one after the other where exactness is asked for
-
-
-@flax.struct.dataclass
-class Prefix:
-    """Keys and values of what a row begins with, for all layers; within a layer, its own.
-
-    They stand before the row's first slot, and may be those of several rows that begin alike.
-    """
-
-    keys: Stored  # [*layers B kv_heads F head_width]
-    values: Stored  # the same
-    length: Int[Array, " B"]  # tokens: the first of the F
-
-    @property
-    def before(self) -> attention.Before:
-        """What attention gets of one layer."""
-        there = jnp.arange(self.values.shape[-2])[None, None] < self.length[:, None, None]
-        return self.keys, self.values, there
-
-    def repeat_length(self) -> "Prefix":
-        """The length once for each layer, as a scan over layers wants it."""
-        layers = self.values.shape[0]
-        return self.replace(length=jnp.broadcast_to(self.length, (layers, *self.length.shape)))
-
-    def place_by_rows(self, heads: int) -> "Prefix":
-        """Each device has all `heads` of some rows, and each head once: not its copies."""
-
-        def place(x: Array) -> Array:
-            return constrain(x[:, :, :: x.shape[2] // heads], None, "rows", None, None, None)
-
-        keys, values = jax.tree.map(place, (self.keys, self.values))
-        return self.replace(keys=keys, values=values)
-
-    def of_layer(self, i: int | Int[Array, ""]) -> "Prefix":
-        """What one layer has of it."""
-        keys, values = jax.tree.map(lambda x: x[i], (self.keys, self.values))
-        return self.replace(keys=keys, values=values)
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of the slots written so far, for all layers; within a layer, its own.
-
-    Those of the prompt are written once and then only read: decoding would spend most of its time
-    copying them from step to step. What it writes lies apart, in the slots behind them.
-
-    In int8 a head has a scale at every slot, see `quantized`.
-    """
-
-    keys: Stored  # [*layers B kv_heads slots head_width]
-    values: Stored  # the same
-    later_keys: Stored  # [*layers B kv_heads more head_width]
-    later_values: Stored  # the same
-    recent: Int[Array, "B token_shift"]  # the last tokens, oldest first
-    prefix: Prefix | None = None  # before the first slot
-
-    @property
-    def prompt_slots(self) -> int:
-        """Slots that are only read."""
-        return self.values.shape[-2]
-
-    @property
-    def slots(self) -> int:
-        """All slots, written or not."""
-        return self.prompt_slots + self.later_values.shape[-2]
-
-    def extend(self, slots: int) -> "Cache":
-        """Room for `slots` more slots, which hold zeros until they are written."""
-        pad = [(0, 0)] * 3 + [(0, slots), (0, 0)]
-        later = self.later_keys, self.later_values
-        keys, values = jax.tree.map(lambda x: jnp.pad(x, pad), later)
-        return self.replace(later_keys=keys, later_values=values)
-
-
-def multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> Array:
-    """`jax.lax.dot_general` over one axis; `jax.default_matmul_precision("highest")` is kept to.
-
-    With it XLA multiplies float32 as float32 on a TPU. On a CPU it always does, but adds up a row
-    in one chain, whose rounding grows with its length: there the chains are short, and their sums
-    are added in pairs.
-    """
-    dot = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=dimension_numbers,
-        precision=precision,
-        preferred_element_type=dtype,
-    )
-    ((left,), (right,)), _ = dimension_numbers
-    size = lhs.shape[left]
-    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
-    if not exact or jax.default_backend() != "cpu":
-        return dot(lhs, rhs)
-    cuts = list(range(_CHAIN, size, _CHAIN))
-    pairs = zip(jnp.split(lhs, cuts, left), jnp.split(rhs, cuts, right), strict=True)
-    # Without the barriers the compiler could make one product of them.
-    parts = [jax.lax.optimization_barrier(dot(a, b)) for a, b in pairs]
-    while len(parts) > 1:
-        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
-    return parts[0]
-
-
-def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
-    """Accumulates in float32 whatever the operands: XLA:CPU crawls on a bfloat16 result.
-
-    Over a tensor axis the result has the operands' type, so that half the bytes are summed there.
-    """
-    del preferred_element_type
-    over_devices = program.partition_size("heads") > 1
-    dtype = lhs.dtype if over_devices else jnp.float32
-    return multiply(lhs, rhs, dimension_numbers, precision, dtype).astype(lhs.dtype)
-
-
-class _Dense(nn.Dense):
-    """A matrix, which may be int8 with the scales of its output channels beside it.
-
-    Its bias is added to what they have scaled.
-    """
-
-    biased: bool = False
-
-    @nn.compact
-    def __call__(self, inputs):
-        out = super().__call__(inputs)
-        scale: Array | None = self.get_variable("params", "scale")
-        out = out if scale is None else _rescale(out, scale[0])
-        if not self.biased:
-            return out
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return _round(_round(out) + bias.astype(out.dtype).reshape(*(1,) * (out.ndim - 1), -1))
-
-
-def _rescale(x: Array, scale: Array) -> Array:
-    """What int8 values gave, times their scale, in the dtype of `x`."""
-    scale = scale.reshape(*(1,) * (x.ndim - scale.ndim), *scale.shape)
-    return (x.astype(jnp.float32) * scale).astype(x.dtype)
-
-
-def _dense(
-    features: int, dtype: str, name: str, product=dot_general, *, biased: bool = False
-) -> nn.Dense:
-    return _Dense(
-        features, use_bias=False, dtype=dtype, dot_general=product, biased=biased, name=name
-    )
-
-
-class Adapter(nn.Module):
-    """The branch (alpha / rank) (x A) B of a matrix; their product is never made.
-
-    A [in, rank] is normal and B [rank, out] zero. Both are kept in float32 and used in the dtype of
-    what they are applied to, as the matrix is.
-    """
-
-    shape: tuple[int, int]  # of the matrix
-    config: LoraConfig
-    deviation: float  # of A
-
-    def setup(self):
-        rank = self.config.rank
-        self.a = self.param("a", nn.initializers.normal(self.deviation), (self.shape[0], rank))
-        self.b = self.param("b", nn.initializers.zeros, (rank, self.shape[1]))
-
-    def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T out"]:
-        narrow = constrain(_product(x, self.a), "rows", None, None)
-        return _round(_product(narrow, self.b) * self.config.scale)
-
-    def lookup(self, ids: Int[Array, "B T"], dtype: str) -> Float[Array, "B T out"]:
-        """For a one-hot x: the matrix is a table."""
-        narrow = jnp.take(constrain(self.a.astype(dtype), "vocab", None), ids, axis=0)
-        return _round(_product(constrain(narrow, "rows", None, None), self.b) * self.config.scale)
-
-    def logits(
-        self, x: Float[Array, "*batch width"], *, transposed: bool
-    ) -> Float[Array, "*batch V"]:
-        """For a readout, float32; `transposed` where the matrix is the table of the embeddings."""
-        first, second = (self.b.T, self.a.T) if transposed else (self.a, self.b)
-        narrow = _product(x, first)
-        wide = jnp.matmul(narrow, second.astype(x.dtype), preferred_element_type=jnp.float32)
-        return wide * self.config.scale
-
-
-def _product(x: Float[Array, "B T in"], matrix: Float[Array, "in out"]) -> Float[Array, "B T out"]:
-    return dot_general(x, matrix.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _round(x: Array) -> Array:
-    """Rounds to bfloat16 where that is the dtype of `x`.
-
-    XLA leaves roundings out between a product and a sum, in one program and not in another: the
-    sampler and the learner would differ.
-    """
-    if x.dtype != jnp.bfloat16:
-        return x
-    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-def _adapter(config: ModelConfig, path: str) -> Adapter | None:
-    """The adapter of the matrix at `path`, within the module that has it; None without one."""
-    if not config.lora.adapts(path):
-        return None
-    shape = config.matrices[path]
-    # What A gives is of the size of one channel of its input; a token is one-hot.
-    deviation = 1.0 if path == "embedder" else shape[0] ** -0.5
-    return Adapter(shape, config.lora, deviation, name=path.rpartition("/")[2] + SUFFIX)
-
-
-def _gather(table: Array, axes: tuple[str, str]) -> Array:
-    """A table whole in its width on every device, gathered after its cast and not before."""
-    table = constrain(table, *axes)
-    return constrain(table, *(None if axis == "embed" else axis for axis in axes))
-
-
-def rotary_frequencies(config: ModelConfig) -> Float[Array, " pairs"]:
-    """Radians a position for each pair of rotated channels, float32.
-
-    With `rope_factor` above 1 pairs are slowed, by `rope_type`. linear: all of them by the factor
-    (Chen et al., 2023). llama3: a pair that turns fewer than `low` times over the original length
-    is slowed by the factor, one that turns more than `high` times is kept, and between the two the
-    share that is kept grows linearly with the turns. yarn (Peng et al., 2023, section 3.2): the
-    same between `rope_beta_slow` and `rope_beta_fast` turns, but the share falls linearly with the
-    number of the pair, from one whole number to another where `rope_truncate`.
-    """
-    c = config
-    exponents = jnp.arange(0, c.rope_width, 2, dtype=jnp.float32) / max(c.rope_width, 1)
-    frequencies = c.rope_theta ** (-exponents)
-    if c.rope_factor == 1.0:
-        return frequencies
-    if c.rope_type == "linear":
-        return frequencies / c.rope_factor
-    if c.rope_type == "yarn":
-        first, last = _yarn_range(c)
-        pairs = jnp.arange(frequencies.shape[0], dtype=jnp.float32)
-        kept = 1.0 - jnp.clip((pairs - first) / (last - first), 0.0, 1.0)
-    else:
-        low, high = c.rope_low_frequency_factor, c.rope_high_frequency_factor
-        turns = c.rope_original_length * frequencies / (2 * math.pi)
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / c.rope_factor)
-
-
-def _yarn_range(c: ModelConfig) -> tuple[float, float]:
-    """The pairs between which YaRN goes from frequencies that are kept to slowed ones."""
-
-    def find_pair(turns: float) -> float:
-        """Where over the original length a pair turns so often; between two pairs, mostly."""
-        longest = c.rope_original_length / (turns * 2 * math.pi)
-        return c.rope_width * math.log(longest) / (2 * math.log(c.rope_theta))
-
-    first, last = find_pair(c.rope_beta_fast), find_pair(c.rope_beta_slow)
-    if c.rope_truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, c.rope_width - 1)
-    return first, last + 0.001 if first == last else last
-
-
-def rotary_scale(config: ModelConfig) -> float:
-    """What rotated channels are multiplied by: YaRN's sharper attention over longer texts.
-
-    Queries and keys both are, so that scores grow by its square (Peng et al., 2023, section 3.4).
-    """
-    if config.rope_type != "yarn":
-        return 1.0
-    return config.rope_attention_factor or 0.1 * math.log(config.rope_factor) + 1.0
-
-
-def rotate(
-    x: Float[Array, "B heads T depth"],
-    positions: Int[Array, "B T"],
-    frequencies: Float[Array, " pairs"],
-    scale: float = 1.0,
-) -> Float[Array, "B heads T depth"]:
-    """Rotary embedding of the first 2 x pairs channels, paired (i, i + pairs), in float32.
-
-    scale: what they are multiplied by as well.
-    """
-    width = 2 * frequencies.shape[0]
-    if width == 0:
-        return x
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if scale != 1.0:
-        cos, sin = cos * scale, sin * scale
-    rotated, passed = x[..., :width].astype(jnp.float32), x[..., width:]
-    first, second = jnp.split(rotated, 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([rotated.astype(x.dtype), passed], axis=-1)
-
-
-def list_slots(index: int | Int[Array, "*B"], length: int) -> Int[Array, "#B T"]:
-    """The slots index .. index + length - 1, of every row or of each row."""
-    return jnp.reshape(index, (-1, 1)) + jnp.arange(length, dtype=jnp.int32)[None]
-
-
-def count_positions(
-    start: Int[Array, " B"], slots: Int[Array, "#B T"], prefix: Prefix | None = None
-) -> Int[Array, "B T"]:
-    """Rotary positions of the tokens at `slots`: a row's first token has 0, or follows a prefix."""
-    before = 0 if prefix is None else prefix.length[:, None]
-    return jnp.maximum(slots - start[:, None], 0) + before
-
-
-def mask_slots(
-    start: Int[Array, " B"], slots: Int[Array, "#B T"], count: int
-) -> Bool[Array, "B T count"]:
-    """Which of a cache's `count` slots the tokens at `slots` attend to: none later than theirs."""
-    key_slots = jnp.arange(count, dtype=jnp.int32)
-    return (key_slots[None, None, :] <= slots[:, :, None]) & (
-        key_slots[None, None, :] >= start[:, None, None]
-    )
-
-
-def mask_pieces(
-    start: Int[Array, " B"], slots: Int[Array, "#B T"], count: int
-) -> Bool[Array, "B T count+T"]:
-    """`mask_slots` where what stands at `slots` is not among the cache's, but follows them."""
-    first = jnp.broadcast_to(slots[:, :1], slots.shape)
-    written = mask_slots(start, first - 1, count)
-    new = (slots[:, None, :] <= slots[:, :, None]) & (slots[:, None, :] >= start[:, None, None])
-    return jnp.concatenate([written, new], axis=2)
-
-
-def like_stored(old: Stored, new: Array, *, axis: int) -> Stored:
-    """`new` as `old` is kept: where that is int8, with a scale for the vectors along `axis`."""
-    return quantize(new, axis=axis) if isinstance(old, Quantized) else new
-
-
-def write_slots(
-    old: Stored, new: Stored, index: int | Int[Array, "*B"], *, axis: int, rows: int = 0
-) -> Stored:
-    """`old` with `new` at `index` of an axis, the same in every row or one for each.
-
-    rows: the axis that they lie along.
-    """
-
-    def write(old, new):
-        if jnp.ndim(index) == 0:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
-        write_row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
-        return jax.vmap(write_row, (rows, rows, 0), rows)(old, new, index)
-
-    return jax.tree.map(write, old, new)
 
 
 def _count_copies(config: ModelConfig) -> int:
@@ -411,9 +86,9 @@ class Block(nn.Module):
             return constrain(y, "rows", "heads", None, None)
 
         def dense(features, name, biased=False):
-            adapter = _adapter(c, f"layers/{name}")
-            whole = _dense(features, c.dtype, name, self.product, biased=biased)
-            return whole if adapter is None else lambda y: _round(whole(y)) + adapter(y)
+            adapter = make_adapter(c, f"layers/{name}")
+            whole = make_dense(features, c.dtype, name, self.product, biased=biased)
+            return whole if adapter is None else lambda y: round_off(whole(y)) + adapter(y)
 
         h = norm(name="attention_norm")(x)
         asks, at = h[:, -self.tail :], positions[:, -self.tail :]  # -0 is all
@@ -469,11 +144,11 @@ class Transformer(nn.Module):
             embedding_init=nn.initializers.normal(c.width**-0.5),
             name="embedder",
         )
-        self.embedder_lora = _adapter(c, "embedder")
+        self.embedder_lora = make_adapter(c, "embedder")
         if c.token_shift:
             self.shift = self.param("shift", nn.initializers.zeros, (c.token_shift, c.width))
         if c.num_features:
-            self.features = _dense(c.width, c.dtype, "features")
+            self.features = make_dense(c.width, c.dtype, "features")
         block = Block
         if c.remat:
             policy = REMAT_POLICIES[c.remat_policy]
@@ -494,7 +169,7 @@ class Transformer(nn.Module):
             self.head = self.param(
                 "head", nn.initializers.normal(c.width**-0.5), (c.width, c.vocab_size)
             )
-            self.head_lora = _adapter(c, "head")
+            self.head_lora = make_adapter(c, "head")
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.zeros, name="value_head")
 
     @nn.compact
@@ -669,10 +344,10 @@ class Transformer(nn.Module):
         # Looked up in a table that is whole in its width: cheaper than to move what it gives.
         table = self.embedder.embedding
         scale: Array | None = self.embedder.get_variable("params", "scale")
-        table = _gather(table if scale is not None else table.astype(c.dtype), ("vocab", "embed"))
+        table = gather(table if scale is not None else table.astype(c.dtype), ("vocab", "embed"))
         embedded = constrain(jnp.take(table, window, axis=0), "rows", None, None)
         if scale is not None:
-            embedded = _rescale(embedded.astype(c.dtype), jnp.take(scale, window, axis=0))
+            embedded = rescale(embedded.astype(c.dtype), jnp.take(scale, window, axis=0))
         if self.embedder_lora is not None:
             embedded = embedded + self.embedder_lora.lookup(window, c.dtype)
         if c.token_shift:  # padding is masked everywhere else, and a published id for it is used
@@ -693,7 +368,7 @@ class Transformer(nn.Module):
     def readout(self, dtype) -> Float[Array, "width V"]:
         """The matrix that `logits` reads hidden states of `dtype` out with, scales aside."""
         head = self.embedder.embedding.T if self.config.tie_embeddings else self.head
-        return _gather(head.astype(dtype), ("embed", "vocab"))
+        return gather(head.astype(dtype), ("embed", "vocab"))
 
     def logits(
         self,
@@ -709,7 +384,7 @@ class Transformer(nn.Module):
         holder, name = (self.embedder, "scale") if tied else (self, "head_scale")
         scale: Array | None = holder.get_variable("params", name)
         if scale is not None:
-            out = _rescale(out, scale.reshape(-1))
+            out = rescale(out, scale.reshape(-1))
         adapter = self.embedder_lora if tied else self.head_lora
         if adapter is not None:
             out = out + adapter.logits(hidden, transposed=tied)

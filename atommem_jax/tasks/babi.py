@@ -316,10 +316,4 @@ def make_builder(config: BabiConfig, data_root: str) -> Babi:
     for part in ("train", "test"):
         with open(data_file(config, part), "rb") as file:
             digest.update(file.read())
-    return Babi(
-        config=builders.TaskBuilderConfig(
-            name=f"qa{config.task}_{digest.hexdigest()[:12]}", task=config
-        ),
-        data_dir=data_root,
-        file_format="array_record",
-    )
+    return Babi.make(f"qa{config.task}_{digest.hexdigest()[:12]}", config, data_root)

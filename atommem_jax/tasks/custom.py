@@ -125,10 +125,6 @@ def make_builder(config: CustomConfig, data_root: str) -> Custom:
     """The TFDS builder of `config`; a source that has changed is prepared again, beside the old."""
     function = config.find()
     content = repr(function.__qualname__).encode() + user_functions.read_source(function)
-    return Custom(
-        config=builders.TaskBuilderConfig(
-            name=f"{function.__name__}_{hashlib.sha256(content).hexdigest()[:12]}", task=config
-        ),
-        data_dir=data_root,
-        file_format="array_record",
+    return Custom.make(
+        f"{function.__name__}_{hashlib.sha256(content).hexdigest()[:12]}", config, data_root
     )

@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from atommem_jax.config import TeacherConfig
 from atommem_jax.language.tokenizer import Tokenizer
 from atommem_jax.tasks import village
-from atommem_jax.tasks.teacher import Script
+from atommem_jax.tasks.teacher import Script, Turn, make_policy
 from atommem_jax.tasks.village import Relation
 from atommem_jax.types import (
     EDITS,
@@ -42,7 +42,6 @@ from atommem_jax.types import (
     Episode,
     Phase,
     Policy,
-    Response,
     View,
 )
 
@@ -441,18 +440,11 @@ def policy(
     """
     keeper = _Keeper(config, Habits() if habits is None else habits, words)
 
-    def respond_one(view: View, episode: Episode, key: PRNGKeyArray):
+    def write(view: View, episode: Episode, key: PRNGKeyArray) -> tuple[Turn, Turn]:
         sight = _Sight.of(view, words)
         facts = _Fact.read(view, episode, sight, jax.random.fold_in(key, 0))
         reading = script.write(_read_chunk(keeper, script, actions, sight, facts))
         key = jax.random.fold_in(key, 1)
-        answering = script.write(_answer(keeper, script, view, sight, key))
-        return jax.tree.map(
-            lambda r, a: jnp.where(view.phase == Phase.READING, r, a), reading, answering
-        )
+        return reading, script.write(_answer(keeper, script, view, sight, key))
 
-    def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
-        tokens, lengths = jax.vmap(respond_one)(views, episodes, keys)
-        return Response.of_program(tokens, lengths)
-
-    return respond
+    return make_policy(write)

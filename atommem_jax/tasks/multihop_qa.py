@@ -319,8 +319,4 @@ def make_builder(config: MultihopQaConfig, data_root: str) -> MultihopQa:
             contents[name] = hashlib.file_digest(file, "sha256").hexdigest()
     fields = dataclasses.replace(config, **contents)
     digest = hashlib.sha256(repr(fields).encode()).hexdigest()[:12]
-    return MultihopQa(
-        config=builders.TaskBuilderConfig(name=f"{config.dataset}_{digest}", task=config),
-        data_dir=data_root,
-        file_format="array_record",
-    )
+    return MultihopQa.make(f"{config.dataset}_{digest}", config, data_root)

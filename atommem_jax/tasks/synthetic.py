@@ -18,12 +18,13 @@ import enum
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
 from atommem_jax.tasks import builders
+from atommem_jax.tasks.builders import check_scales, read_split, refuse
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -86,31 +87,26 @@ class SyntheticConfig:
         object.__setattr__(self, "questions", tuple(self.questions))
         object.__setattr__(self, "scales", tuple(self.scales))
         if not (len(self.questions) == 2 and 1 <= self.questions[0] <= self.questions[1]):
-            _refuse("questions", self.questions, "(fewest, most) with 1 <= fewest <= most")
+            refuse("questions", self.questions, "(fewest, most) with 1 <= fewest <= most")
         most = self.questions[1]
         if most > _MAX_QUESTIONS:
-            _refuse("questions", self.questions, f"at most {_MAX_QUESTIONS} questions")
+            refuse("questions", self.questions, f"at most {_MAX_QUESTIONS} questions")
         for name in ("two_hop", "correction"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                _refuse(name, getattr(self, name), "a probability in [0, 1]")
+                refuse(name, getattr(self, name), "a probability in [0, 1]")
         for name in ("facts_per_chunk", "train_examples", "test_examples"):
             if getattr(self, name) < 1:
-                _refuse(name, getattr(self, name), "an integer of at least 1")
+                refuse(name, getattr(self, name), "an integer of at least 1")
         if self.decoys < 0 or most * (1 + max(1, self.decoys)) > _MAX_CHAIN_COMPANIES:
             allowed = f"0 or more, with questions * (1 + decoys) <= {_MAX_CHAIN_COMPANIES}"
-            _refuse("decoys", self.decoys, f"{allowed}; questions goes up to {most}")
+            refuse("decoys", self.decoys, f"{allowed}; questions goes up to {most}")
         if self.base_facts < most * (3 + self.decoys):
             allowed = f"at least questions * (3 + decoys) = {most * (3 + self.decoys)}"
-            _refuse("base_facts", self.base_facts, f"{allowed}; raise it or ask fewer questions")
-        if not self.scales or min(self.scales) < 1 or len(set(self.scales)) < len(self.scales):
-            _refuse("scales", self.scales, "one or more distinct integers of at least 1")
+            refuse("base_facts", self.base_facts, f"{allowed}; raise it or ask fewer questions")
+        check_scales(self)
         if self.base_facts * max(self.scales) > _MAX_FACTS:
             allowed = f"base_facts * scale <= {_MAX_FACTS}; base_facts is {self.base_facts}"
-            _refuse("scales", self.scales, f"{allowed}; the world has no more to tell")
-
-
-def _refuse(field: str, found: object, allowed: str) -> None:
-    raise ValueError(f"config.task.{field} is {found!r}; allowed: {allowed}.")
+            refuse("scales", self.scales, f"{allowed}; the world has no more to tell")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +167,6 @@ def split_pairs(
     return parts
 
 
-def split_sizes(config: SyntheticConfig) -> dict[str, int]:
-    """Number of examples of each split: train, validation_1x, test_1x, test_2x, ..."""
-    sizes = {"train": config.train_examples, "validation_1x": config.test_examples}
-    return sizes | {f"test_{scale}x": config.test_examples for scale in config.scales}
-
-
 class _Chain(NamedTuple):
     """One asked person's story."""
 
@@ -196,11 +186,9 @@ def generate(config: SyntheticConfig, split: str, index: int) -> dict[str, Any]:
     person's story is employer, correction, then the city sentences; the stories and all other
     sentences are interleaved uniformly at random.
 
-    Raises ValueError if `split` is none of `split_sizes(config)`.
+    Raises ValueError if `split` is none of `builders.split_sizes(config)`.
     """
-    if split not in split_sizes(config):
-        raise ValueError(f"split is {split!r}; allowed: {', '.join(split_sizes(config))}.")
-    part, _, scale = split.removesuffix("x").partition("_")
+    part, scale = read_split(config, split)
     rng = random.Random(f"{config.seed}/{part}/{index}")
     fewest, most = config.questions
     count = fewest
@@ -355,27 +343,15 @@ def _ask(chain: _Chain, group: list[dict], numbers: list[int]) -> dict[str, Any]
     return {"text": text, "aliases": [chain.city], "needs": needs}
 
 
-class Synthetic(builders.ExampleBuilder):
+class Synthetic(builders.GeneratedBuilder):
     """The generated world as a data set."""
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = "Streaming multi-hop questions over a made-up world."
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        sizes = split_sizes(self.builder_config.task)
-        return {split: self._generate_examples(split, size) for split, size in sizes.items()}
-
-    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict[str, str]]]:
-        task = self.builder_config.task
-        return self.store(generate(task, split, index) for index in range(size))
+    GENERATE = staticmethod(generate)
 
 
 def make_builder(config: SyntheticConfig, data_root: str) -> Synthetic:
     """The TFDS builder of `config`, with a directory of its own under `data_root`."""
-    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-    name = f"facts{config.base_facts}_{digest}"
-    return Synthetic(
-        config=builders.TaskBuilderConfig(name=name, task=config),
-        data_dir=data_root,
-        file_format="array_record",
-    )
+    name = builders.name_by_digest(f"facts{config.base_facts}", config)
+    return Synthetic.make(name, config, data_root)

@@ -12,6 +12,7 @@ of a task compares: they bound what a fixed workflow can reach there.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -56,6 +57,10 @@ SCRIPTED: dict[str, TeacherConfig] = {
         store_support=0.0, set_query=0.0, read_missing=0.0, forget=0.0, count=0.0
     ),
 }
+
+
+Turn = tuple[Int[Array, " R"], Int[Array, ""]]
+"""What a script writes: tokens, and how many they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Script:
         real.append(jnp.ones((pieces[-1].shape[0],), bool))
         return jnp.concatenate(pieces), jnp.concatenate(real) & when
 
-    def write(self, actions) -> tuple[Int[Array, " R"], Int[Array, ""]]:
+    def write(self, actions) -> Turn:
         """The turn: its actions, then end-of-sequence."""
         end = (jnp.asarray([self.eos_id], jnp.int32), jnp.ones((1,), bool))
         tokens, real = zip(*actions, end, strict=True)
@@ -350,9 +355,21 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
 def policy(config: TeacherConfig, script: Script) -> Policy:
     """The teacher as a rollout policy; its log-probs and values are 0."""
 
-    def respond_one(view: View, episode: Episode, key: PRNGKeyArray):
+    def write(view: View, episode: Episode, key: PRNGKeyArray) -> tuple[Turn, Turn]:
         reading = script.write(_read_chunk(config, script, view, episode, key))
-        answering = script.write(_answer(config, script, view, episode, key))
+        return reading, script.write(_answer(config, script, view, episode, key))
+
+    return make_policy(write)
+
+
+def make_policy(write: Callable[[View, Episode, PRNGKeyArray], tuple[Turn, Turn]]) -> Policy:
+    """The policy of a script that writes two turns of a trajectory: for reading, and for answering.
+
+    The phase tells which of them is played.
+    """
+
+    def respond_one(view: View, episode: Episode, key: PRNGKeyArray) -> Turn:
+        reading, answering = write(view, episode, key)
         return jax.tree.map(
             lambda r, a: jnp.where(view.phase == Phase.READING, r, a), reading, answering
         )

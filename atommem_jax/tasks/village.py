@@ -26,14 +26,14 @@ of train, validation and test, and no sentence of a split states a pair of anoth
 import dataclasses
 import enum
 import functools
-import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
 from atommem_jax.tasks import builders, synthetic
+from atommem_jax.tasks.builders import check_scales, read_split, refuse
 from atommem_jax.tasks.schema import Example, Fact, Question
 
 FACTS_PER_CHUNK = 3
@@ -137,23 +137,18 @@ class VillageConfig:
         object.__setattr__(self, "rounds", tuple(self.rounds))
         object.__setattr__(self, "scales", tuple(self.scales))
         if not 1 <= self.facts_per_chunk <= FACTS_PER_CHUNK:
-            _refuse("facts_per_chunk", self.facts_per_chunk, f"1 to {FACTS_PER_CHUNK}")
+            refuse("facts_per_chunk", self.facts_per_chunk, f"1 to {FACTS_PER_CHUNK}")
         if not (len(self.rounds) == 2 and 1 <= self.rounds[0] <= self.rounds[1] <= 3):
-            _refuse("rounds", self.rounds, "(fewest, most) with 1 <= fewest <= most <= 3")
+            refuse("rounds", self.rounds, "(fewest, most) with 1 <= fewest <= most <= 3")
         for name, most in (("oldest_lost", 1), ("others", 2)):
             if not 0.0 <= getattr(self, name) <= most:
-                _refuse(name, getattr(self, name), f"0 to {most}")
+                refuse(name, getattr(self, name), f"0 to {most}")
         for name in ("train_examples", "test_examples"):
             if getattr(self, name) < 1:
-                _refuse(name, getattr(self, name), "an integer of at least 1")
-        if not self.scales or min(self.scales) < 1 or len(set(self.scales)) < len(self.scales):
-            _refuse("scales", self.scales, "one or more distinct integers of at least 1")
+                refuse(name, getattr(self, name), "an integer of at least 1")
+        check_scales(self)
         if max(self.scales) > _MAX_SCALE:
-            _refuse("scales", self.scales, f"integers up to {_MAX_SCALE}")
-
-
-def _refuse(field: str, found: object, allowed: str) -> None:
-    raise ValueError(f"config.task.{field} is {found!r}; allowed: {allowed}.")
+            refuse("scales", self.scales, f"integers up to {_MAX_SCALE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +183,6 @@ def make_world() -> World:
 
 def _pair_words(first: str, second: str) -> tuple[str, ...]:
     return tuple(f"{a} {b}" for a in first.split() for b in second.split())
-
-
-def split_sizes(config: VillageConfig) -> dict[str, int]:
-    """Number of examples of each split: train, validation_1x, test_1x, test_2x, ..."""
-    sizes = {"train": config.train_examples, "validation_1x": config.test_examples}
-    return sizes | {f"test_{scale}x": config.test_examples for scale in config.scales}
 
 
 class _Told(NamedTuple):
@@ -233,11 +222,9 @@ def generate(config: VillageConfig, split: str, index: int) -> Example:
     but within a round: at scale 1 `others` for each of the story's, so that a learner meets parts
     in which nothing is to be done; a document n times as long has n times as many chunks.
 
-    Raises ValueError if `split` is none of `split_sizes(config)`.
+    Raises ValueError if `split` is none of `builders.split_sizes(config)`.
     """
-    if split not in split_sizes(config):
-        raise ValueError(f"split is {split!r}; allowed: {', '.join(split_sizes(config))}.")
-    part, _, scale = split.removesuffix("x").partition("_")
+    part, scale = read_split(config, split)
     rng = random.Random(f"{config.seed}/{part}/{index}")
     story = _draw_story(rng, config, part)
     asks = rng.sample(range(3), 3)
@@ -426,28 +413,15 @@ def _ask(story: _Story, told: list[_Told], wording: int) -> list[Question]:
     return [{"text": text, "aliases": [answer], "needs": needs} for text, answer, needs in asked]
 
 
-class Village(builders.ExampleBuilder):
+class Village(builders.GeneratedBuilder):
     """The chronicles as a data set."""
 
     VERSION = tfds.core.Version("1.0.0")
     DESCRIPTION = "Streaming questions about two persons of a made-up village, and its bells."
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        sizes = split_sizes(self.builder_config.task)
-        return {split: self._generate_examples(split, size) for split, size in sizes.items()}
-
-    def _generate_examples(self, split: str, size: int) -> Iterator[tuple[int, dict[str, str]]]:
-        task = self.builder_config.task
-        return self.store(generate(task, split, index) for index in range(size))
+    GENERATE = staticmethod(generate)
 
 
 def make_builder(config: VillageConfig, data_root: str) -> Village:
     """The TFDS builder of `config`, with a directory of its own under `data_root`."""
-    digest = hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-    return Village(
-        config=builders.TaskBuilderConfig(
-            name=f"chunks{config.facts_per_chunk}_{digest}", task=config
-        ),
-        data_dir=data_root,
-        file_format="array_record",
-    )
+    name = builders.name_by_digest(f"chunks{config.facts_per_chunk}", config)
+    return Village.make(name, config, data_root)

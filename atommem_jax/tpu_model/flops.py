@@ -241,7 +241,7 @@ def score(
     blocked: bool = False,
     chunked: bool = False,
 ) -> Flops:
-    """Log-probs of given responses (`sampling.score`), with the gradient where `train`.
+    """Log-probs of given responses (`scoring.score`), with the gradient where `train`.
 
     Args:
       config: of the model.

@@ -14,7 +14,7 @@ _BITS = {
     "c64": 64,
     "c128": 128,
 }
-_SHAPE = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d+\w*)\[([\d,<= ]*)\]")
+_SHAPE = re.compile(r"\b(pred|token|opaque|bf16|[sufc]\d++\w*+)\[([\d,<= ]*)\]")
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s+=\s+(.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")

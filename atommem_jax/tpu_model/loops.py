@@ -47,7 +47,7 @@ def scope_names(op_name: str) -> list[str]:
 def list_scopes(op_name: str) -> list[str]:
     """All scopes of an op_name: `jit(f)/transpose(jvp(layers))/add` -> ["layers", "add"]."""
     parts = [part for part in op_name.split("/") if not part.startswith(("jit(", "pjit("))]
-    inner = [re.sub(r"^(?:\w*\()*|\)*$", "", part) for part in parts]
+    inner = [re.sub(r"^(?:\w*\()*", "", part).rstrip(")") for part in parts]
     return [name for name in inner if name]
 
 

@@ -77,13 +77,14 @@ class Overflow:
 _REQUIRED = (
     # libtpu 0.0.42
     re.compile(
-        r"required for ([\w ]+?) \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)(\w?)"
+        r"required for ([\w ]{1,80}?) \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)(\w?)"
     ),
     # longer messages of the TPU runtime
     re.compile(r"(Used) ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
 )
 _ALLOCATION = re.compile(
-    r"^\s*\d+\. Size: ([\d.]+)([KMGT]?)\s*$(.*?)(?=^\s*\d+\. Size:|\Z)", re.MULTILINE | re.DOTALL
+    r"^[ \t]*+\d++\. Size: ([\d.]+)([KMGT]?)[ \t]*+$(.*?)(?=^[ \t]*+\d++\. Size:|\Z)",
+    re.MULTILINE | re.DOTALL,
 )
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": GIB, "T": 1024**4}
 

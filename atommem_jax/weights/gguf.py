@@ -4,6 +4,7 @@
 config.json. A model that was split into several files is opened by any of them.
 """
 
+import array
 import math
 import os
 import re
@@ -198,7 +199,8 @@ class Model:
     def _read_strings(self, field: str) -> list[str]:
         found = self._file.fields.get(field)
         if not isinstance(found, list) or not all(isinstance(piece, str) for piece in found):
-            shown = "missing" if found is None else f"a {type(found).__name__} of other things"
+            kind = "list" if isinstance(found, array.array) else type(found).__name__
+            shown = "missing" if found is None else f"a {kind} of other things"
             raise PublishedError(
                 f"{self.place}: field {field} is {shown}; it must be a list of strings: copy the "
                 "file again, or take the model's tokenizer.json"
@@ -214,7 +216,7 @@ class Model:
         of `reserved` is no piece yet, in order.
         """
         types = self._file.fields.get("tokenizer.ggml.token_type", [])
-        if not isinstance(types, list) or len(types) not in (0, len(pieces)):
+        if not isinstance(types, list | array.array) or len(types) not in (0, len(pieces)):
             raise PublishedError(
                 f"{self.place}: field tokenizer.ggml.token_type is {_show(types)}; it must be a "
                 f"list of {len(pieces)} numbers, as many as pieces: copy the file again"

@@ -11,6 +11,7 @@ is damaged it does not end. Here every length is compared with the file before a
 allocated.
 """
 
+import array
 import dataclasses
 import importlib
 import math
@@ -31,6 +32,7 @@ _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # of the data, where the field general.alignment does not say otherwise
 _MOST_DIMENSIONS = 4
 _LONGEST_ARRAY = 1 << 24  # far above any vocabulary; what is longer is damage
+_LONGEST_SHOWN = 80  # characters of a name in an error
 _DECODED_AT_ONCE = 1 << 22  # numbers: decoding takes several times the memory of its result
 
 _SCALARS = {
@@ -138,7 +140,7 @@ class File:
 
     Attributes:
       path: of the file.
-      fields: name -> value; arrays are lists.
+      fields: name -> value; arrays of strings are lists, and those of numbers `array.array`.
       shapes: name of each tensor -> shape, outermost dimension first.
 
     Raises PublishedError for a file that is not GGUF, is damaged or truncated, holds a kind of
@@ -193,7 +195,7 @@ def _read_file(path: pathlib.Path) -> _Contents:
     for name, entry in entries.items():
         if entry.end > size:
             raise PublishedError(
-                f"{path}: truncated: ends after {size} bytes, within {name}, which needs "
+                f"{path}: truncated: ends after {size} bytes, within {_show(name)}, which needs "
                 f"{entry.end}; copy the file again"
             )
     return fields, entries
@@ -230,7 +232,9 @@ def _read_parts(path: pathlib.Path, fields: dict[str, Any]) -> _Contents:
             )
         again = sorted(tensors.keys() & entries.keys())
         if again:
-            raise PublishedError(f"{paths[i]}: holds {again[0]}, as a part before does; {merge}")
+            raise PublishedError(
+                f"{paths[i]}: holds {_show(again[0])}, as a part before does; {merge}"
+            )
         entries |= tensors
     total = parts[0][0].get("split.tensors.count", len(entries))
     if total != len(entries):
@@ -295,7 +299,7 @@ class _Header:
         name = self._read_string()
         if name in known:
             raise PublishedError(
-                f"{self._path}: lists {name!r} twice; the file is damaged, copy it again"
+                f"{self._path}: lists {_show(name)!r} twice; the file is damaged, copy it again"
             )
         return name
 
@@ -306,20 +310,23 @@ class _Header:
             return self._read_string()
         if kind != _ARRAY:
             raise PublishedError(
-                f"{self._path}: field {name} is of type {kind}, which GGUF does not have"
+                f"{self._path}: field {_show(name)} is of type {kind}, which GGUF does not have"
             )
         inner, count = self._unpack("IQ")
         if count > _LONGEST_ARRAY:
             raise PublishedError(
-                f"{self._path}: field {name} is an array of {count}; allowed are up to "
+                f"{self._path}: field {_show(name)} is an array of {count}; allowed are up to "
                 f"{_LONGEST_ARRAY}: the file is damaged, copy it again"
             )
         if inner in _SCALARS:
-            return list(self._unpack(f"{count}{_SCALARS[inner]}"))
+            # A list of small numbers would take eight times the bytes that the file has for them.
+            numbers = array.array(_SCALARS[inner].replace("?", "B"))
+            numbers.frombytes(self._take(count * numbers.itemsize))
+            return numbers
         if inner != _STRING:
             raise PublishedError(
-                f"{self._path}: field {name} is an array of type {inner}; allowed are arrays of "
-                "numbers and of strings"
+                f"{self._path}: field {_show(name)} is an array of type {inner}; allowed are "
+                "arrays of numbers and of strings"
             )
         return [self._read_string() for _ in range(count)]
 
@@ -327,8 +334,8 @@ class _Header:
         (rank,) = self._unpack("I")
         if not 1 <= rank <= _MOST_DIMENSIONS:
             raise PublishedError(
-                f"{self._path}: {name} has {rank} dimensions; allowed are 1 to {_MOST_DIMENSIONS}: "
-                "the file is damaged, copy it again"
+                f"{self._path}: {_show(name)} has {rank} dimensions; allowed are 1 to "
+                f"{_MOST_DIMENSIONS}: the file is damaged, copy it again"
             )
         shape = tuple(reversed(self._unpack(f"{rank}Q")))
         number, start = self._unpack("IQ")
@@ -337,12 +344,12 @@ class _Header:
             kind = self._kinds[number] = _find_kind(number)
         if isinstance(kind, str):
             raise PublishedError(
-                f"{self._path}: {name} holds numbers of {kind}, and the package gguf decodes none "
-                "of it; take the model in Q8_0, F16 or BF16"
+                f"{self._path}: {_show(name)} holds numbers of {kind}, and the package gguf "
+                "decodes none of it; take the model in Q8_0, F16 or BF16"
             )
         if 0 in shape or shape[-1] % kind.block:
             raise PublishedError(
-                f"{self._path}: {name} {list(shape)} is {kind.name}, which has blocks of "
+                f"{self._path}: {_show(name)} {list(shape)} is {kind.name}, which has blocks of "
                 f"{kind.block} in each row; the file is damaged, copy it again"
             )
         return _Entry(shape, kind, self._path, start)
@@ -358,3 +365,8 @@ class _Header:
             raise struct.error(f"{count} bytes are not there")
         self._left -= count
         return self._file.read(count)
+
+
+def _show(name: str) -> str:
+    """A name as errors quote it: one in a damaged file may be as long as the file."""
+    return name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."

@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from atommem_jax import text_files
 from atommem_jax.config import ROPE_TYPES
 from atommem_jax.model.model_config import ModelConfig
 
@@ -348,8 +349,10 @@ def _integer(fields: Mapping[str, Any], field: str, where: str, default: int | N
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises PublishedError where there is none."""
     try:
-        found = json.loads(read_text(path))
-        json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate
+        text = read_text(path)
+        found = json.loads(text)
+        if text_files.may_hold_surrogates(text):
+            json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate
     except PublishedError:
         raise
     except (ValueError, RecursionError) as error:

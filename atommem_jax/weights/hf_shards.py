@@ -124,7 +124,8 @@ def _explain(path: pathlib.Path) -> str:
         if length + 8 > size or not length:
             return f"ends within its header, after {size} bytes"
         try:
-            header = json.loads(file.read(length))
+            text = file.read(length).decode()  # apart, so that the bytes are not kept beside it
+            header = json.loads(text)
             ends = {
                 n: 8 + length + t["data_offsets"][1] for n, t in header.items() if n[:2] != "__"
             }

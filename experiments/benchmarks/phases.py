@@ -17,7 +17,7 @@ from atommem_jax.language import prompt as prompting
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.learning import rollout, trainer
 from atommem_jax.memory import slot_table
-from atommem_jax.model import attention, groups, sampling
+from atommem_jax.model import attention, groups, sampling, scoring
 from atommem_jax.model.sampling import Agent
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.types import Batch, Phase
@@ -241,7 +241,7 @@ def _pack(lesson: Lesson, agent: Agent, devices: int) -> list[tuple[Batch, int]]
     """
     ppo, batch = lesson.ppo, lesson.batch
     size = ppo.microbatch_rows * devices
-    lengths = np.asarray(sampling.row_lengths(batch.prompt_lengths, batch.response_lengths))
+    lengths = np.asarray(scoring.row_lengths(batch.prompt_lengths, batch.response_lengths))
     active = np.flatnonzero(np.any(batch.weights * batch.advantages != 0, axis=1))
     active = active[np.argsort(-lengths[active], kind="stable")]
     full = batch.prompt.shape[1] + batch.response.shape[1] - 1

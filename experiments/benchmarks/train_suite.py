@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from atommem_jax.config import OptimizerConfig, PPOConfig
-from atommem_jax.learning import evaluation, trainer
+from atommem_jax.learning import credit, evaluation, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
 from atommem_jax.parallel import host_batches
 from atommem_jax.types import Batch, Trajectory
@@ -54,7 +54,7 @@ def make_lesson(scene: Scene) -> Lesson:
     host = jax.device_get(trajectories)
 
     def weigh(rewards):
-        advantages, returns = trainer.turn_advantages(ppo, host, rewards, counts)
+        advantages, returns = credit.turn_advantages(ppo, host, rewards, counts)
         return trainer.make_batch(host, advantages, returns)
 
     batch, source = weigh(rewards), "exact match"

@@ -41,10 +41,10 @@ class Preset:
     head_width: int
     mlp_width: int
     rope_theta: float
-    qk_norm: bool
     tie_embeddings: bool
     norm_epsilon: float
     rope_factor: float = 1.0
+    qk_norm: bool = False
     qkv_bias: bool = False
 
     def sizes(self) -> dict[str, Any]:
@@ -56,189 +56,49 @@ class Preset:
 _ABOUT = ("source", "parameters")
 
 
-def _qwen3(size: str, parameters: int, **sizes: Any) -> Preset:
-    common: dict[str, Any] = {
-        "vocab_size": 151_936,
-        "num_kv_heads": 8,
-        "head_width": 128,
-        "rope_theta": 1e6,
-        "qk_norm": True,
-        "norm_epsilon": 1e-6,
-    }
-    return Preset(source=f"Qwen/Qwen3-{size}", parameters=parameters, **common, **sizes)
+_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {"source": "Qwen/Qwen3", "qk_norm": True, "norm_epsilon": 1e-6},
+    "qwen2_5": {"source": "Qwen/Qwen2.5", "qkv_bias": True, "norm_epsilon": 1e-6},
+    "llama3_1": {"source": "meta-llama/Llama-3.1", "rope_factor": 8.0, "norm_epsilon": 1e-5},
+    "smollm2": {"source": "HuggingFaceTB/SmolLM2", "norm_epsilon": 1e-5},
+}
+"""What all sizes of a family have in common; `source` is followed by the size."""
+
+_COLUMNS = (
+    *("parameters", "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads"),
+    *("head_width", "mlp_width", "rope_theta", "tie_embeddings"),
+)
+# fmt: off
+_SIZES = (
+    ("qwen3", "0.6B", 596_049_920, 151_936, 1024, 28, 16, 8, 128, 3072, 1e6, True),
+    ("qwen3", "1.7B", 1_720_574_976, 151_936, 2048, 28, 16, 8, 128, 6144, 1e6, True),
+    ("qwen3", "4B", 4_022_468_096, 151_936, 2560, 36, 32, 8, 128, 9728, 1e6, True),
+    ("qwen3", "8B", 8_190_735_360, 151_936, 4096, 36, 32, 8, 128, 12_288, 1e6, False),
+    ("qwen3", "14B", 14_768_307_200, 151_936, 5120, 40, 40, 8, 128, 17_408, 1e6, False),
+    ("qwen3", "32B", 32_762_123_264, 151_936, 5120, 64, 64, 8, 128, 25_600, 1e6, False),
+    ("qwen2_5", "0.5B", 494_032_768, 151_936, 896, 24, 14, 2, 64, 4864, 1e6, True),
+    ("qwen2_5", "1.5B", 1_543_714_304, 151_936, 1536, 28, 12, 2, 128, 8960, 1e6, True),
+    ("qwen2_5", "3B", 3_085_938_688, 151_936, 2048, 36, 16, 2, 128, 11_008, 1e6, True),
+    ("qwen2_5", "7B", 7_615_616_512, 152_064, 3584, 28, 28, 4, 128, 18_944, 1e6, False),
+    ("llama3_1", "8B", 8_030_261_248, 128_256, 4096, 32, 32, 8, 128, 14_336, 5e5, False),
+    ("smollm2", "135M", 134_515_008, 49_152, 576, 30, 9, 3, 64, 1536, 1e5, True),
+    ("smollm2", "360M", 361_821_120, 49_152, 960, 32, 15, 5, 64, 2560, 1e5, True),
+    ("smollm2", "1.7B", 1_711_376_384, 49_152, 2048, 24, 32, 32, 64, 8192, 1.3e5, True),
+)
+# fmt: on
 
 
-def _qwen2_5(size: str, parameters: int, **sizes: Any) -> Preset:
-    common: dict[str, Any] = {
-        "rope_theta": 1e6,
-        "qk_norm": False,
-        "qkv_bias": True,
-        "norm_epsilon": 1e-6,
-    }
-    return Preset(source=f"Qwen/Qwen2.5-{size}", parameters=parameters, **common, **sizes)
-
-
-def _smollm2(size: str, parameters: int, **sizes: Any) -> Preset:
-    common: dict[str, Any] = {
-        "vocab_size": 49_152,
-        "head_width": 64,
-        "qk_norm": False,
-        "tie_embeddings": True,
-        "norm_epsilon": 1e-5,
-    }
-    return Preset(source=f"HuggingFaceTB/SmolLM2-{size}", parameters=parameters, **common, **sizes)
+def _make_preset(family: str, size: str, *sizes: Any) -> Preset:
+    common = dict(_FAMILIES[family])
+    common["source"] += f"-{size}"
+    return Preset(**common, **dict(zip(_COLUMNS, sizes, strict=True)))
 
 
 PRESETS: Mapping[str, Preset] = {
-    "qwen3_0_6b": _qwen3(
-        "0.6B",
-        596_049_920,
-        width=1024,
-        num_layers=28,
-        num_heads=16,
-        mlp_width=3072,
-        tie_embeddings=True,
-    ),
-    "qwen3_1_7b": _qwen3(
-        "1.7B",
-        1_720_574_976,
-        width=2048,
-        num_layers=28,
-        num_heads=16,
-        mlp_width=6144,
-        tie_embeddings=True,
-    ),
-    "qwen3_4b": _qwen3(
-        "4B",
-        4_022_468_096,
-        width=2560,
-        num_layers=36,
-        num_heads=32,
-        mlp_width=9728,
-        tie_embeddings=True,
-    ),
-    "qwen3_8b": _qwen3(
-        "8B",
-        8_190_735_360,
-        width=4096,
-        num_layers=36,
-        num_heads=32,
-        mlp_width=12_288,
-        tie_embeddings=False,
-    ),
-    "qwen3_14b": _qwen3(
-        "14B",
-        14_768_307_200,
-        width=5120,
-        num_layers=40,
-        num_heads=40,
-        mlp_width=17_408,
-        tie_embeddings=False,
-    ),
-    "qwen3_32b": _qwen3(
-        "32B",
-        32_762_123_264,
-        width=5120,
-        num_layers=64,
-        num_heads=64,
-        mlp_width=25_600,
-        tie_embeddings=False,
-    ),
-    "qwen2_5_0_5b": _qwen2_5(
-        "0.5B",
-        494_032_768,
-        vocab_size=151_936,
-        width=896,
-        num_layers=24,
-        num_heads=14,
-        num_kv_heads=2,
-        head_width=64,
-        mlp_width=4864,
-        tie_embeddings=True,
-    ),
-    "qwen2_5_1_5b": _qwen2_5(
-        "1.5B",
-        1_543_714_304,
-        vocab_size=151_936,
-        width=1536,
-        num_layers=28,
-        num_heads=12,
-        num_kv_heads=2,
-        head_width=128,
-        mlp_width=8960,
-        tie_embeddings=True,
-    ),
-    "qwen2_5_3b": _qwen2_5(
-        "3B",
-        3_085_938_688,
-        vocab_size=151_936,
-        width=2048,
-        num_layers=36,
-        num_heads=16,
-        num_kv_heads=2,
-        head_width=128,
-        mlp_width=11_008,
-        tie_embeddings=True,
-    ),
-    "qwen2_5_7b": _qwen2_5(
-        "7B",
-        7_615_616_512,
-        vocab_size=152_064,
-        width=3584,
-        num_layers=28,
-        num_heads=28,
-        num_kv_heads=4,
-        head_width=128,
-        mlp_width=18_944,
-        tie_embeddings=False,
-    ),
-    "llama3_1_8b": Preset(
-        source="meta-llama/Llama-3.1-8B",
-        parameters=8_030_261_248,
-        vocab_size=128_256,
-        width=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_width=128,
-        mlp_width=14_336,
-        rope_theta=5e5,
-        qk_norm=False,
-        tie_embeddings=False,
-        norm_epsilon=1e-5,
-        rope_factor=8.0,
-    ),
-    "smollm2_135m": _smollm2(
-        "135M",
-        134_515_008,
-        width=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        mlp_width=1536,
-        rope_theta=1e5,
-    ),
-    "smollm2_360m": _smollm2(
-        "360M",
-        361_821_120,
-        width=960,
-        num_layers=32,
-        num_heads=15,
-        num_kv_heads=5,
-        mlp_width=2560,
-        rope_theta=1e5,
-    ),
-    "smollm2_1_7b": _smollm2(
-        "1.7B",
-        1_711_376_384,
-        width=2048,
-        num_layers=24,
-        num_heads=32,
-        num_kv_heads=32,
-        mlp_width=8192,
-        rope_theta=1.3e5,
-    ),
+    f"{family}_{size.lower().replace('.', '_')}": _make_preset(family, size, *sizes)
+    for family, size, *sizes in _SIZES
 }
+"""Family and size, as `qwen3_0_6b` -> the preset."""
 
 
 def get_preset(name: str) -> Preset:

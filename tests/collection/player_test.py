@@ -17,7 +17,7 @@ from atommem_jax.agent import build
 from atommem_jax.collection import endpoint, store
 from atommem_jax.collection import player as player_lib
 from atommem_jax.collection.player import Player, Tally
-from atommem_jax.config import ConfigError
+from atommem_jax.config import ConfigError, PassingError
 from atommem_jax.documents.session import Session
 from atommem_jax.language import chat
 from atommem_jax.learning import rollout
@@ -292,6 +292,19 @@ def test_a_long_reply_is_split_in_linear_time(piece):
     assert time.monotonic() - begin < 10.0
 
 
+@pytest.mark.parametrize("name", ["a", "a ", "1", "\u00e9"])
+def test_the_name_of_a_channel_may_have_any_length(name):
+    """What follows it is looked for once, and not from each of its characters: that took hours."""
+    tags = build.find_protocol(tiny.make_config()).tags
+    name = name * 1_000_000
+    unfinished = f"<|channel|>{name}<|constrain|>{name}"
+    assert player_lib.split_thoughts(unfinished, tags) == ("", unfinished, True)
+    whole = (
+        f"<|channel|>{name}<|constrain|>{name}<|message|>Hm.<|end|><|channel|>final<|message|>So."
+    )
+    assert player_lib.split_thoughts(whole, tags) == ("Hm.", "So.", True)
+
+
 def test_thoughts_are_kept_beside_the_turn_and_neither_played_nor_learned(expected, tmp_path):
     replies = list_replies(expected[0][0])
     plain = Player(tiny.make_parts(), list_examples(), Scripted(replies)).play((0, 0))
@@ -456,7 +469,7 @@ def collect_here(player, folder, *, samples=1, concurrency=2, max_failures=2):
                 max_failures=max_failures,
             )
         except ConfigError as error:
-            return tally.summarise(), str(error)
+            return tally.summarise(), error
     return tally.summarise(), None
 
 
@@ -489,13 +502,37 @@ def test_a_server_that_is_down_or_refuses_ends_the_run(tmp_path):
     down = endpoint.OutOfRetriesError("it is down")
     player = Player(tiny.make_parts(), list_examples(), Scripted([down] * 9))
     summary, error = collect_here(player, tmp_path / "down", concurrency=1)
-    assert "2 episodes in a row failed (--max_failures), the last one with: it is down" in error
+    assert "2 episodes in a row failed (--max_failures), the last one with: it is down" in str(
+        error
+    )
+    assert isinstance(error, PassingError)
     assert (summary["trajectories"], summary["failures"]) == (0, 2)
     refused = endpoint.EndpointError("status 401. Put a valid key")  # for all requests
     player = Player(tiny.make_parts(), list_examples(), Scripted([refused] * 9))
     summary, error = collect_here(player, tmp_path / "refused")
-    assert error == "status 401. Put a valid key"
+    assert str(error) == "status 401. Put a valid key"
+    assert not isinstance(error, PassingError)
     assert (summary["trajectories"], summary["failures"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fates", "said"),
+    [
+        (["down"] * 3, "(episodes without an answer: 3, refused: 0)"),
+        (["refused", "down"], "(episodes without an answer: 1, refused: 1)"),
+    ],
+)
+def test_a_collection_of_failures_alone_has_failed(records, tmp_path, fates, said):
+    taught = Taught(records[0], fates)
+    summary, error = collect_here(taught, tmp_path, max_failures=10, concurrency=1)
+    assert isinstance(error, PassingError)
+    assert f"nothing was collected {said}; the last one failed with: down. Look" in str(error)
+    assert str(error).endswith("when it answers, the same command goes on")
+    assert (summary["trajectories"], summary["failures"]) == (0, len(fates))
+    # One that is played is enough.
+    more = Taught(records[0], ["down", "played", "down"])
+    summary, error = collect_here(more, tmp_path, max_failures=10, concurrency=1)
+    assert (error, summary["trajectories"]) == (None, 1)
 
 
 REFUSED = endpoint.RefusedError("status 400, 'too long'")
@@ -558,14 +595,14 @@ def test_refused_prompts_never_keep_others_from_being_played(records, tmp_path):
     # A server that is down is still found out while they are tried again.
     down = Taught(records[0], ["played", *["down"] * 10])
     _, error = collect_here(down, tmp_path, max_failures=3, concurrency=1)
-    assert "3 episodes in a row failed" in error
+    assert "3 episodes in a row failed" in str(error)
     assert down.played == [1, 2, 4]
 
 
 def test_a_server_that_refuses_everything_ends_the_run_soon(records, tmp_path):
     everything = Taught(records[0], ["refused"] * 50)
     summary, error = collect_here(everything, tmp_path / "a", max_failures=10, concurrency=1)
-    assert "the server refused the first 3 episodes, the last one with: refused" in error
+    assert "the server refused the first 3 episodes, the last one with: refused" in str(error)
     assert (summary["refused"], summary["trajectories"]) == (3, 0)
     # The next call begins with others.
     again = Taught(records[0], ["refused"] * 50)
@@ -574,11 +611,13 @@ def test_a_server_that_refuses_everything_ends_the_run_soon(records, tmp_path):
     few = Taught(records[0], ["refused"] * 2)
     for _ in range(2):
         _, error = collect_here(few, tmp_path / "b", max_failures=10)
-        assert "refused all episodes that there were to play (2), the last one with: ref" in error
+        assert "refused all episodes that there were to play (2), the last one with: ref" in str(
+            error
+        )
     # Where something was played once, it takes as many as any other failure.
     later = Taught(records[0], ["played"] + ["refused"] * 50)
     summary, error = collect_here(later, tmp_path / "c", max_failures=10, concurrency=1)
-    assert "10 episodes in a row failed (--max_failures), the last one with: refused" in error
+    assert "10 episodes in a row failed (--max_failures), the last one with: refused" in str(error)
     assert summary["trajectories"] == 1
 
 

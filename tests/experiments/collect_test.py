@@ -236,6 +236,26 @@ def test_a_refusal_of_everything_ends_in_a_sentence(tmp_path, data_root):
     assert "Change what it names: --model, --temperature, --max_tokens" in printed
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer(body=b'{"error": {"message": "CUDA out of memory"}}'), "CUDA out of memory"),
+        (Answer(status=503), "status 503"),
+    ],
+)
+def test_errors_alone_end_with_a_status_of_failure(tmp_path, data_root, answer, said):
+    """Fewer episodes than --max_failures, and none is played: that is no success."""
+    with Stub(lambda request: answer) as stub:
+        command = make_command(stub, tmp_path, data_root, "--episodes=2", "--retries=1")
+        printed = runs.run("collect.py", *command, status=1)
+    sentence = printed[printed.index("collect.py: nothing was collected") :]
+    assert "(episodes without an answer: 2, refused: 0); the last one failed with: " in sentence
+    assert said in sentence
+    assert sentence.rstrip().endswith("when it answers, the same command goes on")
+    assert "0 trajectories, 0 kept" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.long
 def test_empty_replies_are_said(tmp_path, data_root):
     answer = Answer(None, message={"reasoning_content": "<answer>Paris<end>"})

@@ -14,7 +14,7 @@ from atommem_jax.agent import build
 from atommem_jax.config import Experiment, parse
 from atommem_jax.language.tokenizer import SentencePieceTokenizer
 from atommem_jax.learning import rollout
-from atommem_jax.model import sampling
+from atommem_jax.model import scoring
 from atommem_jax.model import transformer as model_lib
 from atommem_jax.tasks import batches, encoding, synthetic
 from atommem_jax.types import ActionKind, Phase
@@ -118,9 +118,9 @@ def make_episodes(indices):
     return jax.device_put(batch.episodes), batch.aliases
 
 
-def score_rows(agent, params, rows) -> sampling.Scores:
+def score_rows(agent, params, rows) -> scoring.Scores:
     """What the learner says of the responses in `rows`, a `Batch` or `Turns`, at temperature 1."""
-    return sampling.score(
+    return scoring.score(
         agent,
         params,
         rows.prompt,

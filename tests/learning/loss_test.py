@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atommem_jax.learning import loss
-from atommem_jax.model import sampling
+from atommem_jax.model import distribution
 
 LOG2 = float(np.log(2.0))
 ONE = jnp.float32(1.0)
@@ -361,7 +361,7 @@ def test_value_clip_must_be_positive():
 # --- entropy
 
 _entropy_gradient = jax.jit(
-    jax.grad(lambda logits, mask: sampling.masked_entropy(logits, mask).sum())
+    jax.grad(lambda logits, mask: distribution.masked_entropy(logits, mask).sum())
 )
 
 
@@ -387,7 +387,7 @@ def test_entropy_by_hand():
         ]
     )
     want = [2 * LOG2, LOG2, 0.0, np.log(3) - 2 / 3 * LOG2, 0.0, 0.0]
-    np.testing.assert_allclose(sampling.masked_entropy(logits, mask), want, atol=1e-6)
+    np.testing.assert_allclose(distribution.masked_entropy(logits, mask), want, atol=1e-6)
     gradient = _entropy_gradient(logits, mask)
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[~np.asarray(mask)], 0.0)
@@ -404,7 +404,7 @@ def test_entropy_agrees_with_numpy_and_its_gradient_with_theory():
     log_p = np.log(np.where(p > 0, p, 1))
     want = -(p * log_p).sum(axis=-1)
     np.testing.assert_allclose(
-        sampling.masked_entropy(jnp.array(logits), jnp.array(mask)), want, atol=1e-5
+        distribution.masked_entropy(jnp.array(logits), jnp.array(mask)), want, atol=1e-5
     )
     gradient = _entropy_gradient(jnp.array(logits), jnp.array(mask))
     np.testing.assert_allclose(gradient, -p * (log_p + want[..., None]), atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from atommem_jax.config import OptimizerConfig, PPOConfig
-from atommem_jax.learning import microbatches, trainer
+from atommem_jax.learning import credit, microbatches, trainer
 from atommem_jax.types import EMPTY, ActionKind
 from tests.helpers import tiny
 from tests.helpers.updates import (
@@ -270,7 +270,7 @@ def test_value_kl_and_entropy_terms_follow_their_formulas():
     state, metrics = update(
         new_state(RECORDER), sample(), rewards, GAE, RECORDER, reference=reference
     )
-    advantages, returns = trainer.turn_advantages(GAE, sample(), rewards, num_questions())
+    advantages, returns = credit.turn_advantages(GAE, sample(), rewards, num_questions())
     turns = sample().turns
 
     @jax.jit
@@ -355,7 +355,7 @@ COSTS = PPOConfig(group_size=4, microbatch_rows=64, read_cost=0.1, create_cost=0
 def test_actions_cost_what_the_config_says():
     config = dataclasses.replace(COSTS, invalid_cost=0.5)
     turns = jax.device_get(sample().turns)
-    found = np.asarray(trainer.turn_costs(config, sample()))
+    found = np.asarray(credit.turn_costs(config, sample()))
     for b, t in np.ndindex(found.shape):
         expected = 0.0
         if turns.live[b, t]:
@@ -365,12 +365,12 @@ def test_actions_cost_what_the_config_says():
             expected += 0.5 * report.invalid.sum()
         np.testing.assert_allclose(found[b, t], expected, atol=1e-6)
     assert len(np.unique(found)) > 3
-    assert trainer.turn_costs(PPOConfig(), sample()) is None
+    assert credit.turn_costs(PPOConfig(), sample()) is None
 
     # A trajectory's reward is less by the sum; each return and each contrast follows.
     rewards = draw_rewards()
-    plain, plain_returns = trainer.turn_advantages(COSTS, sample(), rewards, num_questions())
-    priced, returns = trainer.turn_advantages(
+    plain, plain_returns = credit.turn_advantages(COSTS, sample(), rewards, num_questions())
+    priced, returns = credit.turn_advantages(
         COSTS, sample(), rewards, num_questions(), jnp.asarray(found)
     )
     total = found.sum(axis=1)
@@ -398,7 +398,7 @@ def test_with_gae_a_turn_pays_for_what_it_does():
     played = sample().replace(turns=turns)
     asked = jnp.asarray([2, 2], jnp.int32)
     rewards = jnp.zeros((2, 2), jnp.float32)
-    advantages, _ = trainer.turn_advantages(config, played, rewards, asked, costs)
+    advantages, _ = credit.turn_advantages(config, played, rewards, asked, costs)
     np.testing.assert_allclose(advantages, [[-0.1, -0.2, 0, 0], [0, 0, 0, 0]], atol=1e-6)
 
 
@@ -462,7 +462,7 @@ def test_a_rollout_that_does_not_divide_is_refused():
 # Credit
 
 
-def credit(config, rewards, questions, question, live, values=None):
+def credit_turns(config, rewards, questions, question, live, values=None):
     """Runs turn_advantages on literal turns; `question` and `live` are [B T]."""
     question = jnp.asarray(question, jnp.int32)
     turns = sample().turns.replace(
@@ -470,7 +470,7 @@ def credit(config, rewards, questions, question, live, values=None):
         live=jnp.asarray(live, bool),
         values=jnp.zeros(question.shape) if values is None else jnp.asarray(values, jnp.float32),
     )
-    found = trainer.turn_advantages(
+    found = credit.turn_advantages(
         config,
         sample().replace(turns=turns),
         jnp.asarray(rewards, jnp.float32),
@@ -496,7 +496,7 @@ LIVE = [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
 )
 def test_group_advantages_reach_their_turns(changes, first, second):
     config = PPOConfig(group_size=2, **changes)
-    advantages, returns = credit(config, REWARDS, ASKED, TURNS, LIVE)
+    advantages, returns = credit_turns(config, REWARDS, ASKED, TURNS, LIVE)
     expected = [first, second, [0] * 4, [0] * 4]
     np.testing.assert_allclose(advantages, expected, atol=1e-5)
     np.testing.assert_allclose(returns, [[0.5] * 4, [0] * 4, [1] * 4, [1, 1, 0, 0]], atol=1e-6)
@@ -505,7 +505,9 @@ def test_group_advantages_reach_their_turns(changes, first, second):
 def test_gae_pays_each_question_at_the_turn_that_ends_it():
     config = PPOConfig(estimator="gae", group_size=1, gae_lambda=0.5)
     values = [[0.2, 0.4, 0.1, 0.3], [0, 0, 0, 9.0]]
-    advantages, returns = credit(config, [[1, 0], [0, 1]], [2, 2], TURNS[:2], LIVE[:2], values)
+    advantages, returns = credit_turns(
+        config, [[1, 0], [0, 1]], [2, 2], TURNS[:2], LIVE[:2], values
+    )
     # Errors .2, -.3, .7 (the read question 0 ends at turn 2 and pays .5), -.3, from the back.
     np.testing.assert_allclose(advantages[0], [0.1875, -0.025, 0.55, -0.3], atol=1e-6)
     np.testing.assert_allclose(returns[0], [0.3875, 0.375, 0.65, 0.0], atol=1e-6)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atommem_jax.model import sampling
+from atommem_jax.model import distribution, sampling, scoring
 from atommem_jax.model.sampling import SamplerConfig
 from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.types import Phase
@@ -53,7 +53,7 @@ def generate(agent, params, prompt, lengths, phase, keys, temperature, skip):
 
 @jax.jit
 def score(agent, params, prompt, lengths, response, temperature, phase):
-    return sampling.score(
+    return scoring.score(
         agent, params, prompt, lengths, response.tokens, response.lengths, phase, temperature
     )
 
@@ -368,7 +368,7 @@ def test_decoding_stops_when_every_row_has_ended():
 @functools.partial(jax.jit, static_argnames="top_p")
 def draw_many(keys, log_probs, temperature, top_p=1.0):
     return jax.vmap(
-        lambda key: sampling.draw(key, log_probs, temperature=temperature, top_p=top_p)
+        lambda key: distribution.draw(key, log_probs, temperature=temperature, top_p=top_p)
     )(keys)
 
 
@@ -429,7 +429,7 @@ def test_no_uniform_number_draws_an_impossible_token(monkeypatch):
     @jax.jit
     def draw(numbers, log_probs):
         return jax.vmap(
-            lambda u: sampling.draw(u, log_probs, temperature=jnp.float32(1.0), top_p=1.0)
+            lambda u: distribution.draw(u, log_probs, temperature=jnp.float32(1.0), top_p=1.0)
         )(numbers)
 
     rng = np.random.default_rng(0)
@@ -455,7 +455,7 @@ def test_temperature_zero_draws_the_mode():
 def test_masked_log_softmax_is_over_what_is_allowed():
     logits = jnp.asarray([1.0, 50.0, 3.0], jnp.float32)
     mask = jnp.asarray([True, False, True])
-    found = sampling.masked_log_softmax(logits, mask, jnp.float32(2.0))
+    found = distribution.masked_log_softmax(logits, mask, jnp.float32(2.0))
     expected = np.array([1.0, 3.0]) / 2 - np.log(np.exp(0.5) + np.exp(1.5))
     np.testing.assert_allclose(np.asarray(found)[[0, 2]], expected, rtol=1e-6)
     assert np.exp(found[1]) == 0

@@ -10,7 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from atommem_jax.tasks import synthetic
+from atommem_jax.tasks import builders, synthetic
 from atommem_jax.tasks.synthetic import FactCategory, SyntheticConfig, generate
 
 SENTENCES = {
@@ -58,7 +58,7 @@ def samples(draw):
         decoys=decoys,
         seed=draw(st.integers(0, 1000)),
     )
-    split = draw(st.sampled_from(sorted(synthetic.split_sizes(config))))
+    split = draw(st.sampled_from(sorted(builders.split_sizes(config))))
     return config, split, draw(st.integers(0, 10_000))
 
 

@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from atommem_jax.tasks import village
+from atommem_jax.tasks import builders, village
 from atommem_jax.tasks.village import FactCategory, VillageConfig, generate
 from tests.helpers import village_reference as reference
 
@@ -36,7 +36,7 @@ def samples(draw):
         scales=(1, 2, 8),
         seed=draw(st.integers(0, 1000)),
     )
-    split = draw(st.sampled_from(sorted(village.split_sizes(config))))
+    split = draw(st.sampled_from(sorted(builders.split_sizes(config))))
     return config, split, draw(st.integers(0, 10_000))
 
 

@@ -12,8 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from atommem_jax.config import ConfigError, LoraConfig
 from atommem_jax.model import lora, sampling
+from atommem_jax.model.kv_cache import Prefix
 from atommem_jax.model.model_config import ModelConfig
-from atommem_jax.model.transformer import Prefix, Transformer, init_params
+from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.tpu_model import flops, hardware, hlo, loops, presentation, roofline
 from atommem_jax.tpu_model.flops import Flops, Rows
 from atommem_jax.tpu_model.roofline import Assumptions, Part, Placement, Sent
@@ -464,6 +465,14 @@ def test_overflow_is_read_and_explained():
         assert field in text
     assert "moment_dtype" not in text  # the optimiser contributes next to nothing
     assert presentation.parse_overflow("INTERNAL: something else") is None
+
+
+def test_a_long_message_is_read_once():
+    """Not once for each of its lines, which would take hours."""
+    blank = "\n \n" * 300_000
+    assert presentation.parse_overflow(blank + LONG + blank) == presentation.parse_overflow(LONG)
+    again = "required for " * 300_000
+    assert presentation.parse_overflow(again + SHORT) == presentation.parse_overflow(SHORT)
 
 
 def test_largest_allocations_are_listed():

@@ -484,6 +484,8 @@ def test_more_devices_than_the_mesh_has():
 )
 def test_bytes_of_shapes(shape, size):
     assert hlo_text.count_bytes(shape) == size
+    # A name that looks like a type, however long it is, is read once.
+    assert hlo_text.count_bytes(f"{'s1' * 500_000} {shape} s{'1' * 1_000_000}") == size
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
