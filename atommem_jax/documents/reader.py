@@ -43,6 +43,7 @@ class Limits(NamedTuple):
     question: int  # tokens
     questions: int  # known at a time, as it was trained
     guessed: bool = False  # a small checkpoint that does not say what it was trained on
+    keep_space: bool = True  # of a part; False where it was trained on text without line ends
 
 
 def choose_limits(
@@ -52,7 +53,8 @@ def choose_limits(
     trained, config = loaded.trained_shape, loaded.parts.config
     if trained and config.task.get("chunk_tokens"):
         # Its parts were as many whole sentences as have room.
-        limits = Limits(trained.chunk_length, None, trained.question_length, trained.questions)
+        sizes = trained.chunk_length, None, trained.question_length, trained.questions
+        limits = Limits(*sizes, keep_space=config.prompt == "chat")
     elif trained:
         limits = Limits(
             trained.chunk_length, trained.facts, trained.question_length, trained.questions
@@ -196,7 +198,13 @@ class Reader:
         check(bool(text.strip()), f"document={name}: holds no text; pass one with some")
         limits, text = self.limits, re.sub(r"\r\n?|\f", "\n", text)
         try:
-            parts = split_lib.split(text, measure, limit=limits.chunk, most=limits.sentences)
+            parts = split_lib.split(
+                text,
+                measure,
+                limit=limits.chunk,
+                most=limits.sentences,
+                keep_space=limits.keep_space,
+            )
         except ValueError as error:
             raise ConfigError(
                 f"chunk_tokens={limits.chunk}: too few for {name} ({error}); raise it"

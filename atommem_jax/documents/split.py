@@ -47,7 +47,14 @@ def read(path: str) -> str:
     return re.sub(r"\r\n?|\f", "\n", text)
 
 
-def split(text: str, measure: Measure, *, limit: int, most: int | None = None) -> list[Part]:
+def split(
+    text: str,
+    measure: Measure,
+    *,
+    limit: int,
+    most: int | None = None,
+    keep_space: bool = True,
+) -> list[Part]:
     """The parts of a text: as many whole sentences each as there is room for.
 
     A sentence of more than `limit` tokens is cut, between words where it can be.
@@ -56,12 +63,14 @@ def split(text: str, measure: Measure, *, limit: int, most: int | None = None) -
       text: of a document.
       measure: how many tokens a text takes. What takes none is left out.
       limit: tokens that a part may have.
-      most: sentences a part; their white space becomes single spaces. None for any number, kept
-        with the white space between them as one text.
+      most: sentences a part; their white space becomes single spaces. None for any number, as one
+        text.
+      keep_space: keeps the white space of such a text as it is; else it becomes single spaces.
 
     Raises ValueError where a single character takes more than `limit`.
     """
-    tidy = str.strip if most is None else _collapse
+    tidy = str.strip if most is None and keep_space else _collapse
+    weigh = measure if keep_space else lambda raw: measure(_collapse(raw))
     pieces: list[tuple[str, bool]] = []
     for sentence in sentences.split(text):
         cut = list(_cut(sentence, lambda raw: measure(tidy(raw)) <= limit, limit))
@@ -69,7 +78,7 @@ def split(text: str, measure: Measure, *, limit: int, most: int | None = None) -
     parts, first = [], 0
     while first < len(pieces):
         rest = [raw for raw, _ in pieces[first : first + (most or limit)]]
-        raws = _take_whole(rest, measure, limit) if most is None else _take(rest, measure, limit)
+        raws = _take(rest, measure, limit) if most else _take_whole(rest, weigh, limit)
         last = first + len(raws)
         texts = (tidy("".join(raws)),) if most is None else tuple(map(tidy, raws))
         parts.append(Part(texts, sum(is_cut for _, is_cut in pieces[first:last])))

@@ -29,10 +29,12 @@ def make_measures():
     return tiny.make_tokenizer().encode, chat_test.make_tokenizer().encode
 
 
-@given(TEXTS, st.integers(6, 40), st.sampled_from([None, 1, 3]), st.integers(0, 1))
-def test_parts_hold_the_whole_text_in_order_and_fit(text, limit, most, tokenizer):
+@given(TEXTS, st.integers(6, 40), st.sampled_from([None, 1, 3]), st.booleans(), st.integers(0, 1))
+def test_parts_hold_the_whole_text_in_order_and_fit(text, limit, most, keep_space, tokenizer):
     encode = make_measures()[tokenizer]
-    parts = split_lib.split(text, lambda t: len(encode(t)), limit=limit, most=most)
+    parts = split_lib.split(
+        text, lambda t: len(encode(t)), limit=limit, most=most, keep_space=keep_space
+    )
     assert squeeze(s for part in parts for s in part.sentences) == squeeze([text])
     for part in parts:
         assert 0 < sum(len(encode(sentence)) for sentence in part.sentences) <= limit
@@ -72,6 +74,8 @@ def test_white_space_is_kept_within_a_text_and_single_within_sentences():
         "| a |",
         "Two lines.",
     )
+    one = split_lib.split(text, count_words, limit=9, keep_space=False)
+    assert one[0].sentences == ("| a | Two lines.",)
 
 
 def test_a_long_word_is_cut_between_characters():
