@@ -114,9 +114,9 @@ def test_an_encoder_has_its_keys_where_parameters_are_split(shape, published):
 def test_an_agent_with_an_encoder_is_trained_over_fsdp(tmp_path, data_root, published):
     """Both stages, eight devices, and the evaluation of what they leave."""
     run_flags = runs.make_flags(
-        **{"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__cpu_devices": 8},
+        **{"mesh__data": 2, "mesh__fsdp": 4, "mesh__cpu_devices": 8},
         **{"memory__embedding": "encoder", "memory__encoder": published, "memory__key_dim": 16},
-        **{"sft__steps": 1, "sft__eval_every": 1, "sft__save_every": 1, "sft__episodes": 4},
+        **{"sft__steps": 1, "sft__eval_every": 1, "sft__save_every": 1, "sft__episodes": 8},
         **{"rl__steps": 1, "rl__eval_every": 1, "rl__save_every": 1},
     )
     here = f"--data_root={data_root}"
@@ -127,7 +127,7 @@ def test_an_agent_with_an_encoder_is_trained_over_fsdp(tmp_path, data_root, publ
     assert all(np.isfinite(record["loss"]) for record in metrics if "loss" in record)
     printed = runs.run(
         "evaluate.py", f"--checkpoint={tmp_path}", here, "--split=test_1x", "--episodes=8",
-        "--fsdp=2", "--cpu_devices=8",
+        "--fsdp=4", "--cpu_devices=8",
     )  # fmt: skip
     assert "test_1x" in printed
 
