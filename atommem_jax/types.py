@@ -209,6 +209,7 @@ class View:
     phase: Int[Array, ""]
     chunk: Int[Array, ""]  # index of the chunk shown, or EMPTY
     question: Int[Array, ""]  # index of the question put, or EMPTY
+    reads: Int[Array, ""]  # turns before this one that the chunk, or the question, was put in
     width: Int[Array, ""] | None = None  # that the prompt must be computed at, to replay a turn
 
 

@@ -144,6 +144,11 @@ def main(argv) -> None:
         f"workflow={config.workflow!r}: a program writes its reading turns, so that no teacher is "
         "needed; collect with workflow='learned' or one of its ablations",
     )
+    check(
+        not parts.workflow.is_untrained,
+        f"workflow={config.workflow!r} is there to be compared with, not to be taught; collect "
+        "with workflow='learned' or one of its ablations",
+    )
     player = Player(parts, examples, endpoint)
     # ------------------------------------------------------------------ loop
     source = {

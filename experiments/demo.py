@@ -51,12 +51,10 @@ def main(argv) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: flags start with --; see --help")
     paths.check_local(WORKDIR.value, f"--workdir={WORKDIR.value}")
     folder = pathlib.Path(WORKDIR.value)
+    trained = [name for name, flow in workflows.WORKFLOWS.items() if not flow.is_untrained]
+    trained.remove("learned")
     for name in BASELINES.value:
-        check(
-            name in workflows.WORKFLOWS and name != "learned",
-            f"--baselines={name}: allowed are "
-            f"{', '.join(other for other in workflows.WORKFLOWS if other != 'learned')}",
-        )
+        check(name in trained, f"--baselines={name}: allowed are {', '.join(trained)}")
     run(parse(CONFIG.value), folder, flags.DATA_ROOT.value, BASELINES.value)
 
 

@@ -7,12 +7,16 @@
         --task.corpus_file=passages.json --task.test_documents=200,400,800
     python experiments/evaluate.py --checkpoint=runs/demo --crossed=900 --split=test_1x
     python experiments/evaluate.py --checkpoint=runs/demo --against=runs/other
+    python experiments/evaluate.py --checkpoint=runs/smollm2 --split=test_200 --workflow=learned \\
+        --workflow=rag_documents --workflow=full_context --against=rag_documents
     python experiments/evaluate.py --checkpoint=runs/demo --skip_existing \\
         --judge=http://localhost:8000/v1 --judge_model=NAME
 
 `--checkpoint` is a workdir of train.py, its checkpoints folder, or one numbered step in it. Writes
 per-question records (JSON lines) and a summary (JSON) for each split and temperature, and prints
 two tables for each temperature: the scores, and at which stage wrong answers broke (`life_cycle`).
+`--workflow` plays the same parameters in other workflows, each of which `tasks/workflows.py` tells,
+and prints a table of them: scores, and what an episode costs.
 `--against` adds the difference from other records of the same episodes, and `--judge` what a model
 behind an endpoint says of the answers (the extra `collect`), which goes into the folder judge
 beside the records.
@@ -32,7 +36,7 @@ from absl import flags as absl_flags
 from atommem_jax import folder_lock
 from atommem_jax.agent import build, crossed, results
 from atommem_jax.agent.load import Loaded, find_split, load
-from atommem_jax.agent.score import UnwrittenError, evaluate_split
+from atommem_jax.agent.score import UnwrittenError, evaluate_split, read_summary
 from atommem_jax.collection import judge as judge_lib
 from atommem_jax.collection.endpoint import (
     Endpoint,
@@ -44,7 +48,7 @@ from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.learning import comparison, life_cycle
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.parallel import rules
-from atommem_jax.tasks import datasets
+from atommem_jax.tasks import datasets, workflows
 from experiments import flags
 
 CHECKPOINT = flags.define_path(
@@ -91,6 +95,12 @@ SET = flags.define_settings(
     "task.test_documents=200,400 or eval.batch_size=4; repeat the flag for several. A checkpoint "
     "says how an agent was trained, not what it may be asked. It becomes part of the files' names."
 )
+WORKFLOWS = absl_flags.DEFINE_multi_string(
+    "workflow",
+    None,
+    "Plays in this workflow of atommem_jax/tasks/workflows.py in place of the checkpoint's own: "
+    f"{', '.join(workflows.WORKFLOWS)}. Repeat the flag for several, and for a table of them.",
+)
 SKIP_EXISTING = absl_flags.DEFINE_bool(
     "skip_existing",
     False,
@@ -103,8 +113,8 @@ AGAINST = absl_flags.DEFINE_string(
     "against",
     None,
     "Prints the difference of EM from other records of the same split and temperature, with its "
-    "95% interval: the workdir of another run, a file of records, or what the name of records in "
-    "--out has behind split and temperature, such as step900.",
+    "95% interval: the workdir of another run, a file of records, what the name of records in "
+    "--out has behind split and temperature, such as step900, or a workflow that was played there.",
 )
 JUDGE = absl_flags.DEFINE_string(
     "judge",
@@ -147,6 +157,7 @@ def main(argv) -> None:
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
     checkpoint = flags.require(CHECKPOINT, "pass the workdir of a training run")
     loaded = load_agent(checkpoint)
+    agents = [loaded.play_as(name) for name in dict.fromkeys(WORKFLOWS.value or ())] or [loaded]
     out = paths.locate(OUT.value or os.path.join(loaded.workdir, "eval"))
     prices = parse_prices(JUDGE_PRICE.value, JUDGE_PRICE.name)
     endpoint = make_endpoint(JUDGE.value) if JUDGE.value else None
@@ -157,32 +168,74 @@ def main(argv) -> None:
         splits = SPLITS.value or [name for name in dataset.splits if name.startswith("test")]
         for split in splits:
             find_split(dataset, split)  # all of them, before any is played
-        others = find_others(AGAINST.value, splits, out) if AGAINST.value else {}
+        others = find_others(AGAINST.value, splits, out, agents) if AGAINST.value else {}
         if CROSSED.value:
             print_crossed(loaded, CROSSED.value, dataset, splits[0])
             return
-        evaluate(loaded, dataset, splits, out)
-        if not others and endpoint is None:
-            return
-        for temperature, split in itertools.product(TEMPERATURES.value, splits):
-            name = results.name_files(split, temperature, loaded.step, loaded.settings)
-            records = results.read(out / f"{name}.jsonl")
-            if others:
-                print_difference(split, records, others[split, temperature])
+        for agent in agents:
+            evaluate(agent, dataset, splits, out)
+        for agent, temperature, split in itertools.product(agents, TEMPERATURES.value, splits):
+            name = results.name_files(split, temperature, agent.step, agent.settings)
+            if others and others[split, temperature] != out / f"{name}.jsonl":
+                print_difference(
+                    split, results.read(out / f"{name}.jsonl"), others[split, temperature]
+                )
             if endpoint is not None:
+                records = results.read(out / f"{name}.jsonl")
                 judge(endpoint, name, records, out / "judge", prices)
+        if WORKFLOWS.value:
+            print_table(agents, splits, out, others)
     if endpoint is not None:
         endpoint.close()
 
 
 def find_others(
-    chosen: str, splits: Sequence[str], out: pathlib.Path
+    chosen: str, splits: Sequence[str], out: pathlib.Path, agents: Sequence[Loaded]
 ) -> dict[tuple[str, float], pathlib.Path]:
-    """What each split and temperature is compared with; none may be missing."""
-    return {
-        (split, temperature): results.find(chosen, out, split, temperature)
-        for split, temperature in itertools.product(splits, TEMPERATURES.value)
-    }
+    """What each split and temperature is compared with; none may be missing.
+
+    Of a workflow, what is to be played now or was played before with the same settings.
+    """
+    cells = itertools.product(splits, TEMPERATURES.value)
+    if chosen not in workflows.WORKFLOWS:
+        return {cell: results.find(chosen, out, *cell) for cell in cells}
+    agent = agents[0]
+    kept = [setting for setting in agent.settings if not setting.startswith("workflow=")]
+    settings = [*kept, f"workflow={chosen}"]
+    found = {}
+    for split, temperature in cells:
+        path = out / f"{results.name_files(split, temperature, agent.step, settings)}.jsonl"
+        check(
+            chosen in (WORKFLOWS.value or ()) or path.is_file(),
+            f"--against={chosen}: {out} has no {path.name}; pass --workflow={chosen} too",
+        )
+        found[split, temperature] = path
+    return found
+
+
+def print_table(
+    agents: Sequence[Loaded],
+    splits: Sequence[str],
+    out: pathlib.Path,
+    others: Mapping[tuple[str, float], pathlib.Path],
+) -> None:
+    """Scores and costs of every workflow, also written to `out` as workflows.md."""
+    parts = []
+    for temperature, split in itertools.product(TEMPERATURES.value, splits):
+        other = others.get((split, temperature))
+        rows = []
+        for agent in agents:
+            name = results.name_files(split, temperature, agent.step, agent.settings)
+            summary = read_summary(out / f"{name}.json") or {}
+            records = results.read(out / f"{name}.jsonl")
+            found = comparison.compare(records, results.read(other)) if other else {}
+            rows.append(summary | found)
+        title = f"{split}, temperature {temperature:g}, step {agents[0].step}"
+        title += f", against {AGAINST.value}" if other else ""
+        parts.append(f"{title}\n\n{comparison.render(rows)}\n")
+    text = "\n".join(parts)
+    print(text, flush=True)
+    paths.write_text(out / "workflows.md", text)
 
 
 def print_difference(split: str, records: Sequence[Any], other: pathlib.Path) -> None:
@@ -301,7 +354,8 @@ def evaluate(
     """Plays every split at every temperature, and prints a table for each."""
     unwritten = None
     for temperature in TEMPERATURES.value:
-        print(f"step {loaded.step} of {loaded.workdir}, temperature {temperature:g}")
+        played = loaded.parts.config.workflow
+        print(f"step {loaded.step} of {loaded.workdir}, {played}, temperature {temperature:g}")
         print(_HEADER)
         summaries = {}
         for split in splits:

@@ -40,8 +40,8 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "rollout reward table_history evidence life_cycle advantage loss credit gate "
-        "optimizer microbatches trainer evaluation long_evaluation comparison collapse"
+        "document_index rollout reward table_history evidence life_cycle advantage loss credit "
+        "gate optimizer microbatches trainer evaluation long_evaluation comparison collapse"
     ),
     "agent": "encoders build play crossed validate settings load long_score results score",
     "report": "replay trace figures failures frontier page run",

@@ -18,7 +18,7 @@ from atommem_jax.config import ConfigError, Experiment, TeacherConfig, check
 from atommem_jax.language import chat
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
-from atommem_jax.language.grammar import compile_grammar
+from atommem_jax.language.grammar import Grammar, compile_grammar
 from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
 from atommem_jax.learning import rollout
 from atommem_jax.memory import embedding
@@ -30,7 +30,7 @@ from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import mesh
 from atommem_jax.parallel.mesh import prepare_devices
 from atommem_jax.tasks import datasets, encoding, keeper, teacher, workflows
-from atommem_jax.types import Embed, Policy
+from atommem_jax.types import ActionKind, Embed, Policy
 
 HOW_TO_COMPUTE = ("remat", "remat_policy", "attention", "dtype")
 """Fields of `config.model` that change no parameter."""
@@ -46,6 +46,7 @@ class Parts:
     script: teacher.Script
     workflow: workflows.Workflow
     embed: Embed
+    pair: tuple[Grammar, ...] = ()  # masks of the two turns of a pair, where there are pairs
 
     @property
     def habits(self) -> keeper.Habits | None:
@@ -76,7 +77,9 @@ class Parts:
         params: of the policy that plays, from which an embedding may take its rows; players take
           them by themselves, and None is right where no policy plays.
         """
-        c = self.config
+        c, w = self.config, self.workflow
+        whole = shape.chunks * shape.chunk_length
+        context = min(c.rollout.context_length or whole, whole) if w.context else 0
         longest = prompting.width(
             self.agent.template,
             questions=shape.questions,
@@ -84,16 +87,22 @@ class Parts:
             scratchpad_length=c.memory.scratchpad_length,
             query_length=c.memory.query_length,
             entry_length=c.memory.entry_length,
-            chunk_length=shape.chunk_length,
+            chunk_length=context or shape.chunk_length,
         )
         multiple = attention.row_multiple(self.agent.model.config.attention, longest)
-        reads = self.workflow.answer_reads
+        reads = w.answer_reads
         limits = rollout.EpisodeLimits(
             max_turns=0,
             prompt_width=-(-longest // multiple) * multiple,
-            memory=self.workflow.limit(c.memory),
-            read_budget=c.rollout.read_budget,
+            memory=w.limit(c.memory),
+            # A pair is not torn apart.
+            read_budget=c.rollout.read_budget | 1 if w.pair else c.rollout.read_budget,
             answer_read_budget=c.rollout.answer_read_budget if reads is None else reads,
+            index=w.index,
+            context=context,
+            context_is_last=w.context == "last",
+            pairs=bool(w.pair),
+            linked=c.memory.shown // 2 if w.linked else 0,
         )
         turns = limits.turn_bound(shape.chunks, shape.questions)
         return rollout.Setting(
@@ -185,6 +194,15 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
     workflow = workflows.find(config.workflow)
     protocol = find_protocol(config).restrict(workflow.kinds)
     grammar = compile_grammar(protocol, tokenizer, max_actions=r.max_actions, max_text=max_text)
+    pair = [
+        compile_grammar(
+            protocol.restrict((*step.kinds, ActionKind.ANSWER)),
+            tokenizer,
+            max_actions=step.actions or r.max_actions,
+            max_text=max_text,
+        )
+        for step in workflow.pair
+    ]
     check(
         not (r.cache_prefix and config.model.match_features),
         "rollout.cache_prefix=True: allowed is False with model.match_features=True, whose flags "
@@ -217,7 +235,7 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         tokenizer=tokenizer,
         agent=Agent(
             grammar=grammar,
-            template=make_template(config, tokenizer, protocol),
+            template=make_template(config, tokenizer, protocol, workflow.guide),
             model=Transformer(model),
             sampler=sampler,
         ),
@@ -226,6 +244,7 @@ def build(config: Experiment, tokenizer: Tokenizer) -> Parts:
         ),
         workflow=workflow,
         embed=make_embedding(config, tokenizer),
+        pair=tuple(pair),
     )
 
 
@@ -276,12 +295,12 @@ def weigh_tokens(config: Experiment, tokenizer: Tokenizer) -> bytes:
 
 
 def make_template(
-    config: Experiment, tokenizer: Tokenizer, protocol: protocol_lib.Protocol
+    config: Experiment, tokenizer: Tokenizer, protocol: protocol_lib.Protocol, guide: str = ""
 ) -> prompting.Template:
     """The pieces of a prompt. Raises ConfigError for a tokenizer that cannot write them."""
     try:
         if config.prompt == "chat":
-            return chat.template(tokenizer, protocol, thinking=protocol.free_text)
+            return chat.template(tokenizer, protocol, thinking=protocol.free_text, guide=guide)
         return prompting.compact(tokenizer, config.memory.shown)
     except (KeyError, ValueError) as error:
         raise ConfigError(str(error.args[0])) from error

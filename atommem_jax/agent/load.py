@@ -48,6 +48,26 @@ class Loaded:
         self._segment_players: dict[Any, play.SegmentPlayer] = {}
         self._shapes: dict[tuple[tuple[str, ...], int], encoding.EpisodeShape] = {}
 
+    def play_as(self, workflow: str) -> "Loaded":
+        """The same parameters in another workflow of `tasks.workflows`.
+
+        Raises ConfigError for an unknown one, and where a turn of it does not fit.
+        """
+        config = self.parts.config.replace({"workflow": workflow})
+        validate.validate(config.replace({"sft.steps": 0, "rl.steps": 0}))
+        parts = build.build(config, self.parts.tokenizer)
+        # Adapters may be merged already.
+        agent = parts.agent.replace(model=self.parts.agent.model)
+        parts = dataclasses.replace(parts, agent=agent, embed=self.parts.embed)
+        validate.validate_turns(config, parts)
+        settings = [*self.settings, f"workflow={workflow}"]
+        other = Loaded(
+            self.workdir, self.step, parts, self.params, self.mesh, self.trained_shape, settings
+        )
+        other.rollout_tensor = self.rollout_tensor
+        other._shapes = self._shapes  # of the data alone
+        return other
+
     def player(self, shape: encoding.EpisodeShape):
         """The jitted rollout for episodes of this shape; compiled once a shape."""
         if shape not in self._players:

@@ -114,7 +114,9 @@ def make_program(
 
 def _make_policy(parts: Parts, agent, params, temperature, episodes: Episode) -> Policy:
     """The model in the workflow."""
-    policy = rollout.model_policy(agent, params, temperature, episodes)
+    agents = [agent.replace(grammar=grammar) for grammar in parts.pair] or [agent]
+    policies = [rollout.model_policy(each, params, temperature, episodes) for each in agents]
+    policy = rollout.by_pair(*policies) if parts.pair else policies[0]
     return parts.workflow.apply(policy, parts.make_teacher)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import tqdm
 
 from atommem_jax import text_files
-from atommem_jax.agent import build, long_score, results
+from atommem_jax.agent import build, long_score, results, validate
 from atommem_jax.agent.load import Loaded, find_split
-from atommem_jax.config import ConfigError, paths
+from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.learning import evaluation, life_cycle, reward
 from atommem_jax.parallel import host_batches
 from atommem_jax.tasks import batches as batches_lib
@@ -52,6 +53,7 @@ def evaluate_split(
     """
     if out is not None:
         paths.try_folder(out, f"--out={out}")
+    config, workflow = loaded.parts.config, loaded.parts.workflow
     examples = find_split(dataset, split)
     examples = examples[:episodes] if episodes else examples
     name = results.name_files(split, temperature, loaded.step, loaded.settings)
@@ -67,6 +69,14 @@ def evaluate_split(
         found = _read_summary(out / f"{name}.json", cell | {"episodes": len(examples)})
         if found is not None:
             return found
+    if workflow.program is not None and not workflow.writes_nothing:
+        validate.validate_script(config, loaded.parts, loaded.shape(dataset, split), examples)
+    check(
+        not (workflow.is_untrained and config.eval.segment),
+        f"eval.segment={config.eval.segment}: allowed is 0 with workflow={config.workflow!r}, "
+        "which holds the document at once, or takes its turns in pairs",
+    )
+    clock = _Clock()
     if loaded.parts.config.eval.segment:
         records, statistics = long_score.play_long(
             loaded, dataset, examples, cell, label=label, out=out, name=name
@@ -77,7 +87,9 @@ def evaluate_split(
     summary: dict[str, Any] = evaluation.summarise(records)
     categories = build.category_names(loaded.parts.config)
     summary |= cell | {
+        "workflow": config.workflow,
         "statistics": statistics,
+        "seconds": clock.seconds() / len(examples),
         "categories": evaluation.category_rates(records, categories),
         "stages": life_cycle.count_stages(records),
         "drift": life_cycle.average_drift(records),
@@ -90,6 +102,22 @@ def evaluate_split(
     return summary
 
 
+class _Clock:
+    """Seconds since it was made, compilation aside; it may be asked once."""
+
+    def __init__(self):
+        self._start, self._compiling = time.perf_counter(), 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration_secs: float, **details: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._compiling += duration_secs
+
+    def seconds(self) -> float:
+        jax.monitoring.unregister_event_duration_listener(self._note)
+        return max(0.0, time.perf_counter() - self._start - self._compiling)
+
+
 def _play_whole(
     loaded: Loaded,
     shape: encoding.EpisodeShape,
@@ -100,7 +128,7 @@ def _play_whole(
     """Records and statistics of episodes, each of which is one program."""
     tokenizer, mesh = loaded.parts.tokenizer, loaded.mesh
     size = loaded.parts.config.eval.batch_size
-    play = loaded.player(shape)
+    play, limits = loaded.player(shape), loaded.parts.setting(shape).limits
     key = host_batches.replicate(jax.random.key(cell["seed"]), mesh)
     heat = host_batches.replicate(np.float32(cell["temperature"]), mesh)
     batches = batches_lib.iterate_split(examples, tokenizer, shape, batch_size=size)
@@ -111,7 +139,8 @@ def _play_whole(
         tokenizer.decode,
         mesh=mesh,
         metric=reward.find(loaded.parts.config.task),
-        eviction=loaded.parts.setting(shape).limits.memory.eviction,
+        # What was not read turn by turn has no way through them.
+        eviction="" if limits.reads_nothing else limits.memory.eviction,
     )
 
 

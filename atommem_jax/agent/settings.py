@@ -1,8 +1,9 @@
 """What may be asked of a trained agent: fields that are set to other values than its checkpoint's.
 
 A checkpoint says how an agent was trained: its parameters depend on model, tokenizer, protocol and
-prompt. Memory, budgets, and the task that it is tried on are open. A task's fields are those of
-its family today, so that an older checkpoint can be asked for what came later.
+prompt. Memory, budgets, the task that it is tried on, in which workflow, and how positions are
+scaled to longer texts (`model.rope_type` and what belongs to it) are open. A task's fields are
+those of its family today, so that an older checkpoint can be asked for what came later.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from atommem_jax.config import (
 )
 from atommem_jax.tasks import datasets
 
+_ROPE = "model.rope_"
 _LONGEST_NAME = 120  # of settings in a file's name; most systems allow 255 bytes for all of it
 
 
@@ -32,7 +34,7 @@ def override(config: Experiment, settings: Sequence[str]) -> Experiment:
     `task.name` takes another family of tasks, with its defaults, and must come before its fields.
 
     settings: texts such as "memory.entry_length=64" or "task.test_documents=200,400", of fields in
-      `OVERRIDABLE` sections.
+      `OVERRIDABLE` sections, of a `model.rope_` field, or "workflow=rag_documents".
 
     Raises ConfigError for another section or field, or a value out of range.
     """
@@ -42,11 +44,15 @@ def override(config: Experiment, settings: Sequence[str]) -> Experiment:
     for setting in settings:
         path, equals, text = setting.partition("=")
         section, _, field = path.partition(".")
+        is_open = section in OVERRIDABLE or path == "workflow" or path.startswith(_ROPE)
         check(
-            bool(equals) and section in OVERRIDABLE,
+            bool(equals) and is_open,
             f"--set={setting}: allowed is FIELD=VALUE, of a field of {', '.join(OVERRIDABLE)}, "
-            "such as memory.entry_length=64",
+            f"such as memory.entry_length=64, of {_ROPE}type and the like, or workflow=NAME",
         )
+        if path == "workflow":
+            plain["workflow"] = text
+            continue
         if section == "task":
             _set_task(plain["task"], field, text, setting)
             continue
@@ -61,7 +67,7 @@ def override(config: Experiment, settings: Sequence[str]) -> Experiment:
         except ValueError as error:
             raise ConfigError(str(error)) from error
     # Nothing learns from what a loaded agent plays.
-    validate.validate(config.replace({"rl.steps": 0}))
+    validate.validate(config.replace({"sft.steps": 0, "rl.steps": 0}))
     return config
 
 

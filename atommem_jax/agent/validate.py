@@ -54,6 +54,12 @@ def validate(config: Experiment) -> None:
         "has others; set model.match_features=False",
     )
     check(
+        not workflow.is_untrained or config.sft.steps == config.rl.steps == 0,
+        f"workflow={config.workflow!r} is there to be compared with, not to be trained: allowed "
+        f"are sft.steps=0 and rl.steps=0, found {config.sft.steps} and {config.rl.steps}; evaluate "
+        "with --workflow instead",
+    )
+    check(
         workflow.program is None or config.rl.ppo.estimator == "group",
         f"rl.ppo.estimator={config.rl.ppo.estimator!r} learns a value for every turn, but "
         f"workflow={config.workflow!r} has turns that a program writes; use "
@@ -134,24 +140,34 @@ def validate_shape(
 ) -> None:
     """Token budgets against the data. Raises ConfigError naming field and least value."""
     validate_turns(config, parts)
-    limit = config.rollout.response_length
     # Of a collected teacher each turn is judged by itself, see `store.find_learnable`.
     if not config.sft.data or parts.workflow.program is not None:
-        longest, actions = _longest_turn(parts, shape, examples)
-        check(
-            limit >= longest,
-            f"rollout.response_length={limit}: a reading turn of the teacher may take {longest} "
-            f"tokens, {actions} actions; raise it, or lower what a chunk holds",
-        )
-        check(
-            config.rollout.max_actions >= actions,
-            f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to {actions} "
-            "actions a turn; raise it, or lower what a chunk holds",
-        )
+        validate_script(config, parts, shape, examples)
     check(
         config.rollout.answer_length >= shape.answer_length,
         f"rollout.answer_length={config.rollout.answer_length}: an answer has "
         f"{shape.answer_length} tokens; raise it",
+    )
+
+
+def validate_script(
+    config: Experiment,
+    parts: build.Parts,
+    shape: encoding.EpisodeShape,
+    examples: Sequence[schema.Example],
+) -> None:
+    """What a script writes must fit into a turn. Raises ConfigError as `validate_shape`."""
+    limit = config.rollout.response_length
+    longest, actions = _longest_turn(parts, shape, examples)
+    check(
+        limit >= longest,
+        f"rollout.response_length={limit}: a reading turn of the teacher may take {longest} "
+        f"tokens, {actions} actions; raise it, or lower what a chunk holds",
+    )
+    check(
+        config.rollout.max_actions >= actions,
+        f"rollout.max_actions={config.rollout.max_actions}: the teacher writes up to {actions} "
+        "actions a turn; raise it, or lower what a chunk holds",
     )
 
 

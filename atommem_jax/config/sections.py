@@ -151,6 +151,7 @@ class RolloutConfig(Section):
     prompt_buckets: tuple[int, ...] = PROMPT_BUCKETS
     least_rows: Count = 0  # what a micro-batch is halved down to as its turns end; 0: never halved
     read_rows: Count = 0  # prompts of a micro-batch that are read at a time; 0 for all
+    context_length: Count = 0  # tokens of the document that full_context shows; 0 for all
 
     def _check_together(self, prefix: str) -> None:
         check_length_buckets(self.prompt_buckets, f"{prefix}.prompt_buckets")

@@ -179,6 +179,11 @@ class Reader:
             f"{loaded.workdir}: of workflow={loaded.parts.config.workflow}, whose reading turns a "
             "program writes that knows only data sets; take a run of another workflow",
         )
+        check(
+            not loaded.parts.workflow.is_untrained,
+            f"workflow={loaded.parts.config.workflow} plays episodes of data sets alone; read with "
+            "the workflow that the agent was trained in",
+        )
         self._loaded, self.tokenizer = loaded, loaded.parts.tokenizer
         self.limits = choose_limits(loaded, chunk_tokens, question_tokens)
         self._chunks, self._questions = 1, self.limits.questions

@@ -63,10 +63,13 @@ _TASKS = {
 }
 
 
-def system_message(protocol: Protocol) -> str:
-    """What the agent is told of its task, with a line for each kind of action."""
+def system_message(protocol: Protocol, guide: str = "") -> str:
+    """What the agent is told of its task, with a line for each kind of action.
+
+    guide: how it is to proceed, last.
+    """
     lines = [f"{_show(protocol, tag.kind)} {_MEANINGS[tag.kind]}." for tag in protocol.tags]
-    return _INTRODUCTION + "\n".join(lines)
+    return _INTRODUCTION + "\n".join([*lines, *filter(None, [guide])])
 
 
 def _show(protocol: Protocol, kind: ActionKind) -> str:
@@ -86,9 +89,11 @@ def _head(name: str) -> str:
     return f"\n\n{name}:\n"
 
 
-def _list_messages(protocol: Protocol, body: str, phase: Phase) -> list[dict[str, str]]:
+def _list_messages(
+    protocol: Protocol, body: str, phase: Phase, guide: str = ""
+) -> list[dict[str, str]]:
     return [
-        {"role": "system", "content": system_message(protocol)},
+        {"role": "system", "content": system_message(protocol, guide)},
         {"role": "user", "content": f"{body}\n\n{task_message(phase)}"},
     ]
 
@@ -273,7 +278,9 @@ def find_chat_template(tokenizer: Tokenizer) -> str:
     return chosen
 
 
-def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False) -> Template:
+def template(
+    tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False, guide: str = ""
+) -> Template:
     """The pieces of a prompt in the chat format of `tokenizer`.
 
     Memory i is headed "Memory i:", which is how an action names it.
@@ -282,6 +289,7 @@ def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False
       tokenizer: of a chat model.
       protocol: the actions that the system message explains.
       thinking: see `render`.
+      guide: see `system_message`.
 
     Raises ValueError for a tokenizer without a chat template, and for one that changes what stands
     before the user's message with that message.
@@ -291,7 +299,7 @@ def template(tokenizer: Tokenizer, protocol: Protocol, *, thinking: bool = False
     now = datetime.datetime.now()  # one date for all phases
     prefixes, suffixes = set(), []
     for phase in _TASKS:
-        said = _list_messages(protocol, _PLACEHOLDER, phase)
+        said = _list_messages(protocol, _PLACEHOLDER, phase, guide)
         text = render(
             chat_template, said, names=tokenizer.special_tokens, thinking=thinking, now=now
         )

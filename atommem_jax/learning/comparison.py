@@ -6,6 +6,7 @@ episode share a memory and are drawn together.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -64,6 +65,36 @@ def compare(
         **{"ours": means[0], "theirs": means[1]},
         **{"questions": len(both), "episodes": len(episodes)},
     }
+
+
+def render(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown: a row a workflow, with its scores and what an episode cost.
+
+    summaries: of evaluations of one split, each with what `compare` says where it was compared.
+    """
+    heads = ["workflow", "EM (95% interval)", "F1", "EM less the other's (95% interval)", "turns"]
+    heads += ["tokens read", "tokens written", "retrievals", "seconds"]
+    lines = [heads, ["---"] * len(heads)]
+    for one in summaries:
+        told = one["statistics"]
+        gap = ""
+        if one.get("difference") is not None:
+            gap = f"{one['difference']:+.3f} ({one['low']:+.3f} .. {one['high']:+.3f})"
+        costs = [told["turns"], told["tokens_read"], told["tokens_written"], told["retrievals"]]
+        lines.append(
+            [
+                one["workflow"],
+                f"{one['em']:.3f} ({one['ci_low']:.3f} .. {one['ci_high']:.3f})",
+                f"{one['f1']:.3f}",
+                gap,
+                *(f"{cost:,.1f}" for cost in costs),
+                f"{one['seconds']:,.1f}",
+            ]
+        )
+    count = f"{summaries[0]['episodes']} episodes, {summaries[0]['questions']} questions"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
+        f"\n\n{count}; costs are of an episode, tokens those of the model, compilation aside."
+    )
 
 
 def _index(records: Sequence[Record]) -> Mapping[tuple[int, int], Record]:

@@ -18,7 +18,7 @@ from atommem_jax.learning import life_cycle, reward
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks.batches import EpisodeBatch
-from atommem_jax.types import ActionKind, Episode, Phase, Trajectory, Turns
+from atommem_jax.types import EMPTY, ActionKind, Episode, Phase, Trajectory, Turns
 
 Record = dict[str, Any]
 
@@ -84,6 +84,8 @@ def tally(turns: Turns) -> dict[str, Float[Array, ""]]:
         "responses": model.sum(),
         "tokens": jnp.where(turns.scripted, 0, turns.response_lengths).sum(),
         "prompt_tokens": turns.prompt_lengths.sum(),
+        "model_prompt_tokens": jnp.where(model, turns.prompt_lengths, 0).sum(),
+        "retrievals": (turns.live & jnp.any(turns.shown != EMPTY, axis=2)).sum(),
         "occupancy": jnp.where(turns.live, turns.occupancy, 0).sum(),
         "passes": turns.passes.sum(),
         "lanes": turns.lanes.sum(),
@@ -105,8 +107,10 @@ def describe(sums: Mapping[str, Any], episodes: float) -> dict[str, Any]:
     """Means of what `tally` summed over so many episodes.
 
     Frequencies of operations are per episode; `occupancy` is valid entries at the start of a
-    turn; `sampled_nll` estimates the policy's entropy in nats a token. Tokens are those that the
-    policy wrote, not those of a fixed program; `tokens_per_pass` is 1 where none is guessed.
+    turn; `tokens_read` and `tokens_written` are those of the policy in an episode, `retrievals` the
+    turns that were shown entries; `sampled_nll` estimates its entropy in nats a token. Tokens are
+    those that the policy wrote, not those of a program; `tokens_per_pass` is 1 where none is
+    guessed.
     `well_formed` is a share of the actions begun, and `ended` of the turns: those that were shorter
     than they might have been.
     """
@@ -117,6 +121,9 @@ def describe(sums: Mapping[str, Any], episodes: float) -> dict[str, Any]:
         "response_tokens": tokens / responses,
         "prompt_tokens": sums["prompt_tokens"] / turns,
         "tokens": tokens,
+        "tokens_read": sums["model_prompt_tokens"] / episodes,
+        "tokens_written": sums["tokens"] / episodes,
+        "retrievals": sums["retrievals"] / episodes,
         "occupancy": sums["occupancy"] / turns,
         # Of what decoding computed: rows that have ended, and lanes without a row, are the rest.
         "lane_utilisation": sums["passes"] / _at_least_one(sums["lanes"]),

@@ -22,6 +22,7 @@ rounding, and the same bits with the widths that its turns were computed at (`Tu
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -31,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from atommem_jax.config import MemoryConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.grammar import Grammar
+from atommem_jax.learning import document_index
 from atommem_jax.memory import slot_table
 from atommem_jax.model import groups, prefix, sampling
 from atommem_jax.model.sampling import Agent
@@ -63,10 +65,22 @@ class EpisodeLimits:
     memory: MemoryConfig
     read_budget: int = 1  # reading turns in a row that may keep the chunk
     answer_read_budget: int = 1  # turns a question that may read instead of answering
+    # Of what does not read: pieces that fill the table, or tokens of the document in the prompt.
+    index: str = ""  # one of `document_index.KINDS`
+    context: int = 0
+    context_is_last: bool = False  # those at its end
+    pairs: bool = False  # reading turns come in pairs: a read, then what follows from it
+    linked: int = 0  # of the entries shown when answering, see `slot_table.retrieve`
+
+    @property
+    def reads_nothing(self) -> bool:
+        """Whether the first turn puts the first question."""
+        return bool(self.index or self.context)
 
     def turn_bound(self, chunks: int, questions: int) -> int:
         """Turns after which every episode of this size is over, whatever the policy does."""
-        return chunks * (1 + self.read_budget) + questions * (1 + self.answer_read_budget)
+        reading = 0 if self.reads_nothing else chunks * (1 + self.read_budget)
+        return reading + questions * (1 + self.answer_read_budget)
 
 
 @flax.struct.dataclass
@@ -130,18 +144,30 @@ def model_policy(
 
 def by_phase(reading: Policy, answering: Policy) -> Policy:
     """One policy for the reading turns, another for the others; neither sees the other's turns."""
+    return _divide(lambda views: views.phase == Phase.READING, reading, answering)
+
+
+def by_pair(first: Policy, second: Policy) -> Policy:
+    """One policy for the second turns of pairs (`EpisodeLimits.pairs`), another for all others."""
+    return _divide(
+        lambda views: (views.phase == Phase.READING) & (views.reads % 2 == 1), second, first
+    )
+
+
+def _divide(chooses: Callable[[View], Bool[Array, " B"]], chosen: Policy, other: Policy) -> Policy:
+    """Two policies, neither of which sees the other's turns."""
 
     def respond(views: View, episodes: Episode, keys: PRNGKeyArray) -> Response:
-        reads = views.phase == Phase.READING
+        mine = chooses(views)
 
-        def ask(policy: Policy, mine: Array) -> Response:
-            phase = jnp.where(mine, views.phase, int(Phase.DONE))
+        def ask(policy: Policy, rows: Array) -> Response:
+            phase = jnp.where(rows, views.phase, int(Phase.DONE))
             return policy(views.replace(phase=phase), episodes, keys)
 
         def choose(ours: Array, theirs: Array) -> Array:
-            return jnp.where(reads.reshape((-1,) + (1,) * (ours.ndim - 1)), ours, theirs)
+            return jnp.where(mine.reshape((-1,) + (1,) * (ours.ndim - 1)), ours, theirs)
 
-        return jax.tree.map(choose, ask(reading, reads), ask(answering, ~reads))
+        return jax.tree.map(choose, ask(chosen, mine), ask(other, ~mine))
 
     return respond
 
@@ -149,13 +175,19 @@ def by_phase(reading: Policy, answering: Policy) -> Policy:
 def start(setting: Setting, episode: Episode, table: MemoryState | None = None) -> Environment:
     """Before the first chunk (or the first question, without chunks).
 
-    table: what is remembered already; None for an empty memory, as in training.
+    table: what is remembered already; None for an empty memory, as in training, or for the index
+      of the episode.
     """
-    sizes = setting.limits.memory
+    limits = setting.limits
+    sizes = limits.memory
     questions = episode.questions.shape[0]
     if table is None:
+        slots = sizes.slots
+        if limits.index:
+            pieces = document_index.count_pieces(limits.index, episode, sizes.entry_length)
+            slots = max(pieces, sizes.shown)
         table = slot_table.init(
-            slots=sizes.slots,
+            slots=slots,
             entry_length=sizes.entry_length,
             scratchpad_length=sizes.scratchpad_length,
             query_length=sizes.query_length,
@@ -163,6 +195,8 @@ def start(setting: Setting, episode: Episode, table: MemoryState | None = None) 
             key_dim=sizes.key_dim,
             pad_id=setting.pad_id,
         )
+        if limits.index:
+            table = document_index.fill(table, limits.index, episode, setting.embed, setting.pad_id)
     zero = jnp.zeros((), jnp.int32)
     env = Environment(
         memory=table,
@@ -174,7 +208,7 @@ def start(setting: Setting, episode: Episode, table: MemoryState | None = None) 
         answer_lengths=jnp.zeros((questions,), jnp.int32),
         answer_log_prob=jnp.zeros((questions,), jnp.float32),
     )
-    return _put_question(setting, env, episode, episode.num_chunks == 0)
+    return _put_question(setting, env, episode, (episode.num_chunks == 0) | limits.reads_nothing)
 
 
 def _put_question(
@@ -200,20 +234,31 @@ def begin_turn(
     setting: Setting, env: Environment, episode: Episode
 ) -> tuple[Environment, View, Float[Array, " K"]]:
     """Retrieval with the standing query, then the prompt; also the cosines of what is shown."""
+    limits = setting.limits
+    reading = env.phase == Phase.READING
     with jax.named_scope("retrieve"):
         table, scores = slot_table.retrieve(env.memory, setting.embed)
+        if limits.linked:
+            others = slot_table.retrieve(env.memory, setting.embed, linked=limits.linked)
+            table, scores = jax.tree.map(
+                lambda near, linked: jnp.where(reading, near, linked), (table, scores), others
+            )
     shown, shown_lengths = slot_table.observe(table, setting.pad_id)
-    reading = env.phase == Phase.READING
     answering = (env.phase == Phase.ANSWERING) | (env.phase == Phase.FINAL)
     rows = jnp.arange(episode.questions.shape[0])
     put = jnp.where(reading, rows < episode.num_questions, rows == env.question)
     chunk = jnp.clip(env.chunk - episode.first_chunk, 0, episode.chunks.shape[0] - 1)
+    text, text_length = episode.chunks[chunk], episode.chunk_lengths[chunk]
+    if limits.context:
+        text, text_length = document_index.cut(
+            episode, limits.context, setting.pad_id, last=limits.context_is_last
+        )
     observation = Observation(
         phase=env.phase,
         questions=episode.questions,
         question_lengths=jnp.where(put, episode.question_lengths, 0),
-        chunk=episode.chunks[chunk],
-        chunk_length=jnp.where(reading, episode.chunk_lengths[chunk], 0),
+        chunk=text,
+        chunk_length=jnp.where(reading | bool(limits.context), text_length, 0),
         scratchpad=table.scratchpad,
         scratchpad_length=table.scratchpad_length,
         query=table.query,
@@ -232,6 +277,7 @@ def begin_turn(
         phase=env.phase,
         chunk=jnp.where(reading, env.chunk, EMPTY),
         question=jnp.where(answering, env.question, EMPTY),
+        reads=env.reads,
     )
     return env.replace(memory=table), view, scores
 
@@ -251,6 +297,8 @@ def end_turn(
     reading = env.phase == Phase.READING
     edited = sum(report.applied[kind] for kind in EDITS) > 0
     stay = has_read & ~edited & (env.reads < c.read_budget)
+    if c.pairs:
+        stay = (has_read | (env.reads % 2 == 1)) & (env.reads < c.read_budget)
     chunk = jnp.where(reading & ~stay, env.chunk + 1, env.chunk)
 
     has_answered = report.applied[ActionKind.ANSWER] > 0

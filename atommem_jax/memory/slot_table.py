@@ -73,12 +73,42 @@ def init(
     )
 
 
-def retrieve(state: MemoryState, embed: Embed) -> tuple[MemoryState, Float[Array, " K"]]:
+_AT_ONCE = 16  # texts whose keys are computed at a time, where a table is filled
+
+
+def fill(
+    state: MemoryState,
+    entries: Int[Array, "N L"],
+    lengths: Int[Array, " N"],
+    embed: Embed,
+    pad_id: int,
+) -> MemoryState:
+    """An empty memory with these texts in its slots, created in their order; 0 leaves one free."""
+    chex.assert_shape([entries, state.entries], state.entries.shape)
+    written = lengths > 0
+    keys = jax.lax.map(lambda row: _to_grid(embed(*row)), (entries, lengths), batch_size=_AT_ONCE)
+    clock = jnp.cumsum(written.astype(jnp.int32))
+    return dataclasses.replace(
+        state,
+        entries=jnp.where(written[:, None], entries, pad_id),
+        lengths=jnp.where(written, lengths, 0),
+        keys=jnp.where(written[:, None], keys, 0.0),
+        valid=written,
+        created=jnp.where(written, clock, 0),
+        touched=jnp.where(written, clock, 0),
+        clock=clock[-1],
+    )
+
+
+def retrieve(
+    state: MemoryState, embed: Embed, *, linked: int = 0
+) -> tuple[MemoryState, Float[Array, " K"]]:
     """Shows the entries nearest to the standing query: the start of a turn.
 
     The K valid entries of highest cosine, best first, ties to the lower slot; EMPTY where fewer
-    are valid; none while the query is empty. If any is shown, the showing is one tick of the
-    clock and touches all of them.
+    are valid; none while the query is empty. With `linked` the last so many of the K are the
+    entries nearest to any of those before them, rather than to the query. If any is shown, the
+    showing is one tick of the clock and touches all of them.
 
     Returns:
       The state with `shown`, `touched` and `clock` set, and the float32 cosines of the shown
@@ -95,13 +125,31 @@ def retrieve(state: MemoryState, embed: Embed) -> tuple[MemoryState, Float[Array
     # order of summation, fused or not, on any device.
     scores = jnp.dot(state.keys, key, precision=jax.lax.Precision.HIGHEST)
     candidates = state.valid & (state.query_length > 0)
-    scores, slots = jax.lax.top_k(jnp.where(candidates, scores, -jnp.inf), num_shown)
+    scores = jnp.where(candidates, scores, -jnp.inf)
+    if linked:
+        scores, slots = _follow_links(state, scores, num_shown, linked)
+    else:
+        scores, slots = jax.lax.top_k(scores, num_shown)
     found = jnp.isfinite(scores)
     clock = state.clock + found.any().astype(jnp.int32)
     touched = state.touched.at[jnp.where(found, slots, num_slots)].set(clock, mode="drop")
     shown = jnp.where(found, slots, EMPTY)
     state = dataclasses.replace(state, clock=clock, touched=touched, shown=shown)
     return state, jnp.where(found, scores, 0.0)
+
+
+def _follow_links(
+    state: MemoryState, scores: Float[Array, " N"], shown: int, linked: int
+) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
+    """Cosines to the query, and slots, of the nearest entries and of those nearest to them."""
+    best, direct = jax.lax.top_k(scores, shown - linked)
+    keys = state.keys[direct]
+    nearness = jnp.dot(state.keys, keys.T, precision=jax.lax.Precision.HIGHEST)
+    nearness = jnp.where(jnp.isfinite(best)[None], nearness, -jnp.inf).max(axis=1)
+    nearness = jnp.where(jnp.isfinite(scores), nearness, -jnp.inf).at[direct].set(-jnp.inf)
+    near, others = jax.lax.top_k(nearness, linked)
+    linked_scores = jnp.where(jnp.isfinite(near), scores[others], -jnp.inf)
+    return jnp.concatenate([best, linked_scores]), jnp.concatenate([direct, others])
 
 
 def transition(

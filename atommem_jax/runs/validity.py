@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
-from atommem_jax.agent import build, validate
+from atommem_jax.agent import build, load, validate
 from atommem_jax.agent import play as play_lib
 from atommem_jax.config import Experiment, TeacherConfig
 from atommem_jax.learning import evaluation
@@ -89,11 +89,13 @@ def measure(
       rows: what is played, see `list_rows`.
       episodes: how many of each split; 0 for all.
 
-    Raises ConfigError for budgets that the data does not fit.
+    Texts are in tokens of the model that `init_from` names, where that is a published one.
+
+    Raises ConfigError for budgets that the data does not fit, and an `init_from` that is none.
     """
     mesh = build.make_mesh(config)
     validate.validate_devices(config, mesh.shape[rules.DATA], mesh.shape[rules.FSDP])
-    tokenizer = build.fit_tokenizer(config, dataset)
+    tokenizer = load.choose_tokenizer(config, dataset)
     stage = _Stage(config, tokenizer, mesh)
     splits = [name for name in dataset.splits if name.startswith("test")]
     table: Table = {name: {} for name in rows}

@@ -263,32 +263,55 @@ def _read_chunk(c: TeacherConfig, script: Script, view: View, episode: Episode, 
     chance = jax.random.uniform(jax.random.fold_in(key, 0))
     ask = (view.chunk == 0) & query_is_empty & (chance < c.set_query)
     ask &= not c.scratchpad_only  # a read would retrieve nothing and keep the chunk
-    actions = [script.action(ActionKind.READ, ask, a.focus, a.focus_length)]
-    notes = _Notes.read(view)
+    query = script.action(ActionKind.READ, ask, a.focus, a.focus_length)
     chunk = jnp.maximum(view.chunk - episode.first_chunk, 0)  # in the window
-    for place in range(a.start.shape[1]):
-        index = chunk * a.start.shape[1] + place
-        text, length = _entry(script, episode, index)
-        u = jax.random.uniform(jax.random.fold_in(key, 1 + place), (3,))
-        rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
-        store = (length > 0) & (u[0] < rate)
-        if c.scratchpad_only:
-            written = notes.add(_Pair.of(episode, text, length))
-            notes = jax.tree.map(lambda new, old, on=store: jnp.where(on, new, old), written, notes)
-            actions.append(script.action(ActionKind.SCRATCHPAD, store, *notes.text()))
-            continue
+    write = _rewrite_notes if c.scratchpad_only else _edit_entries
+    return [query, *write(c, script, view, episode, key, chunk)]
+
+
+def _draw_stored(c: TeacherConfig, script: Script, episode: Episode, key, chunk, place):
+    """Of a fact of the chunk: what is stored of it, whether it is, and two further draws."""
+    a = episode.annotations
+    text, length = _entry(script, episode, chunk * a.start.shape[1] + place)
+    u = jax.random.uniform(jax.random.fold_in(key, 1 + place), (3,))
+    rate = jnp.where(a.support[chunk, place], c.store_support, c.store_distractor)
+    return text, length, (length > 0) & (u[0] < rate), u[1:]
+
+
+def _rewrite_notes(c: TeacherConfig, script: Script, view: View, episode: Episode, key, chunk):
+    """The scratchpad with each fact that is stored, one action a fact."""
+    notes, actions = _Notes.read(view), []
+    for place in range(episode.annotations.start.shape[1]):
+        text, length, store, _ = _draw_stored(c, script, episode, key, chunk, place)
+        written = notes.add(_Pair.of(episode, text, length))
+        notes = jax.tree.map(lambda new, old, on=store: jnp.where(on, new, old), written, notes)
+        actions.append(script.action(ActionKind.SCRATCHPAD, store, *notes.text()))
+    return actions
+
+
+def _edit_entries(c: TeacherConfig, script: Script, view: View, episode: Episode, key, chunk):
+    """Each fact that is stored becomes an entry, or replaces one, in the order of the chunk."""
+    a = episode.annotations
+
+    def edit(place):
+        text, length, store, u = _draw_stored(c, script, episode, key, chunk, place)
         stale, number = _where_shown(
             script, view, *_entry(script, episode, a.supersedes[chunk, place])
         )
         stale &= a.supersedes[chunk, place] != EMPTY
-        update = store & stale & (u[1] < c.update)
-        delete = store & stale & ~update & (u[2] < c.delete)
-        actions += [
+        update = store & stale & (u[0] < c.update)
+        delete = store & stale & ~update & (u[1] < c.delete)
+        actions = [
             script.action(ActionKind.UPDATE, update, text, length, target=number),
             script.action(ActionKind.DELETE, delete, target=number),
             script.action(ActionKind.CREATE, store & ~update, text, length),
         ]
-    return actions
+        tokens, real = zip(*actions, strict=True)
+        return jnp.concatenate(tokens), jnp.concatenate(real)
+
+    # Mapped: a chunk of a hundred facts is compiled as fast as one.
+    tokens, real = jax.vmap(edit)(jnp.arange(a.start.shape[1], dtype=jnp.int32))
+    return [(tokens.reshape(-1), real.reshape(-1))]
 
 
 def _guess(
@@ -307,6 +330,39 @@ def _guess(
     return jnp.where(none, o.questions[question][:1], taken)
 
 
+def _name_needed(
+    script: Script,
+    episode: Episode,
+    needs: Int[Array, " M"],
+    shown: Bool[Array, " M"],
+    missing: Int[Array, ""],
+    width: int,
+) -> tuple[Int[Array, " w"], Int[Array, ""]]:
+    """A query for a missing fact that finds those that are shown again: the subjects of all.
+
+    It shows other entries than the last one did. By the missing subject alone it would lose, in a
+    memory of more entries than are shown, what was found before, and never see all of them at once.
+    The missing one comes first; a subject that several facts share is named once.
+    """
+    a = episode.annotations
+    facts = a.start.shape[1]
+
+    def read_subject(index):
+        text, _ = _entry(script, episode, index)
+        place = jnp.maximum(index, 0)
+        length = a.subject_length[place // facts, place % facts]
+        return jnp.where(jnp.arange(text.shape[0]) < length, text, script.pad_id), length
+
+    tokens, lengths = jax.vmap(read_subject)(jnp.append(missing, needs))
+    told = jnp.append(missing != EMPTY, shown)
+    same = jnp.all(tokens[:, None] == tokens[None], axis=2) & told[None]
+    told &= ~jnp.any(jnp.tril(same, -1), axis=1)
+    real = told[:, None] & (jnp.arange(tokens.shape[1])[None] < lengths[:, None])
+    return prompting.join(
+        tokens.reshape(-1), real.reshape(-1), width=width, pad_id=script.pad_id, left_pad=False
+    )
+
+
 def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key):
     """Actions of an answering turn: an answer, or a read for the first missing fact."""
     a = episode.annotations
@@ -315,12 +371,14 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
     # Hop by hop: a later fact can be asked for only once the one before it is shown.
     known = jnp.ones((), bool)
     missing = jnp.full((), EMPTY, jnp.int32)
+    shown = []
     for hop in range(a.needs.shape[1]):
         index = a.needs[q, hop]
         found, _ = _where_shown(script, view, *_entry(script, episode, index))
         needed = index != EMPTY
         missing = jnp.where(known & needed & ~found, index, missing)
         known &= found | ~needed
+        shown.append(found & needed)
     if c.scratchpad_only:
         notes, known = _Notes.read(view), jnp.ones((), bool)
         last = jnp.sum(a.needs[q] != EMPTY) - 1
@@ -333,16 +391,16 @@ def _answer(c: TeacherConfig, script: Script, view: View, episode: Episode, key)
     u = jax.random.uniform(jax.random.fold_in(key, 0), (3,))
     read = (view.phase == Phase.ANSWERING) & ~known & (u[0] < c.read_missing)
     read &= not c.scratchpad_only
-    place = jnp.maximum(missing, 0)
-    facts = a.start.shape[1]
-    subject, _ = _entry(script, episode, place)
-    subject_length = a.subject_length[place // facts, place % facts]
     question, question_length = episode.questions[q], episode.question_lengths[q]
-    bad = u[1] < c.read_badly
     tail = jnp.roll(question, -jnp.maximum(question_length - 2, 0))
-    width = min(subject.shape[0], question.shape[0])
-    query = jnp.where(bad, tail[:width], subject[:width])
-    query_length = jnp.where(bad, jnp.minimum(question_length, 2), subject_length)
+    query, query_length = _name_needed(
+        script, episode, a.needs[q], jnp.stack(shown), missing, view.observation.query.shape[0]
+    )
+    width = max(query.shape[0], question.shape[0])
+    tail, query = (jnp.pad(x, (0, width - x.shape[0])) for x in (tail, query))
+    bad = u[1] < c.read_badly
+    query = jnp.where(bad, tail, query)
+    query_length = jnp.where(bad, jnp.minimum(question_length, 2), query_length)
     right = known & (u[2] < c.answer_known)
     guess = _guess(c, view, episode, gold.shape[0], gold_length)
     answer = jnp.where(right, gold, guess)

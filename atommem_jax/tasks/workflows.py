@@ -6,7 +6,11 @@ only answering is left to learn, as in systems whose memory is managed by rule (
 them play on the same model, data, prompts and slot table as the learned policy, and train on the
 same budget.
 
-`WORKFLOWS` is the one table of names, with these notes on what each stands for:
+A third kind of them does not read at all: the question is put at once, with an `index` of the
+document in place of a memory, or with as much of the document as the prompt holds (`context`).
+
+`WORKFLOWS` is the one table of names, each with its mask or program and with what the prompt says
+beyond the task (`guide`, in the chat format). These notes tell what each stands for:
 
 * `learned`: the policy decides everything (AtomMem, paper section 3).
 * `scratchpad_only`: one text, overwritten at will, no store (MemAgent).
@@ -17,12 +21,25 @@ same budget.
 * `store_all_one_read`: every fact becomes an entry; one retrieval by the question (RAG).
 * `sliding_window`: the last K chunks are shown, whatever the question.
 * `no_memory`: nothing is kept: what can be guessed.
+* `full_context`: the document itself, its first `rollout.context_length` tokens. With rope scaling
+  (`model.rope_type='yarn'`) a model reads more than it was trained on.
+* `recent_context`: the same of its last tokens, a sliding window over the text.
+* `rag_chunks`, `rag_documents`: an index of the parts, in pieces as long as an entry, or of the
+  documents; one retrieval by the question (RAG).
+* `store_everything`, `store_everything_update`: an index of all facts, without bound; the second
+  without those that a later fact corrects. The model may read several times. They are `store_all`
+  and `store_all_update` for parts of any length, since nothing has to be written token by token.
+* `extract_reconcile`: in pairs of turns the model extracts a fact, and decides in view of the
+  entries nearest to it whether to add it, to update or delete an entry, or to do nothing (Mem0).
+* `linked_notes`: in pairs of turns the model writes a note, and in view of the entries nearest to
+  it adds it and revises them. When answering, half of what is shown are the entries nearest to the
+  other half (A-Mem, whose links the model chooses among the nearest; here they all count).
 * `no_update`, `no_delete`, `no_scratchpad`, `no_store`: ablations of the learned policy.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +53,13 @@ _ALL = tuple(kind for kind in ActionKind if kind != ActionKind.NONE)
 _STORE_ALL = teacher.SCRIPTED["store_all"]
 
 
+class Step(NamedTuple):
+    """A turn of a pair."""
+
+    kinds: tuple[ActionKind, ...]
+    actions: int = 0  # at the most; 0: the config's
+
+
 @dataclasses.dataclass(frozen=True)
 class Workflow:
     """Which actions exist, and what a fixed program decides in the policy's place."""
@@ -44,6 +68,17 @@ class Workflow:
     program: TeacherConfig | None = None  # writes the reading turns; None leaves them to the policy
     answer_reads: int | None = None  # reads that answering a question may take; None: the config's
     window: bool = False  # the table holds what is shown, oldest out first
+    index: str = ""  # of a document that is not read: one of `document_index.KINDS`
+    context: Literal["", "first", "last"] = ""  # which tokens of it the prompt of a question holds
+    # Kinds, and most actions, of the two turns of a pair; () where turns are not paired.
+    pair: tuple[Step, ...] = ()
+    linked: bool = False  # half of what a question is shown is nearest to the other half
+    guide: str = ""  # last words of the system message of a chat model
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it has nothing to learn from: no reading turn, or turns that come in pairs."""
+        return bool(self.index or self.context or self.pair)
 
     def limit(self, memory: MemoryConfig) -> MemoryConfig:
         """The memory that it leaves: as configured, or a window on what was stored last.
@@ -56,6 +91,12 @@ class Workflow:
         if self.program is not None and memory.eviction == "reject":
             return dataclasses.replace(memory, eviction="lru")
         return memory
+
+    @property
+    def writes_nothing(self) -> bool:
+        """Whether its program leaves the memory empty."""
+        program = self.program
+        return program is not None and program.store_support == program.store_distractor == 0
 
     def restrict(self, rates: TeacherConfig) -> TeacherConfig:
         """The teacher of these rates, kept to the kinds there are; without Update it creates."""
@@ -103,6 +144,17 @@ class Workflow:
         return respond
 
 
+_RECONCILE = """\
+Take two turns for each fact. In the first, write one fact of the part that may help, as your \
+query. In the second the entries nearest to it are shown: add the fact, update an entry that it \
+changes, delete an entry that it contradicts, or write nothing where it is known already."""
+
+_LINK = """\
+Take two turns for each note. In the first, write a note of what may help, with its key words, as \
+your query. In the second the entries nearest to it are shown: add the note, with key words and \
+what it has to do with those entries, and update the entries that it sheds light on."""
+
+
 def _without(*kinds: ActionKind) -> Workflow:
     return Workflow(kinds=tuple(kind for kind in _ALL if kind not in kinds))
 
@@ -127,6 +179,27 @@ WORKFLOWS: dict[str, Workflow] = {
         kinds=(ActionKind.CREATE, ActionKind.ANSWER), program=_STORE_ALL, window=True
     ),
     "no_memory": Workflow(kinds=(ActionKind.ANSWER,), program=teacher.SCRIPTED["no_memory"]),
+    "full_context": Workflow(kinds=(ActionKind.ANSWER,), context="first", answer_reads=0),
+    "recent_context": Workflow(kinds=(ActionKind.ANSWER,), context="last", answer_reads=0),
+    "rag_chunks": Workflow(kinds=(ActionKind.ANSWER,), index="chunks", answer_reads=0),
+    "rag_documents": Workflow(kinds=(ActionKind.ANSWER,), index="documents", answer_reads=0),
+    "store_everything": Workflow(
+        kinds=(ActionKind.READ, ActionKind.ANSWER), index="facts", answer_reads=3
+    ),
+    "store_everything_update": Workflow(
+        kinds=(ActionKind.READ, ActionKind.ANSWER), index="current_facts", answer_reads=3
+    ),
+    "extract_reconcile": Workflow(
+        kinds=(*EDITS, ActionKind.READ, ActionKind.ANSWER),
+        pair=(Step((ActionKind.READ,), 1), Step(EDITS, 1)),
+        guide=_RECONCILE,
+    ),
+    "linked_notes": Workflow(
+        kinds=(ActionKind.CREATE, ActionKind.UPDATE, ActionKind.READ, ActionKind.ANSWER),
+        pair=(Step((ActionKind.READ,), 1), Step((ActionKind.CREATE, ActionKind.UPDATE))),
+        linked=True,
+        guide=_LINK,
+    ),
     "no_update": _without(ActionKind.UPDATE),
     "no_delete": _without(ActionKind.DELETE),
     "no_scratchpad": _without(ActionKind.SCRATCHPAD),

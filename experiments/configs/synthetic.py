@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     config.memory.key_dim = 128
     config.memory.eviction = "lru"
     config.memory.weighting = "uniform"  # or "rarity": rare tokens count more in a search
+    config.memory.embedding = "hashed"  # or "policy", "encoder": what a key is made of
+    config.memory.encoder = ""  # directory or checkpoint of the text encoder
 
     config.rollout = ConfigDict()
     config.rollout.max_actions = 3
@@ -75,6 +77,7 @@ def get_config() -> ConfigDict:
     config.rollout.prompt_buckets = (4, 6, 8)  # eighths of the prompt's width; each is compiled
     config.rollout.least_rows = 0  # a micro-batch is halved down to so many as turns end; 0: never
     config.rollout.read_rows = 0  # prompts of a micro-batch that are read at a time; 0 for all
+    config.rollout.context_length = 0  # tokens of a document that full_context shows; 0 for all
 
     config.model = ConfigDict()
     config.model.width = 64

@@ -14,12 +14,13 @@ from atommem_jax.documents.reader import Reader
 from atommem_jax.memory import encoder as encoder_lib
 from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens
 from atommem_jax.memory.encoder import EncoderEmbedding
+from atommem_jax.metrics import read_metrics
 from atommem_jax.model.transformer import Transformer
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.report import replay
 from atommem_jax.weights import hf_tokenizer, huggingface
-from tests.helpers import checkpoints, tiny
+from tests.helpers import checkpoints, runs, tiny
 from tests.weights import hf_tokenizer_test, huggingface_test
 
 ROWS = 8
@@ -93,6 +94,42 @@ def test_what_is_remembered_has_the_keys_of_its_text(kind, published):
         np.testing.assert_array_equal(spread.memory.keys, memory.keys)
     else:
         np.testing.assert_allclose(spread.memory.keys, memory.keys, atol=2.0**-11)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1), (1, 4, 2), (2, 2, 2)])
+def test_an_encoder_has_its_keys_where_parameters_are_split(shape, published):
+    """Parameters of the policy lie over `fsdp`; every share of the rows has the whole encoder."""
+    parts = build.build(make_config("encoder", published), tiny.make_tokenizer())
+    params = tiny.make_params(scale=0.3)
+    _, alone = run(parts, params)
+    _, spread = run(parts, params, shape)
+    np.testing.assert_array_equal(spread.turns.response, alone.turns.response)
+    np.testing.assert_array_equal(spread.turns.shown, alone.turns.shown)
+    np.testing.assert_allclose(spread.memory.keys, alone.memory.keys, atol=2.0**-11)
+    expected = embed_entries(parts.embed, spread.memory)
+    assert np.abs(spread.memory.keys - expected)[spread.memory.valid].max() <= 2.0**-11
+
+
+@pytest.mark.long
+def test_an_agent_with_an_encoder_is_trained_over_fsdp(tmp_path, data_root, published):
+    """Both stages, eight devices, and the evaluation of what they leave."""
+    run_flags = runs.make_flags(
+        **{"mesh__data": 2, "mesh__fsdp": 4, "mesh__cpu_devices": 8},
+        **{"memory__embedding": "encoder", "memory__encoder": published, "memory__key_dim": 16},
+        **{"sft__steps": 1, "sft__eval_every": 1, "sft__save_every": 1, "sft__episodes": 8},
+        **{"rl__steps": 1, "rl__eval_every": 1, "rl__save_every": 1},
+    )
+    here = f"--data_root={data_root}"
+    runs.run("train.py", *run_flags, here, f"--workdir={tmp_path}")
+    metrics = read_metrics(tmp_path)
+    (learned,) = [r for r in metrics if r["stage"] == "rl" and "log_prob_gap" in r]
+    assert learned["log_prob_gap"] <= learned["log_prob_bound"]
+    assert all(np.isfinite(record["loss"]) for record in metrics if "loss" in record)
+    printed = runs.run(
+        "evaluate.py", f"--checkpoint={tmp_path}", here, "--split=test_1x", "--episodes=8",
+        "--fsdp=4", "--cpu_devices=8",
+    )  # fmt: skip
+    assert "test_1x" in printed
 
 
 def test_keys_follow_the_policy_that_plays(published):

@@ -43,6 +43,16 @@ def test_another_family_begins_with_its_own_defaults():
     assert same.task.get("base_facts") == 6
 
 
+def test_longer_texts_and_another_workflow_may_be_asked_for():
+    asked = ["workflow=full_context", "model.rope_type=yarn", "model.rope_factor=4"]
+    changed = settings.override(tiny.make_config(), asked)
+    assert changed.workflow == "full_context"
+    assert (changed.model.rope_type, changed.model.rope_factor) == ("yarn", 4.0)
+    assert changed.model.width == tiny.make_config().model.width
+    with pytest.raises(ConfigError, match="workflow='rag': allowed are learned"):
+        settings.override(tiny.make_config(), ["workflow=rag"])
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -81,3 +81,66 @@ def test_what_was_played_is_printed_where_it_cannot_be_written(evaluated, tmp_pa
     assert "test_1x " in printed
     assert f"--out={tmp_path}: the results could not be written (" in printed
     assert "Traceback" not in printed
+
+
+COMPARED = (
+    *("learned", "scratchpad_only", "store_all", "store_all_update", "sliding_window", "no_memory"),
+    *("full_context", "recent_context", "rag_chunks", "rag_documents", "store_everything"),
+    *("store_everything_update", "extract_reconcile", "linked_notes"),
+)
+
+
+def read_table(path) -> dict[str, list[str]]:
+    """Cells of a Markdown table by the first of their row."""
+    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if "|" in line]
+    return {row[0]: row for row in rows[2:]}
+
+
+@pytest.mark.long
+def test_every_workflow_plays_the_same_episodes(evaluated, tmp_path):
+    _, flags = evaluated
+    # Room for the turns of programs.
+    flags = (*flags, f"--out={tmp_path}", "--rollout.response_length=40")
+    names = [f"--workflow={name}" for name in COMPARED]
+    printed = runs.run("evaluate.py", *flags, *names, "--against=no_memory")
+    table = read_table(tmp_path / "workflows.md")
+    assert list(table) == list(COMPARED)
+    assert (tmp_path / "workflows.md").read_text() in printed
+    summaries = {
+        name: json.loads(next(tmp_path.glob(f"*workflow={name}.json")).read_text())
+        for name in COMPARED
+    }
+    asked = {
+        tuple((r["episode"], r["question"]) for r in read_lines(path))
+        for path in tmp_path.glob("*.jsonl")
+    }
+    assert len(asked) == 1
+    questions = summaries["learned"]["questions"] / 5
+    for name, summary in summaries.items():
+        told = summary["statistics"]
+        assert summary["workflow"] == name
+        assert summary["seconds"] > 0
+        assert table[name][3].startswith("+0.000" if name == "no_memory" else ("+", "-"))
+        if name in ("full_context", "recent_context", "rag_chunks", "rag_documents"):
+            assert told["turns"] == pytest.approx(questions), "nothing is read turn by turn"
+        if name == "no_memory":  # turns of a program cost the model nothing
+            answering = told["turns"] - told["reading_turns"]
+            assert told["tokens_written"] == pytest.approx(answering * told["response_tokens"])
+        assert (told["retrievals"] > 0) == (
+            name not in ("scratchpad_only", "no_memory", "full_context", "recent_context")
+        )
+
+
+def test_a_workflow_is_compared_with_what_was_played_before(evaluated, tmp_path):
+    _, flags = evaluated
+    flags = (*flags, f"--out={tmp_path}")
+    refused = forks.refuse("evaluate.py", *flags, "--workflow=rag_chunks", "--against=full_context")
+    assert "pass --workflow=full_context too" in refused
+    runs.run("evaluate.py", *flags, "--workflow=full_context", "--rollout.context_length=4")
+    refused = forks.refuse("evaluate.py", *flags, "--workflow=rag")
+    assert "workflow='rag': allowed are learned" in refused
+    runs.run(
+        "evaluate.py", *flags, "--workflow=rag_chunks", "--against=full_context",
+        "--rollout.context_length=4",
+    )  # fmt: skip
+    assert list(read_table(tmp_path / "workflows.md")) == ["rag_chunks"]

@@ -1,5 +1,6 @@
 """The slot table against its plain-Python definition, and the defects it must not have."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -581,3 +582,27 @@ def test_a_batch_axis_that_was_not_mapped_is_refused():
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), _init())
     with pytest.raises(AssertionError, match="rank"):
         slot_table.retrieve(batch, coarse_embed)
+
+
+def test_linked_entries_are_near_to_those_found_and_not_to_the_query():
+    """By hand: cosines to the query (1, 0) are .8, .75, .5, -1; of the first and third .92."""
+    table = jnp.asarray([[0.0, 0.0], [0.8, 0.6], [0.75, -0.66], [0.5, 0.866], [-1.0, 0.0], [1, 0]])
+
+    def embed(tokens, length):
+        return jnp.where(length > 0, table[tokens[0]], 0.0)
+
+    state = slot_table.init(
+        slots=5, entry_length=1, scratchpad_length=1, query_length=1, shown=2, key_dim=2, pad_id=0
+    )
+    lengths = jnp.asarray([1, 1, 1, 1, 0])
+    state = slot_table.fill(state, jnp.asarray([[1], [2], [3], [4], [4]]), lengths, embed, 0)
+    assert state.created.tolist() == [1, 2, 3, 4, 0]
+    assert int(state.clock) == 4
+    state = slot_table.set_query(state, jnp.asarray([5]), jnp.int32(1), 0)
+    near, scores = slot_table.retrieve(state, embed)
+    assert near.shown.tolist() == [0, 1]
+    linked, scores = slot_table.retrieve(state, embed, linked=1)
+    assert linked.shown.tolist() == [0, 2]
+    np.testing.assert_allclose(scores, [0.8, 0.5], atol=1e-3)
+    one = dataclasses.replace(state, valid=state.valid.at[1:].set(False))
+    assert slot_table.retrieve(one, embed, linked=1)[0].shown.tolist() == [0, EMPTY]

@@ -19,8 +19,10 @@ EPISODES = range(12)
 
 
 @functools.cache
-def make_parts(name: str) -> build.Parts:
-    config = tiny.make_config().replace({"workflow": name, "memory.slots": 5})
+def make_parts(name: str, **changes) -> build.Parts:
+    """Fields of a section are written with two underscores."""
+    changes = {path.replace("__", "."): value for path, value in changes.items()}
+    config = tiny.make_config().replace({"workflow": name, "memory.slots": 5} | changes)
     return build.build(config, tiny.make_tokenizer())
 
 
@@ -29,9 +31,9 @@ def episodes():
     return tiny.make_episodes(EPISODES)[0]
 
 
-def play(name: str, rates: TeacherConfig | None = None, answers=None):
+def play(name: str, rates: TeacherConfig | None = None, answers=None, **changes):
     """Every tiny episode with a teacher's answers, or those of another policy. NumPy leaves."""
-    parts = make_parts(name)
+    parts = make_parts(name, **changes)
     setting = parts.setting(tiny.make_shape())
     restricted = parts.workflow.restrict(rates or TeacherConfig())
     policy = answers or teacher.policy(restricted, parts.script)
@@ -207,7 +209,170 @@ def test_only_what_the_policy_wrote_is_learned(name):
 
 
 # ---------------------------------------------------------------------------------------------
+# Without reading
+
+
+def read_questions(b: int) -> list[list[int]]:
+    e = jax.device_get(episodes())
+    lengths = e.question_lengths[b, : int(e.num_questions[b])]
+    return [e.questions[b, q, :n].tolist() for q, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(("name", "last"), [("full_context", False), ("recent_context", True)])
+def test_a_question_stands_before_as_much_of_the_document_as_fits(name, last):
+    played = play(name, rollout__context_length=9)
+    turns = played.turns
+    for b in EPISODES:
+        document = [token for fact in read_facts(b) for token in fact]
+        assert len(document) > 9
+        expected = [
+            tiny.spell_prompt(
+                phase=Phase.FINAL,
+                questions=[question],
+                query=question[:8],
+                chunk=document[-9:] if last else document[:9],
+            )
+            for question in read_questions(b)
+        ]
+        lengths = turns.prompt_lengths[b][turns.live[b]]
+        prompts = turns.prompt[b][turns.live[b]]
+        shown = [row[-n:].tolist() for row, n in zip(prompts, lengths, strict=True)]
+        assert shown == expected
+    assert not turns.scripted.any()
+
+
+def test_without_a_limit_the_whole_document_is_shown():
+    parts = make_parts("full_context")
+    shape = tiny.make_shape()
+    assert parts.setting(shape).limits.context == shape.chunks * shape.chunk_length
+    limits = parts.setting(shape).limits
+    assert limits.turn_bound(shape.chunks, shape.questions) == shape.questions
+
+
+def test_one_retrieval_answers_what_is_among_the_nearest():
+    """Of an index of all parts the four nearest to the question are shown; here by NumPy."""
+    played = play("rag_chunks")
+    setting = make_parts("rag_chunks").setting(tiny.make_shape())
+    a = jax.device_get(episodes().annotations)
+    embed = jax.jit(setting.embed)
+    pieces = -(-tiny.make_shape().chunk_length // 8)  # of a part, in entries
+
+    def key(text):
+        row = np.zeros(8, np.int32)
+        row[: len(text)] = text[:8]
+        vector = np.asarray(embed(jnp.asarray(row), jnp.int32(min(len(text), 8))))
+        return np.round(vector * 2048) / 2048
+
+    known = 0
+    for b in EPISODES:
+        facts = read_facts(b)
+        keys = np.stack([key(fact) for fact in facts])
+        for q, question in enumerate(read_questions(b)):
+            scores = keys @ key(question)
+            nearest = np.argsort(-scores, kind="stable")[:4]
+            needed = [c for c in a.needs[b, q] if c != EMPTY]
+            found = set(needed) <= set(nearest.tolist())
+            gold = a.gold[b, q, : a.gold_length[b, q]].tolist()
+            given = played.answers[b, q, : played.answer_lengths[b, q]].tolist()
+            if found:
+                assert given == gold
+            (turn,) = np.flatnonzero(played.turns.live[b] & (played.turns.question[b] == q))
+            # A part is a fact, which its first piece holds.
+            assert played.turns.shown[b, turn].tolist() == (nearest * pieces).tolist()
+            known += found
+    assert known >= 3
+
+
+def test_an_index_without_what_was_corrected_answers_all():
+    played = play("store_everything_update")
+    a = jax.device_get(episodes().annotations)
+    for b in EPISODES:
+        for q, _ in enumerate(read_questions(b)):
+            gold = a.gold[b, q, : a.gold_length[b, q]].tolist()
+            assert played.answers[b, q, : played.answer_lengths[b, q]].tolist() == gold
+    assert (played.turns.phase[played.turns.live] != Phase.READING).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs of turns
+
+
+def test_the_turns_of_a_pair_have_masks_of_their_own():
+    for name, second in (
+        ("extract_reconcile", set(workflows.EDITS)),
+        ("linked_notes", {ActionKind.CREATE, ActionKind.UPDATE}),
+    ):
+        parts = make_parts(name)
+        reserved = parts.tokenizer.reserved
+        opens = []
+        for grammar in parts.pair:
+            allowed = np.asarray(grammar.allowed(grammar.start(Phase.READING), 14))
+            assert allowed[parts.tokenizer.eos_id], "nothing is an answer too"
+            kinds = [kind for kind in ActionKind if kind]
+            opens.append({k for k in kinds if allowed[reserved[f"<{k.name.lower()}>"]]})
+        assert opens == [{ActionKind.READ}, second]
+    assert make_parts("linked_notes").setting(tiny.make_shape()).limits.linked == 2
+
+
+def write_pairs(parts, extracts: bool = True):
+    """Extracts the first two tokens of a part, and adds what is its query then."""
+    script = parts.script
+
+    def respond_one(view):
+        o, yes = view.observation, jnp.ones((), bool)
+        reading = view.phase == Phase.READING
+        first = reading & (view.reads % 2 == 0) & extracts
+        second = reading & (view.reads % 2 == 1)
+        return script.write(
+            [
+                script.action(ActionKind.READ, first, o.chunk[:2], 2),
+                script.action(ActionKind.CREATE, second, o.query, o.query_length),
+                script.action(ActionKind.ANSWER, yes & ~reading, o.questions[0], 1),
+            ]
+        )
+
+    def respond(views, episodes, keys):
+        del episodes, keys
+        return Response.of_program(*jax.vmap(respond_one)(views))
+
+    return respond
+
+
+@pytest.mark.parametrize(("budget", "pairs"), [(0, 1), (1, 1), (2, 2)])
+def test_what_is_extracted_is_reconciled_in_the_next_turn(budget, pairs):
+    changes = {"rollout__read_budget": budget, "memory__slots": 6}
+    parts = make_parts("extract_reconcile", **changes)
+    played = play("extract_reconcile", answers=write_pairs(parts), **changes)
+    for b in EPISODES:
+        reading = played.turns.live[b] & (played.turns.phase[b] == Phase.READING)
+        chunks = len(read_facts(b))
+        assert played.turns.chunk[b][reading].tolist() == [
+            c for c in range(chunks) for _ in range(2 * pairs)
+        ]
+        expected = [fact[:2] for fact in read_facts(b) for _ in range(pairs)][-6:]
+        assert sorted(read_table(played, b)) == sorted(expected) or pairs > 1
+        report = played.turns.report.applied[b].sum(axis=0)
+        assert report[ActionKind.READ] == report[ActionKind.CREATE] == chunks * pairs
+
+
+def test_where_nothing_is_extracted_the_next_part_follows():
+    parts = make_parts("extract_reconcile")
+    played = play("extract_reconcile", answers=write_pairs(parts, extracts=False))
+    for b in EPISODES:
+        reading = played.turns.live[b] & (played.turns.phase[b] == Phase.READING)
+        assert reading.sum() == len(read_facts(b))
+
+
+# ---------------------------------------------------------------------------------------------
 # Errors
+
+
+@pytest.mark.parametrize("name", ["rag_documents", "full_context", "extract_reconcile"])
+def test_what_is_there_to_be_compared_with_is_not_trained(name):
+    config = tiny.make_config().replace({"workflow": name})
+    with pytest.raises(ConfigError, match=rf"workflow='{name}'.*evaluate with --workflow"):
+        validate.validate(config)
+    validate.validate(config.replace({"sft.steps": 0, "rl.steps": 0}))
 
 
 def test_an_unknown_workflow_is_refused_with_the_names_there_are():
