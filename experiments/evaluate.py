@@ -176,12 +176,11 @@ def main(argv) -> None:
             evaluate(agent, dataset, splits, out)
         for agent, temperature, split in itertools.product(agents, TEMPERATURES.value, splits):
             name = results.name_files(split, temperature, agent.step, agent.settings)
-            if others and others[split, temperature] != out / f"{name}.jsonl":
-                print_difference(
-                    split, results.read(out / f"{name}.jsonl"), others[split, temperature]
-                )
+            own, other = out / f"{name}.jsonl", others.get((split, temperature))
+            if other is not None and not (WORKFLOWS.value and other == own):
+                print_difference(split, results.read(own), other)
             if endpoint is not None:
-                records = results.read(out / f"{name}.jsonl")
+                records = results.read(own)
                 judge(endpoint, name, records, out / "judge", prices)
         if WORKFLOWS.value:
             print_table(agents, splits, out, others)

@@ -101,6 +101,9 @@ def measure(
     settings = [] if slots is None else [f"memory.slots={slots}"]
     if reads is not None:
         settings += [f"rollout.read_budget={reads}", f"rollout.answer_read_budget={reads}"]
+    loaded = load(workdir, cpu_devices=CPU_DEVICES.value)
+    if slots is not None and slots < loaded.parts.config.memory.shown:
+        settings.append(f"memory.shown={slots}")  # all that there is
     loaded = load(workdir, cpu_devices=CPU_DEVICES.value, settings=settings)
     config = loaded.parts.config
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)

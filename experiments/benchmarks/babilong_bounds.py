@@ -1,7 +1,7 @@
 """Prints what fixed workflows can know of BABILong at most, by length of the document.
 
     python -m experiments.benchmarks.babilong_bounds --checkpoint=runs/babilong1 \
-        --split=test_4k --split=test_1m --episodes=32
+        --length=4k --length=1m --documents=32
 
 A workflow that stores every part of a document as it is, and shows some of them with the question,
 can answer if the sentences that the answer follows from are among those: whatever reads them, it
@@ -28,26 +28,32 @@ from atommem_jax.tasks import encoding, schema
 from atommem_jax.tasks.background import Chunk
 from experiments import flags
 
-CHECKPOINT = flags.define_path("checkpoint", None, "A workdir of train.py.")
-SPLITS = absl_flags.DEFINE_multi_string("split", ["test_4k"], "A length; repeat for several.")
-EPISODES = absl_flags.DEFINE_integer("episodes", 32, "Documents of each length.", lower_bound=1)
-KEY_DIM = absl_flags.DEFINE_integer("key_dim", 1024, "Width of a key.", lower_bound=1)
 _AT_ONCE = 256
+
+
+def define() -> None:
+    """Defines the flags: of the script alone, for other scripts have some of the same names."""
+    flags.define_path("checkpoint", None, "A workdir of train.py.")
+    absl_flags.DEFINE_multi_string("length", ["4k"], "Of documents; repeat for several.")
+    absl_flags.DEFINE_integer("documents", 32, "Of each length.", lower_bound=1)
+    absl_flags.DEFINE_integer("key_dim", 1024, "Width of a key.", lower_bound=1)
 
 
 def main(argv: Sequence[str]) -> None:
     """See the module docstring."""
     check(len(argv) == 1, f"unexpected arguments {list(argv[1:])}: see --help")
-    loaded = load(flags.require(CHECKPOINT, "pass the workdir of a training run"), cpu_devices=1)
+    given = absl_flags.FLAGS
+    check(given.checkpoint is not None, "--checkpoint is missing: pass the workdir of a run")
+    loaded = load(given.checkpoint, cpu_devices=1)
     config = loaded.parts.config
     check(config.task.name == "babilong", f"task.name={config.task.name!r}: allowed is 'babilong'")
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
-    print(f"{'split':12}{'retrieval':>12}{'window':>12}{'parts':>12}")
-    for split in SPLITS.value:
-        examples = find_split(dataset, split)[: EPISODES.value]
-        found = np.array([find_bounds(loaded, example, KEY_DIM.value) for example in examples])
+    print(f"{'length':12}{'retrieval':>12}{'window':>12}{'parts':>12}")
+    for length in given.length:
+        examples = find_split(dataset, f"test_{length}")[: given.documents]
+        found = np.array([find_bounds(loaded, example, given.key_dim) for example in examples])
         retrieval, window, parts = found.mean(axis=0)
-        print(f"{split:12}{retrieval:12.3f}{window:12.3f}{parts:12.0f}", flush=True)
+        print(f"{length:12}{retrieval:12.3f}{window:12.3f}{parts:12.0f}", flush=True)
 
 
 def find_bounds(loaded: Loaded, example: schema.Example, dim: int) -> tuple[float, float, int]:
@@ -116,4 +122,5 @@ def _embed(embed: HashedBagOfTokens, tokens: jax.Array, lengths: jax.Array) -> j
 
 
 if __name__ == "__main__":
+    define()
     flags.run(main)
