@@ -19,9 +19,10 @@ from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
 from atommem_jax.agent import build, score
-from atommem_jax.agent.load import find_split, load
+from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.config import check, paths
 from atommem_jax.report import figures, frontier
+from atommem_jax.tasks.datasets import Dataset
 from experiments import flags
 
 METHODS = absl_flags.DEFINE_multi_string(
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
     out = paths.locate(OUT.value)
     points: list[frontier.Point] = []
     with folder_lock.hold(out, f"--out={out}"):
+        for workdir in methods.values():  # all of them, before any is played
+            choose_splits(load(workdir, cpu_devices=CPU_DEVICES.value))
         cells = list(itertools.product(methods.items(), budgets))
         for (name, workdir), (slots, reads) in tqdm.tqdm(cells, desc="budgets", leave=False):
             points += measure(name, workdir, slots, reads, out)
@@ -94,6 +97,15 @@ def parse_numbers(flag: str, values: Sequence[str]) -> list[int | None]:
     return [int(value) for value in dict.fromkeys(values)] or [None]
 
 
+def choose_splits(loaded: Loaded) -> tuple[Dataset, list[str]]:
+    """The data set of an agent, and what is played of it. Raises ConfigError for unknown splits."""
+    dataset = build.load_dataset(loaded.parts.config, flags.DATA_ROOT.value)
+    splits = SPLITS.value or [split for split in dataset.splits if split.startswith("test")]
+    for split in splits:
+        find_split(dataset, split)
+    return dataset, splits
+
+
 def measure(
     name: str, workdir: str, slots: int | None, reads: int | None, out: pathlib.Path
 ) -> list[frontier.Point]:
@@ -106,10 +118,7 @@ def measure(
         settings.append(f"memory.shown={slots}")  # all that there is
     loaded = load(workdir, cpu_devices=CPU_DEVICES.value, settings=settings)
     config = loaded.parts.config
-    dataset = build.load_dataset(config, flags.DATA_ROOT.value)
-    splits = SPLITS.value or [split for split in dataset.splits if split.startswith("test")]
-    for split in splits:
-        find_split(dataset, split)
+    dataset, splits = choose_splits(loaded)
     return [
         frontier.Point.of(
             name,

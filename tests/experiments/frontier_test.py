@@ -27,6 +27,7 @@ def test_every_budget_is_played_once(tmp_path):
     for wrong, said in (
         ("--method=mine", "--method=mine: allowed is NAME=WORKDIR"),
         (f"--method=mine={workdir}", "'mine' is given twice"),
+        ("--method=other=nowhere", "nowhere"),  # before the first is played
         ("--slots=2,many", "--slots=2,many: 'many' is no number"),
     ):
         assert said in forks.refuse("frontier.py", *flags, wrong)
