@@ -44,7 +44,7 @@ ORDER = {
         "gate optimizer microbatches trainer evaluation long_evaluation comparison collapse"
     ),
     "agent": "encoders build play crossed validate settings load long_score results score",
-    "report": "replay trace figures failures frontier page run",
+    "report": "replay trace figures failures lengths frontier page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint judge store player",
     "sweeps": "launcher scheduler local_processes tpu_vms placements plan jobs table",

@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 
 Record = Mapping[str, Any]  # a line of metrics.jsonl: step, stage and scalars
 Cell = Mapping[str, float]  # em, ci_low, ci_high
-Scores = Mapping[str, Mapping[str, Cell]]  # method -> scale -> cell
+Cells = Mapping[str, Cell]  # scale -> cell
+Scores = Mapping[str, Cells]  # by method
 
 INK, MUTED, GRID = "#1f2328", "#59636e", "#d1d9e0"
 SERIES = ("#0072b2", "#d55e00", "#00795a", "#a3478b", "#8a6100", "#4a5561")

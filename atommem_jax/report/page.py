@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from atommem_jax.config import paths
-from atommem_jax.report import failures, figures
+from atommem_jax.report import failures, figures, lengths
 from atommem_jax.report.failures import Failures
 from atommem_jax.report.figures import Cell, Record, Scores, plot_learning
 
@@ -49,6 +49,7 @@ class Run:
       scores: method -> scale -> em, ci_low, ci_high, episodes; may be empty.
       slots: capacity of its table, if known.
       failures: method -> scale -> stage -> share of the questions that broke there; may be empty.
+      cited: figures of its task that others published, for the figure by length; may be empty.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Run:
     scores: Scores = dataclasses.field(default_factory=dict)
     slots: int | None = None
     failures: Failures = dataclasses.field(default_factory=dict)
+    cited: Sequence[lengths.Cited] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,13 @@ def name_method(step: int, temperature: float, records: Sequence[Record], workfl
 
 
 def sort_columns(runs: Sequence[Run]) -> list[str]:
-    """The scales of all runs, the smaller number first."""
+    """The scales of all runs, the shorter length and the smaller number first."""
     found = {column for run in runs for row in run.scores.values() for column in row}
 
     def key(column: str) -> tuple[str, float]:
+        tokens = lengths.find_tokens(column)
+        if tokens is not None:
+            return "", float(tokens)
         number = re.search(r"\d+(?:\.\d+)?", column)
         return re.sub(r"\d.*", "", column), float(number[0]) if number else 0.0
 
@@ -206,10 +211,7 @@ def _draw(runs: Sequence[Run]) -> dict[str, tuple[Figure | None, str]]:
     broken = {run.name: run.failures for run in runs if run.failures}
     labels = {method: label(method) for _, method in figures.order_methods(scores)}
     return {
-        "em_by_scale": (
-            figures.draw_scores(scores, sort_columns(runs), labels),
-            "Exact match by scale, methods ordered by their mean; bars are 95% intervals.",
-        ),
+        "em_by_scale": _draw_scores(runs, labels),
         "failures": (
             failures.draw_failures(broken, sort_columns(runs), labels),
             "Wrong answers by the stage at which the chain of their facts first broke.",
@@ -236,6 +238,24 @@ def _draw(runs: Sequence[Run]) -> dict[str, tuple[Figure | None, str]]:
         ),
         "sft": (figures.draw_sft(records), "Loss of supervised fine-tuning."),
     }
+
+
+def _draw_scores(runs: Sequence[Run], labels: Mapping[str, str]) -> tuple[Figure | None, str]:
+    """By length of the document where the scales are lengths, else a panel a scale."""
+    lines = {
+        label(method) + (f", {run.name}" if len(runs) > 1 else ""): cells
+        for run in runs
+        for method, cells in run.scores.items()
+    }
+    cited = dict.fromkeys(point for run in runs for point in run.cited)
+    figure = lengths.draw(lines, tuple(cited))
+    if figure is not None:
+        told = "; grey: published by others, of other models and budgets" if cited else ""
+        return figure, f"Exact match by length of the document; bands are 95% intervals{told}."
+    return (
+        figures.draw_scores({run.name: run.scores for run in runs}, sort_columns(runs), labels),
+        "Exact match by scale, methods ordered by their mean; bars are 95% intervals.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

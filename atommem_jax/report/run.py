@@ -18,10 +18,10 @@ from atommem_jax.config import ConfigError, Experiment, check, parse, paths
 from atommem_jax.learning import evaluation
 from atommem_jax.metrics import read_metrics
 from atommem_jax.parallel import host_batches
-from atommem_jax.report import failures, trace
+from atommem_jax.report import failures, lengths, trace
 from atommem_jax.report import page as page_lib
+from atommem_jax.tasks import babilong, datasets, workflows
 from atommem_jax.tasks import batches as batches_lib
-from atommem_jax.tasks import datasets, workflows
 from atommem_jax.types import Episode, Trajectory
 from atommem_jax.weights.checkpoint import Checkpointer, CheckpointError
 
@@ -117,6 +117,7 @@ def read_run(name: str, workdir: pathlib.Path) -> page_lib.Run:
         scores=read_scores(workdir, records, config.workflow if config else "learned"),
         slots=int(find_sizes(config)["slots"]) if config else None,
         failures=read_failures(workdir, records, config.workflow if config else "learned"),
+        cited=find_cited(config) if config else (),
     )
 
 
@@ -127,6 +128,14 @@ def read_config(workdir: pathlib.Path) -> Experiment | None:
             return parse(reader.restore_config(reader.latest_step()))
     except CheckpointError:
         return None
+
+
+def find_cited(config: Experiment) -> tuple[lengths.Cited, ...]:
+    """What others published of the task of a run."""
+    if config.task.name != "babilong":
+        return ()
+    rows = babilong.PUBLISHED.get(config.task.get("task"), ())
+    return tuple(lengths.Cited(*row) for row in rows)
 
 
 def find_sizes(config: Experiment) -> dict[str, Any]:

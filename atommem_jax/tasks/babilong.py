@@ -47,6 +47,24 @@ LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "5
 PERSONS = ("Daniel", "John", "Mary", "Sandra")
 """Of the stories."""
 
+PUBLISHED: dict[int, tuple[tuple[str, tuple[int, int], float], ...]] = {
+    1: (
+        ("ARMT, 137M, fine-tuned", (50_000_000, 50_000_000), 0.799),
+        ("RMT, 137M, fine-tuned", (128_000, 128_000), 0.991),
+        ("retrieval, large models: about", (1_000, 10_000_000), 0.6),
+    ),
+    2: (("RMT, 137M, fine-tuned", (32_000, 32_000), 0.874),),
+    3: (
+        ("RMT with retrieval, 137M, fine-tuned", (16_000, 16_000), 0.72),
+        ("RMT, 137M, fine-tuned", (10_000_000, 10_000_000), 0.21),
+    ),
+}
+"""By task: a model, least and most tokens, accuracy: of other models and budgets, to compare with.
+
+ARMT: Rodkin et al., arXiv 2407.04841; retrieval: Kuratov et al., arXiv 2406.10149; RMT: the results
+that the authors of the benchmark publish with it (huggingface.co/spaces/RMT-team/babilong).
+"""
+
 FactCategory = babi.FactCategory
 """Of the facts; sentences of books have none."""
 

@@ -1,16 +1,20 @@
 """Prints what fixed workflows can know of BABILong at most, by length of the document.
 
     python -m experiments.benchmarks.babilong_bounds --checkpoint=runs/babilong1 \
-        --length=4k --length=1m --documents=32
+        --length=4k --length=1m --documents=32 --output=runs/babilong1/results.json
 
 A workflow that stores every part of a document as it is, and shows some of them with the question,
 can answer if the sentences that the answer follows from are among those: whatever reads them, it
 cannot do better. Counted are `retrieval`, the K parts nearest to the question by the agent's own
 hashed embedding with weights by rarity, and `window`, the last K parts. The tokenizer, the size of
-a part and K (`memory.shown`) are those of the checkpoint.
+a part and K (`memory.shown`) are those of the checkpoint. With `--output` they are written to a
+`results.json`, beside what stands there: the report of a run draws what its folder has.
 """
 
+import json
+import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +23,12 @@ import tqdm
 from absl import flags as absl_flags
 from jaxtyping import Float, Int
 
+from atommem_jax import text_files
 from atommem_jax.agent import build
 from atommem_jax.agent.load import Loaded, find_split, load
 from atommem_jax.config import check
 from atommem_jax.language.tokenizer import weigh_by_rarity
+from atommem_jax.learning.evaluation import summarise
 from atommem_jax.memory.embedding import HashedBagOfTokens, most_times
 from atommem_jax.tasks import encoding, schema
 from atommem_jax.tasks.background import Chunk
@@ -37,6 +43,7 @@ def define() -> None:
     absl_flags.DEFINE_multi_string("length", ["4k"], "Of documents; repeat for several.")
     absl_flags.DEFINE_integer("documents", 32, "Of each length.", lower_bound=1)
     absl_flags.DEFINE_integer("key_dim", 1024, "Width of a key.", lower_bound=1)
+    flags.define_path("output", None, "A results.json to add the bounds to.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,12 +55,41 @@ def main(argv: Sequence[str]) -> None:
     config = loaded.parts.config
     check(config.task.name == "babilong", f"task.name={config.task.name!r}: allowed is 'babilong'")
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
+    output = pathlib.Path(given.output) if given.output else None
+    results = read_results(output) if output else {"methods": {}}
     print(f"{'length':12}{'retrieval':>12}{'window':>12}{'parts':>12}")
     for length in given.length:
         examples = find_split(dataset, f"test_{length}")[: given.documents]
         found = np.array([find_bounds(loaded, example, given.key_dim) for example in examples])
         retrieval, window, parts = found.mean(axis=0)
         print(f"{length:12}{retrieval:12.3f}{window:12.3f}{parts:12.0f}", flush=True)
+        for name, column in (("retrieval at most", 0), ("window at most", 1)):
+            results["methods"].setdefault(name, {})[length] = make_cell(found[:, column])
+        if output:
+            output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def read_results(path: pathlib.Path) -> dict[str, Any]:
+    """What a `results.json` says so far. Raises ConfigError where it is another file."""
+    if not path.exists():
+        check(path.parent.is_dir(), f"--output={path}: there is no folder {path.parent}")
+        return {"methods": {}}
+    content = text_files.read_json(
+        path,
+        "results.json",
+        lambda found: isinstance(found, dict) and isinstance(found.get("methods"), dict),
+    )
+    check(content is not None, f"--output={path}: is no results.json, with 'methods'; name another")
+    return content
+
+
+def make_cell(scores: Float[np.ndarray, " D"]) -> dict[str, float]:
+    """Mean of the documents' scores with its 95% interval, as of an evaluation."""
+    records = [
+        {"episode": i, "em": float(score), "f1": float(score)} for i, score in enumerate(scores)
+    ]
+    summary = summarise(records)
+    return {key: summary[key] for key in ("em", "ci_low", "ci_high", "episodes")}
 
 
 def find_bounds(loaded: Loaded, example: schema.Example, dim: int) -> tuple[float, float, int]:

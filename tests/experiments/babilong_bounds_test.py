@@ -1,7 +1,12 @@
 """What a workflow can know is held against the parts of a document, read by eye."""
 
+import json
 import types
 
+import numpy as np
+import pytest
+
+from atommem_jax.config import ConfigError
 from atommem_jax.tasks import encoding
 from experiments.benchmarks import babilong_bounds
 from tests.tasks import babilong_test
@@ -33,3 +38,19 @@ def test_what_is_shown_holds_the_answer_or_does_not(tmp_path):
                 assert retrieval == window == 1.0
     one, three, every = (retrieved[i : i + len(examples)] for i in range(0, 9, len(examples)))
     assert all(a <= b <= c for a, b, c in zip(one, three, every, strict=True))
+
+
+def test_bounds_are_added_to_what_a_results_file_says(tmp_path):
+    path = tmp_path / "results.json"
+    assert babilong_bounds.read_results(path) == {"methods": {}}
+    cell = babilong_bounds.make_cell(np.array([1.0, 0.0, 1.0, 1.0]))
+    assert cell["em"] == 0.75
+    assert cell["episodes"] == 4
+    assert cell["ci_low"] < 0.75 < cell["ci_high"] <= 1.0
+    path.write_text(json.dumps({"methods": {"learned": {"1k": cell}}, "seconds": 3}))
+    assert babilong_bounds.read_results(path)["seconds"] == 3
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"results.json: is no results.json, .* name another"):
+        babilong_bounds.read_results(path)
+    with pytest.raises(ConfigError, match=r"there is no folder"):
+        babilong_bounds.read_results(tmp_path / "nowhere" / "results.json")
