@@ -5,7 +5,8 @@
     memory = agent.read(open("notes.txt").read())
     agent.answer(memory, "Which city does Saltan work in?").text
 
-docs/api.md says more. To read the code, start at `learning.rollout` and `memory.slot_table`.
+docs/api.md says more. To read the code, start at `learning.rollout`, `learning.environment` and
+`memory.slot_table`.
 """
 
 import importlib

@@ -40,8 +40,9 @@ ORDER = {
         "huggingface hf_export"
     ),
     "learning": (
-        "document_index rollout reward table_history evidence life_cycle advantage loss credit "
-        "gate optimizer microbatches trainer evaluation long_evaluation comparison collapse"
+        "document_index environment rollout reward table_history evidence life_cycle advantage "
+        "loss credit gate optimizer microbatches trainer evaluation long_evaluation comparison "
+        "collapse"
     ),
     "agent": "encoders build play crossed validate settings load long_score results score",
     "report": "replay trace figures failures lengths frontier page run",

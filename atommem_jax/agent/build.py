@@ -20,7 +20,7 @@ from atommem_jax.language import prompt as prompting
 from atommem_jax.language import protocol as protocol_lib
 from atommem_jax.language.grammar import Grammar, compile_grammar
 from atommem_jax.language.tokenizer import SentencePieceTokenizer, Tokenizer, weigh_by_rarity
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.memory import embedding
 from atommem_jax.memory.embedding import HashedBagOfTokens, PooledTokens, most_times
 from atommem_jax.model import attention
@@ -71,7 +71,7 @@ class Parts:
         actions = self.config.rollout.max_actions
         return keeper.policy(rates, self.script, words, actions=actions, habits=habits)
 
-    def setting(self, shape: encoding.EpisodeShape, params: Any = None) -> rollout.Setting:
+    def setting(self, shape: encoding.EpisodeShape, params: Any = None) -> environment.Setting:
         """The rollout's sizes for episodes of this shape.
 
         params: of the policy that plays, from which an embedding may take its rows; players take
@@ -91,7 +91,7 @@ class Parts:
         )
         multiple = attention.row_multiple(self.agent.model.config.attention, longest)
         reads = w.answer_reads
-        limits = rollout.EpisodeLimits(
+        limits = environment.EpisodeLimits(
             max_turns=0,
             prompt_width=-(-longest // multiple) * multiple,
             memory=w.limit(c.memory),
@@ -105,7 +105,7 @@ class Parts:
             linked=c.memory.shown // 2 if w.linked else 0,
         )
         turns = limits.turn_bound(shape.chunks, shape.questions)
-        return rollout.Setting(
+        return environment.Setting(
             grammar=self.agent.grammar,
             template=self.agent.template,
             limits=dataclasses.replace(limits, max_turns=turns),

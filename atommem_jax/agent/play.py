@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from atommem_jax.agent.build import Parts
 from atommem_jax.config import TeacherConfig
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment, rollout
 from atommem_jax.memory import embedding
 from atommem_jax.model import lora, quantized
 from atommem_jax.model.transformer import without_adapters
@@ -76,7 +76,7 @@ def make_segment_player(
         return env, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), records)
 
     def start_local(setting, episodes):
-        return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
+        return jax.vmap(environment.start, in_axes=(None, 0))(setting, episodes)
 
     play = _compile(parts, mesh, tensor, play_local, rows=("env", "episodes", "ids"))
     start = jax.jit(program.data_parallel(start_local, mesh, rows=("episodes",), out=program.ROWS))

@@ -28,7 +28,7 @@ from atommem_jax import folder_lock
 from atommem_jax.agent import build
 from atommem_jax.config import ConfigError, check, flatten
 from atommem_jax.language.grammar import Grammar
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.parallel import processes
 from atommem_jax.tasks import batches as batches_lib
 from atommem_jax.types import Trajectory, Turns
@@ -262,7 +262,7 @@ class Collection:
         self,
         folder: str | os.PathLike[str],
         parts: build.Parts,
-        setting: rollout.Setting,
+        setting: environment.Setting,
         min_reward: float,
     ):
         self._path = pathlib.Path(folder) / EPISODES

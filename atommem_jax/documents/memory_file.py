@@ -19,7 +19,7 @@ import numpy as np
 
 from atommem_jax.config import ConfigError, MemoryConfig, check, paths
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.memory import slot_table
 from atommem_jax.types import MemoryState
 from atommem_jax.weights import fingerprint
@@ -83,7 +83,7 @@ def save(path: pathlib.Path, memory: Memory) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load(path: pathlib.Path, setting: rollout.Setting, tokenizer: Tokenizer) -> Memory:
+def load(path: pathlib.Path, setting: environment.Setting, tokenizer: Tokenizer) -> Memory:
     """Reads what `save` wrote.
 
     Raises ConfigError where there is nothing to read, and for a memory of other sizes, another
@@ -160,7 +160,7 @@ def check_same(name: str, found: Mapping[str, Any], ours: Mapping[str, Any]) -> 
 
 
 def _check_fields(
-    name: str, fields: Mapping[str, np.ndarray], setting: rollout.Setting, tokenizer: Tokenizer
+    name: str, fields: Mapping[str, np.ndarray], setting: environment.Setting, tokenizer: Tokenizer
 ) -> None:
     """Every field must be there, of the right shape, with ids of tokens that there are."""
     sizes = {name: getattr(setting.limits.memory, name) for name in _SIZES}

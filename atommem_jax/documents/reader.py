@@ -19,7 +19,7 @@ from atommem_jax.config import ConfigError, check, paths
 from atommem_jax.documents import memory_file, session, transcript
 from atommem_jax.documents import split as split_lib
 from atommem_jax.documents.memory_file import Memory
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.memory import embedding
 from atommem_jax.report import trace
 from atommem_jax.tasks import encoding, schema
@@ -100,7 +100,7 @@ class Turn:
     """One turn: what it was about, what it saw and what it did. `print` shows it in a few lines."""
 
     heading: Heading
-    setting: rollout.Setting = dataclasses.field(repr=False)
+    setting: environment.Setting = dataclasses.field(repr=False)
     tokenizer: Any = dataclasses.field(repr=False)
     played: session.Turn = dataclasses.field(repr=False)
 
@@ -285,7 +285,7 @@ class Reader:
             full=full,
         )
 
-    def _setting(self, shape: encoding.EpisodeShape) -> rollout.Setting:
+    def _setting(self, shape: encoding.EpisodeShape) -> environment.Setting:
         return dataclasses.replace(self._loaded.parts.setting(shape), embed=self._embed)
 
     def _shape(self) -> encoding.EpisodeShape:
@@ -316,7 +316,7 @@ class Reading:
 
     def __init__(
         self,
-        setting: rollout.Setting,
+        setting: environment.Setting,
         respond: session.Respond,
         shape: encoding.EpisodeShape,
         tokenizer: Any,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment, rollout
 from atommem_jax.model import attention, groups
 from atommem_jax.model.sampling import Agent
 from atommem_jax.types import Episode, MemoryState, Phase, Response, Trajectory, Turns, View
@@ -53,7 +53,7 @@ class Session:
 
     def __init__(
         self,
-        setting: rollout.Setting,
+        setting: environment.Setting,
         respond: Respond,
         episode: Episode,
         *,
@@ -156,7 +156,7 @@ def _generate(agent: Agent, params, view: View, keys, temperature) -> Response:
 
 @jax.jit
 def _start(setting, episodes, table):
-    begin = functools.partial(rollout.start, table=table)
+    begin = functools.partial(environment.start, table=table)
     return jax.vmap(begin, in_axes=(None, 0))(setting, episodes)
 
 

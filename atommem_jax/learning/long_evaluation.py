@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from atommem_jax.learning import evaluation, reward
+from atommem_jax.learning.environment import Environment
 from atommem_jax.learning.evaluation import Record
-from atommem_jax.learning.rollout import Environment
 from atommem_jax.parallel import host_batches, processes
 from atommem_jax.tasks.batches import StreamBatch
 from atommem_jax.types import EMPTY, Actions, Episode, Phase, Report, Trajectory, Turns

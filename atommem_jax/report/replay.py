@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.memory import slot_table
 from atommem_jax.types import (
     EMPTY,
@@ -45,7 +45,7 @@ class Replay:
 
 
 def replay(
-    setting: rollout.Setting,
+    setting: environment.Setting,
     trajectories: Trajectory,
     episodes: Episode,
     start: MemoryState | None = None,
@@ -84,12 +84,12 @@ def replay(
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
 def _replay(
-    setting: rollout.Setting, turns: Turns, episode: Episode, start: MemoryState | None
+    setting: environment.Setting, turns: Turns, episode: Episode, start: MemoryState | None
 ) -> tuple[Turns, Replay, MemoryState]:
     """(the record made again, what it lacked, memory at the end) of one trajectory."""
 
     def play(env, row: Turns):
-        seen, view, _ = rollout.begin_turn(setting, env, episode)
+        seen, view, _ = environment.begin_turn(setting, env, episode)
         response = Response(
             tokens=row.response,
             lengths=row.response_lengths,
@@ -100,7 +100,7 @@ def _replay(
             lanes=row.lanes,
             width=row.width,
         )
-        ended, actions, report = rollout.end_turn(setting, seen, episode, response)
+        ended, actions, report = environment.end_turn(setting, seen, episode, response)
         again = dataclasses.replace(
             row,
             phase=view.phase,
@@ -116,12 +116,12 @@ def _replay(
         env = jax.tree.map(lambda new, old: jnp.where(row.live, new, old), ended, env)
         return env, (again, lacked)
 
-    env, (again, lacked) = jax.lax.scan(play, rollout.start(setting, episode, start), turns)
+    env, (again, lacked) = jax.lax.scan(play, environment.start(setting, episode, start), turns)
     return again, lacked, env.memory
 
 
 def recover(
-    setting: rollout.Setting, before: MemoryState, after: MemoryState, turn: Turns
+    setting: environment.Setting, before: MemoryState, after: MemoryState, turn: Turns
 ) -> Replay:
     """What the record of one turn lacks; no leading axes."""
     wide = dataclasses.replace(setting.grammar, max_text=turn.response.shape[-1])
@@ -140,7 +140,7 @@ def recover(
 
 
 def _apply_one_by_one(
-    setting: rollout.Setting,
+    setting: environment.Setting,
     state: MemoryState,
     actions: Actions,
     permitted: Bool[Array, " kinds"],

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning import evaluation, life_cycle, reward, rollout
+from atommem_jax.learning import environment, evaluation, life_cycle, reward
 from atommem_jax.learning.table_history import SCRATCHPAD
 from atommem_jax.report.replay import Replay, recover, replay
 from atommem_jax.types import (
@@ -43,7 +43,7 @@ _EVENTS = {
 
 
 def describe(
-    setting: rollout.Setting,
+    setting: environment.Setting,
     trajectories: Trajectory,
     episodes: Episode,
     tokenizer: Tokenizer,
@@ -110,7 +110,7 @@ def describe(
 
 
 def describe_turn(
-    setting: rollout.Setting,
+    setting: environment.Setting,
     tokenizer: Tokenizer,
     before: MemoryState,
     after: MemoryState,
@@ -133,7 +133,7 @@ _recover_jit = jax.jit(recover)
 
 
 def describe_episode(
-    setting: rollout.Setting,
+    setting: environment.Setting,
     episode: Episode,
     tokenizer: Tokenizer,
     *,
@@ -240,7 +240,9 @@ def describe_path(
 class _Describer:
     """One turn in words."""
 
-    def __init__(self, setting: rollout.Setting, tokenizer: Tokenizer, turn: Turns, lacked: Replay):
+    def __init__(
+        self, setting: environment.Setting, tokenizer: Tokenizer, turn: Turns, lacked: Replay
+    ):
         self.setting, self.tokenizer, self.turn, self.lacked = setting, tokenizer, turn, lacked
 
     def describe(self) -> Data:

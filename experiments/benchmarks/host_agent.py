@@ -14,7 +14,7 @@ import numpy as np
 
 from atommem_jax.language import prompt as prompting
 from atommem_jax.language.tokenizer import Tokenizer
-from atommem_jax.learning.rollout import EpisodeLimits, Setting
+from atommem_jax.learning.environment import EpisodeLimits, Setting
 from atommem_jax.model.sampling import Agent
 from atommem_jax.types import EDITS, PERMITTED, ActionKind, Episode, Phase
 from experiments.benchmarks.host_memory import (
@@ -148,7 +148,7 @@ class HostEpisode:
         )
 
     def advance(self, actions: list[HostAction], applied: list[bool], config: EpisodeLimits):
-        """Moves on by the rule of `rollout.end_turn`."""
+        """Moves on by the rule of `environment.end_turn`."""
         done = [action.kind for action, ok in zip(actions, applied, strict=True) if ok]
         has_read = ActionKind.READ in done
         if self.phase == Phase.READING:

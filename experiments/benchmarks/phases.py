@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atommem_jax.language import prompt as prompting
+from atommem_jax.learning import environment, rollout, trainer
 from atommem_jax.learning import optimizer as optimizer_lib
-from atommem_jax.learning import rollout, trainer
 from atommem_jax.memory import slot_table
 from atommem_jax.model import attention, groups, sampling, scoring
 from atommem_jax.model.sampling import Agent
@@ -123,7 +123,7 @@ class _TurnPrograms:
 
 
 def _start(setting, episodes):
-    return jax.vmap(rollout.start, in_axes=(None, 0))(setting, episodes)
+    return jax.vmap(environment.start, in_axes=(None, 0))(setting, episodes)
 
 
 def _turn_keys(seed, ids, turn):
@@ -160,7 +160,9 @@ def _parse(setting, response):
 
 
 def _transition(setting, tables, actions, phase):
-    return jax.vmap(rollout.apply_actions, in_axes=(None, 0, 0, 0))(setting, tables, actions, phase)
+    return jax.vmap(environment.apply_actions, in_axes=(None, 0, 0, 0))(
+        setting, tables, actions, phase
+    )
 
 
 # ---------------------------------------------------------------------------------------------

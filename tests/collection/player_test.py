@@ -20,7 +20,7 @@ from atommem_jax.collection.player import Player, Tally
 from atommem_jax.config import ConfigError, PassingError
 from atommem_jax.documents.session import Session
 from atommem_jax.language import chat
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment
 from atommem_jax.tasks import batches, encoding, teacher
 from atommem_jax.types import Phase
 from tests.helpers import tiny
@@ -54,7 +54,7 @@ def list_examples() -> list:
     return tiny.make_examples()[:3]
 
 
-def make_setting() -> rollout.Setting:
+def make_setting() -> environment.Setting:
     shape = encoding.fit_shape(list_examples(), tiny.make_tokenizer())
     return tiny.make_parts().setting(shape)
 

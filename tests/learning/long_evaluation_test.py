@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atommem_jax.learning import evaluation, long_evaluation, rollout
+from atommem_jax.learning import environment, evaluation, long_evaluation, rollout
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import batches, encoding, teacher
 from tests.helpers import tiny
@@ -69,7 +69,7 @@ class Segments:
         self.records = []
 
     def start(self, episodes):
-        return jax.vmap(rollout.start, in_axes=(None, 0))(self.setting, episodes)
+        return jax.vmap(environment.start, in_axes=(None, 0))(self.setting, episodes)
 
     def play(self, env, episodes, ids, first_turn):
         if self.played == self.die_at:

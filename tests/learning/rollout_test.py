@@ -12,7 +12,7 @@ import pytest
 from atommem_jax.config import MemoryConfig
 from atommem_jax.language import prompt as prompting
 from atommem_jax.learning import rollout
-from atommem_jax.learning.rollout import EpisodeLimits, Setting
+from atommem_jax.learning.environment import EpisodeLimits, Setting
 from atommem_jax.types import EMPTY, ActionKind, Annotations, Episode, Phase, Response
 from tests.helpers import memory_reference as reference
 from tests.helpers import tiny

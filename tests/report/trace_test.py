@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atommem_jax.learning import rollout
+from atommem_jax.learning import environment, rollout
 from atommem_jax.report import replay, trace
 from atommem_jax.types import ActionKind, Phase, Response
 from tests.helpers import memory_reference, tiny
@@ -22,7 +22,7 @@ KINDS = [kind for kind in ActionKind if kind != ActionKind.NONE]
 
 
 @functools.cache
-def make_setting(eviction: str) -> rollout.Setting:
+def make_setting(eviction: str) -> environment.Setting:
     """The tiny setting with a table so small that creates must evict."""
     setting = tiny.make_parts().setting(tiny.make_shape())
     memory = dataclasses.replace(setting.limits.memory, slots=4, eviction=eviction)
