@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from atommem_jax.tasks.workflows import WORKFLOWS
 from tests.architecture_test import ORDER
 from tests.conftest import ROOT
 from tests.helpers import forks
@@ -76,6 +77,17 @@ def test_contributing_lists_the_floors_as_they_are():
         (folder, files) if folder and files else ("", folder or files)
         for folder, files in ORDER.items()
     ]
+
+
+def test_reproduce_tells_of_each_workflow_that_it_plays():
+    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    played = set(re.findall(r"--workflow=(\w+)", text)) - {"NAME"}
+    [table] = re.findall(r"^\| row \| who decides .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert sorted(rows) == sorted(played)
+    assert played <= set(WORKFLOWS)
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])
