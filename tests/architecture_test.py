@@ -31,9 +31,9 @@ ORDER = {
     ),
     "memory": "slot_table embedding encoder",
     "tasks": (
-        "schema user_functions background packing builders synthetic village babi babilong "
-        "passages multihop_files multihop_qa custom datasets encoding batches teacher keeper "
-        "workflows"
+        "schema user_functions background packing builders synthetic village babi_simulator "
+        "babi babilong passages multihop_files multihop_qa custom datasets encoding batches "
+        "teacher keeper workflows"
     ),
     "weights": (
         "fingerprint records checkpoint hf_config hf_tokenizer hf_shards gguf_file gguf hf_names "

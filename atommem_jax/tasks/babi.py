@@ -38,7 +38,8 @@ import tensorflow_datasets as tfds
 
 from atommem_jax import text_files
 from atommem_jax.config import paths
-from atommem_jax.tasks import builders
+from atommem_jax.tasks import babi_simulator, builders
+from atommem_jax.tasks.babi_simulator import Line
 
 _STEMS = {
     1: "qa1_single-supporting-fact",
@@ -86,6 +87,7 @@ class BabiConfig:
     data_dir: str = ""  # the folder that holds qa1_single-supporting-fact_train.txt and so on
     facts_per_chunk: int = 1
     validation_every: int = 10  # every so many-th training story goes to validation instead
+    simulated_stories: int = 0  # task 3: so many of our own (`babi_simulator`) train beside them
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", paths.expand(self.data_dir))
@@ -100,16 +102,14 @@ class BabiConfig:
                 "each sentence may change the note that the one before it changed, and a turn can "
                 "update only what it was shown; allowed: 1."
             )
+        if self.simulated_stories < 0 or (self.simulated_stories and self.task != 3):
+            raise ValueError(
+                f"config.task.simulated_stories is {self.simulated_stories!r} in task {self.task}; "
+                "allowed: 0 or more in task 3, and 0 in the others, whose files are large."
+            )
         if self.validation_every < 2:
             found = self.validation_every
             raise ValueError(f"config.task.validation_every is {found!r}; allowed: 2 or more.")
-
-
-class _Line(NamedTuple):
-    number: int  # as published; starts at 1 in each story
-    text: str
-    answer: str | None  # None in a sentence
-    supporting: tuple[int, ...]  # line numbers
 
 
 class _Event(NamedTuple):
@@ -144,14 +144,14 @@ def data_file(config: BabiConfig, part: str) -> str:
     return path
 
 
-def read_stories(path: str) -> list[list[_Line]]:
+def read_stories(path: str) -> list[list[Line]]:
     """Reads a published file: 'ID text', or 'ID question<TAB>answer<TAB>supporting IDs'.
 
     Copies of the files in circulation separate the fields with '|' instead, which is read too, and
     have blank lines, which are passed over.
     Raises ValueError, naming file and line, where a line has neither form.
     """
-    stories: list[list[_Line]] = []
+    stories: list[list[Line]] = []
     for row, raw in enumerate(text_files.read_text(path).split("\n"), start=1):
         if not raw.strip():
             continue
@@ -165,7 +165,7 @@ def read_stories(path: str) -> list[list[_Line]]:
             stories.append([])
         supporting = tuple(map(int, (matched["supporting"] or "").split()))
         text = matched["sentence"] or matched["question"]
-        stories[-1].append(_Line(int(matched["number"]), text, matched["answer"], supporting))
+        stories[-1].append(Line(int(matched["number"]), text, matched["answer"], supporting))
     if not stories:
         raise ValueError(f"{path}: holds no story; {_SOURCE}.")
     return stories
@@ -174,7 +174,8 @@ def read_stories(path: str) -> list[list[_Line]]:
 def generate(config: BabiConfig, split: str) -> Iterator[dict[str, Any]]:
     """Yields the examples (`schema.Example`) of 'train', 'validation' or 'test' in file order.
 
-    Validation takes whole stories out of the training file, so that it shares none with training.
+    Simulated stories follow those of the training file. Validation takes whole stories out of that
+    file, so that it shares none with training.
     """
     stories = read_stories(data_file(config, "test" if split == "test" else "train"))
     every = config.validation_every
@@ -182,6 +183,7 @@ def generate(config: BabiConfig, split: str) -> Iterator[dict[str, Any]]:
         stories = stories[every - 1 :: every]
     elif split == "train":
         stories = [story for i, story in enumerate(stories) if (i + 1) % every]
+        stories += babi_simulator.simulate(config.simulated_stories, seed=0)
     elif split != "test":
         raise ValueError(f"split is {split!r}; allowed: train, validation, test.")
     index = 0
@@ -193,7 +195,7 @@ def generate(config: BabiConfig, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _make_example(
-    config: BabiConfig, index: int, before: Sequence[_Line], asked: _Line
+    config: BabiConfig, index: int, before: Sequence[Line], asked: Line
 ) -> dict[str, Any]:
     sentences = [line for line in before if line.answer is None]
     numbers = {line.number: fact for fact, line in enumerate(sentences)}
@@ -227,7 +229,7 @@ def _make_example(
     }
 
 
-def _make_fact(line: _Line, label: _Label) -> dict[str, Any]:
+def _make_fact(line: Line, label: _Label) -> dict[str, Any]:
     event = _understand(line.text)
     category = FactCategory[("" if label.support else "OTHER_") + event.kind.upper()]
     fact = {
@@ -312,7 +314,9 @@ def make_builder(config: BabiConfig, data_root: str) -> Babi:
     The directory depends on what the files say, so that other files under the same path are not
     mistaken for those already prepared. Raises FileNotFoundError where a file is missing.
     """
-    digest = hashlib.sha256(f"{config.facts_per_chunk}/{config.validation_every}".encode())
+    fields = [config.facts_per_chunk, config.validation_every]
+    fields += [config.simulated_stories] if config.simulated_stories else []
+    digest = hashlib.sha256("/".join(map(str, fields)).encode())
     for part in ("train", "test"):
         with open(data_file(config, part), "rb") as file:
             digest.update(file.read())

@@ -32,7 +32,7 @@ from jaxtyping import Int
 from atommem_jax import text_files
 from atommem_jax.config import paths
 from atommem_jax.language import sentences
-from atommem_jax.tasks import babi, builders
+from atommem_jax.tasks import babi, babi_simulator, builders
 from atommem_jax.tasks.schema import Background, Example, Fact
 from atommem_jax.types import EMPTY
 
@@ -44,7 +44,7 @@ _FILES = {"train": "train.txt", "test": "test.txt"}
 LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "256k", "512k", "1m", "10m")
 """Splits of the benchmark, and one of ten million."""
 
-PERSONS = ("Daniel", "John", "Mary", "Sandra")
+PERSONS = babi_simulator.PERSONS
 """Of the stories."""
 
 PUBLISHED: dict[int, tuple[tuple[str, tuple[int, int], float], ...]] = {
@@ -86,6 +86,7 @@ class BabilongConfig:
     decoy_phrases: float = 0.0  # share of their sentences that a piece of a story's is put into
     everyone: bool = True  # task 1: everyone's place is worth storing, not the asked one's alone
     validation_every: int = 10
+    simulated_stories: int = 0  # as of `babi.BabiConfig`
 
     def __post_init__(self):
         object.__setattr__(self, "books", paths.expand(self.books))
@@ -117,7 +118,10 @@ class BabilongConfig:
     def stories(self) -> babi.BabiConfig:
         """Of the bAbI files."""
         return babi.BabiConfig(
-            task=self.task, data_dir=self.data_dir, validation_every=self.validation_every
+            task=self.task,
+            data_dir=self.data_dir,
+            validation_every=self.validation_every,
+            simulated_stories=self.simulated_stories,
         )
 
 
