@@ -80,6 +80,7 @@ def test_the_lines_of_the_page_read_answer_and_watch_and_print_nothing_else(tmp_
     assert "question 1/1" not in turns  # reading answers nothing
 
 
+@pytest.mark.long
 def test_the_task_of_the_page_is_trained_evaluated_and_played(tmp_path):
     task, play = read_blocks("python")[3:]
     assert len([line for line in task.splitlines() if line.strip()]) <= 40

@@ -15,6 +15,8 @@ from atommem_jax.runs import stages
 from atommem_jax.types import Phase
 from tests.helpers import tiny
 
+pytestmark = pytest.mark.long
+
 ROWS = 6
 FORGETFUL = TeacherConfig(store_support=0.0, set_query=0.0)
 

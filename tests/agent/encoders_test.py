@@ -20,7 +20,7 @@ from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.report import replay
 from atommem_jax.weights import hf_tokenizer, huggingface
-from tests.helpers import checkpoints, runs, tiny
+from tests.helpers import checkpoints, runs, tiers, tiny
 from tests.weights import hf_tokenizer_test, huggingface_test
 
 ROWS = 8
@@ -69,7 +69,7 @@ def embed_entries(embed, memory):
     return np.asarray(flat).reshape(memory.keys.shape)
 
 
-@pytest.mark.parametrize("kind", ["policy", "encoder"])
+@pytest.mark.parametrize("kind", tiers.first(["policy", "encoder"]))
 def test_what_is_remembered_has_the_keys_of_its_text(kind, published):
     parts = build.build(make_config(kind, published), tiny.make_tokenizer())
     params = tiny.make_params(scale=0.3)
@@ -96,6 +96,7 @@ def test_what_is_remembered_has_the_keys_of_its_text(kind, published):
         np.testing.assert_allclose(spread.memory.keys, memory.keys, atol=2.0**-11)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(2, 4, 1), (1, 4, 2), (2, 2, 2)])
 def test_an_encoder_has_its_keys_where_parameters_are_split(shape, published):
     """Parameters of the policy lie over `fsdp`; every share of the rows has the whole encoder."""
@@ -193,7 +194,7 @@ def test_an_encoder_may_be_a_checkpoint(tmp_path, published):
         build.make_embedding(make_config("encoder", trained), tiny.make_tokenizer())
 
 
-@pytest.mark.parametrize("kind", ["policy", "encoder"])
+@pytest.mark.parametrize("kind", tiers.first(["policy", "encoder"]))
 def test_a_loaded_agent_reads_with_its_embedding(tmp_path, kind, published):
     """From a checkpoint, as answer.py does; a saved memory belongs to that embedding."""
     shape = dataclasses.asdict(tiny.make_shape())

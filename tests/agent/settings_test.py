@@ -117,6 +117,7 @@ def test_an_agent_of_one_task_is_tried_on_another_with_files_of_its_own(tmp_path
         }
 
 
+@pytest.mark.long
 def test_a_model_that_no_device_holds_is_played_by_several(tmp_path):
     """As one device plays it; with the parameters shared out, and the products too."""
     checkpoint = checkpoints.save_trained(tmp_path / "run")

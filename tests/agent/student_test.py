@@ -12,6 +12,8 @@ from experiments import train
 from tests.conftest import COMPILATION_CACHE
 from tests.helpers import runs, tiny
 
+pytestmark = pytest.mark.long
+
 ROWS = 6
 
 

@@ -7,7 +7,7 @@ import pytest
 from atommem_jax.agent import load
 from atommem_jax.documents import reader as reader_lib
 from atommem_jax.parallel import mesh as mesh_lib
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 
 QUESTION = tiny.make_examples()[0]["questions"][0]["text"]
 
@@ -34,7 +34,7 @@ def read(full: bool):
     return reading, turns, parts
 
 
-@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("window", tiers.first([4, 1]))
 def test_windows_of_any_length_read_the_same(window, monkeypatch):
     expected, turns, parts = read(full=True)
     assert len(parts) == 18

@@ -253,6 +253,7 @@ def test_longer_sentences_are_cut_with_a_note_and_questions_can_be_left_out(
     assert {turn["phase"] for turn in episode["turns"]} == {"reading"}
 
 
+@pytest.mark.long
 def test_a_page_that_cannot_be_written_costs_no_memory(checkpoint, document, tmp_path):
     """And the reverse; both are said, and the status is 1."""
     kept, out = tmp_path / "kept.npz", tmp_path / "out"

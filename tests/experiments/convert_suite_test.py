@@ -12,6 +12,7 @@ from experiments.benchmarks import convert_suite
 MIB = 1 << 20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs /proc, as Linux has it"
 )

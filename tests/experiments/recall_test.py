@@ -3,10 +3,13 @@
 import json
 import re
 
+import pytest
+
 from tests.helpers import forks, runs
 from tests.weights import hf_tokenizer_test, huggingface_test
 
 
+@pytest.mark.long
 def test_rare_words_find_more(shared_data):
     """On real questions, which share their function words with every document."""
     printed = runs.run(

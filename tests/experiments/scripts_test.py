@@ -66,6 +66,7 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 # demo.py
 
 
+@pytest.mark.long
 def test_the_demo_writes_the_results_that_others_read(demo):
     workdir, _ = demo
     results = json.loads((workdir / "results.json").read_text())
@@ -121,6 +122,7 @@ def test_the_demo_and_other_writers_keep_out_of_each_others_way(tmp_path):
     assert second.startswith(f"--workdir={folder} is in use by process ")
 
 
+@pytest.mark.long
 def test_the_demo_draws_and_prints_what_it_measured(demo):
     workdir, printed = demo
     assert np.ptp(matplotlib.image.imread(workdir / "learning.png")) > 0.5
@@ -132,6 +134,7 @@ def test_the_demo_draws_and_prints_what_it_measured(demo):
         np.testing.assert_allclose(scores, measured, atol=6e-4)
 
 
+@pytest.mark.long
 def test_the_demo_has_a_page_before_its_baselines_and_after_them(demo):
     workdir, printed = demo
     path, again = re.findall(r"^open this in a browser: (.*)$", printed, re.MULTILINE)
@@ -144,6 +147,7 @@ def test_the_demo_has_a_page_before_its_baselines_and_after_them(demo):
         assert f">{name.replace('_', ' ')}<" in page
 
 
+@pytest.mark.long
 def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(demo):
     workdir, _ = demo
     folder, end = workdir / "baselines" / "store_all_one_read", read_params(workdir, SFT_END)
@@ -157,6 +161,7 @@ def test_a_program_leaves_only_rl_which_starts_where_the_learned_policy_does(dem
     assert max(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.long
 def test_a_masked_baseline_has_an_sft_of_its_own(demo):
     folder = demo[0] / "baselines" / "scratchpad_only" / "checkpoints"
     with Checkpointer(folder, best_metric="em", read_only=True) as source:
@@ -165,6 +170,7 @@ def test_a_masked_baseline_has_an_sft_of_its_own(demo):
     assert (config.workflow, config.init_from) == ("scratchpad_only", "")
 
 
+@pytest.mark.long
 def test_rl_cannot_start_from_another_tokenizer_or_model(demo):
     workdir, _ = demo
     config = runs.make_config(sft__steps=0, init_from=str(workdir))
@@ -187,6 +193,7 @@ def test_an_unknown_baseline_ends_with_status_2():
     assert "--baselines=rag: allowed are scratchpad_only, store_all," in printed
 
 
+@pytest.mark.long
 def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
     workdir, _ = demo
     found = {path.stem for path in (workdir / "eval").glob("*.json")}
@@ -202,6 +209,7 @@ def test_the_demo_compares_the_ends_of_both_stages_greedily_and_sampled(demo):
 # evaluate.py
 
 
+@pytest.mark.long
 def test_every_sample_of_a_split_is_scored_once(demo):
     workdir, _ = demo
     for scale in ("1x", "2x"):
@@ -223,6 +231,7 @@ def test_every_sample_of_a_split_is_scored_once(demo):
         assert summary["f1"] >= summary["em"]
 
 
+@pytest.mark.long
 def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
     workdir, _ = demo
     printed = runs.run(
@@ -247,6 +256,7 @@ def test_the_command_repeats_what_the_demo_measured(demo, data_root, tmp_path):
         assert f"{summary['ci_low']:.3f} .. {summary['ci_high']:.3f}" in line
 
 
+@pytest.mark.long
 def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
     workdir, _ = demo
     loaded = load.load(str(workdir))
@@ -281,6 +291,7 @@ def test_what_was_measured_is_not_played_again(demo, data_root, monkeypatch):
         ask()
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
     workdir, _ = demo
     folder = workdir / "checkpoints"
@@ -298,6 +309,7 @@ def test_a_checkpoint_is_found_by_workdir_by_folder_and_by_step(demo):
         assert_equal(loaded.params, saved)
 
 
+@pytest.mark.long
 def test_a_checkpoint_says_what_its_episodes_were_like(demo, data_root):
     loaded = load.load(str(demo[0]))
     train_split = build.load_dataset(loaded.parts.config, str(data_root)).split("train")
@@ -306,6 +318,7 @@ def test_a_checkpoint_says_what_its_episodes_were_like(demo, data_root):
     assert (shape.facts, shape.questions) == (3, QUESTIONS)
 
 
+@pytest.mark.long
 def test_the_best_step_is_that_of_the_highest_validation_em(demo, tmp_path):
     workdir, _ = demo
     with (
@@ -336,6 +349,7 @@ def assert_equal(params, saved) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), saved)
 
 
+@pytest.mark.long
 def test_checkpoints_that_are_not_there_are_explained(demo, tmp_path):
     workdir, _ = demo
     with pytest.raises(ConfigError, match=f"no complete checkpoint in .*{tmp_path.name}.*empty"):
@@ -349,6 +363,7 @@ def test_checkpoints_that_are_not_there_are_explained(demo, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_an_unknown_split_ends_with_status_2_and_lists_the_splits(demo, data_root):
     workdir, _ = demo
     printed = runs.run(
@@ -369,6 +384,7 @@ def test_a_file_of_results_is_tried_before_they_are_measured(script):
     assert f"{script}: --json=/proc/self/x/a.json: cannot be written to (No such file" in told
 
 
+@pytest.mark.long
 def test_outputs_are_tried_before_data_is_prepared(demo, tmp_path):
     printed = runs.run(
         "evaluate.py",

@@ -12,7 +12,7 @@ import pytest
 from atommem_jax.learning import environment, evaluation, long_evaluation, rollout
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tasks import batches, encoding, teacher
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 
 BATCH = 5
 EVICTION = tiny.make_config().memory.eviction
@@ -125,7 +125,7 @@ def same_records(found, expected):
         assert one == {name: value for name, value in other.items() if name != "log_prob"}
 
 
-@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize("window", tiers.first([3, 1, 50]))
 def test_segments_of_any_length_come_to_the_whole(window):
     player = Segments(window)
     records, statistics = run(player)
@@ -140,6 +140,7 @@ def test_segments_of_any_length_come_to_the_whole(window):
     )
 
 
+@pytest.mark.long
 def test_answers_break_where_they_do_in_the_whole():
     expected, _, _ = whole(scripted=True)
     assert len({record["stage"] for record in expected}) > 1

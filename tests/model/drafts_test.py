@@ -11,7 +11,7 @@ from atommem_jax.agent import build
 from atommem_jax.config import parse, to_config_dict
 from atommem_jax.model import drafts, sampling
 from atommem_jax.model.sampling import SamplerConfig
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 from tests.model import sampling_test
 from tests.model.sampling_test import ROWS, make_keys, make_params, make_prompts
 
@@ -65,7 +65,7 @@ def answer(agent, temperature):
 
 @pytest.mark.parametrize("cpu_decode", [False, True])
 @pytest.mark.parametrize("constrained", [False, True])
-@pytest.mark.parametrize("protocol", ["compact", "atommem"])
+@pytest.mark.parametrize("protocol", tiers.first(["compact", "atommem"]))
 def test_guesses_change_nothing_but_the_number_of_passes(protocol, constrained, cpu_decode):
     plain = make_agent(protocol, constrained)
     guessing = make_agent(protocol, constrained, cpu_decode=cpu_decode, draft=3)

@@ -348,6 +348,7 @@ def test_a_rollout_samples_from_what_the_learner_scores():
 
 
 @pytest.mark.relaxed_promotion
+@pytest.mark.long
 def test_so_it_does_in_bfloat16():
     """There the rollout keeps the branch: merged and rounded it was .1 off for these adapters."""
     parts = make_parts(dtype="bfloat16", param_dtype="bfloat16")

@@ -15,7 +15,7 @@ from atommem_jax.learning import rollout
 from atommem_jax.model import prefix, sampling
 from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.types import Phase
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 
 ROWS = 5
 
@@ -54,11 +54,13 @@ def run(seed=0, temperature=1.0, **how):
 
 @pytest.mark.parametrize(
     "how",
-    [
-        {},
-        {"cpu_decode": True},
-        {"draft": 2, "group": 2, "prompt_buckets": (3, 5, 8), "least_rows": 1, "read_rows": 1},
-    ],
+    tiers.first(
+        [
+            {},
+            {"cpu_decode": True},
+            {"draft": 2, "group": 2, "prompt_buckets": (3, 5, 8), "least_rows": 1, "read_rows": 1},
+        ]
+    ),
 )
 def test_trajectories_are_those_of_whole_prompts(how):
     for temperature in (0.0, 1.0):
@@ -103,6 +105,7 @@ def test_nothing_of_older_parameters_is_left():
     assert (np.asarray(first.turns.response) != np.asarray(second.turns.response)).any()
 
 
+@pytest.mark.long
 def test_a_prefix_of_other_parameters_would_be_seen():
     """A negative control of what the tests above compare."""
     agent, (episodes, _) = make_parts().agent, tiny.make_episodes(range(ROWS))

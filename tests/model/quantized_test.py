@@ -20,7 +20,7 @@ from atommem_jax.model.quantized import Quantized
 from atommem_jax.model.transformer import Transformer, init_params
 from atommem_jax.parallel import host_batches
 from atommem_jax.parallel import mesh as mesh_lib
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 from tests.model import groups_test, prefix_test, sampling_test
 from tests.model.sampling_test import PROMPT, RESPONSE, ROWS, make_agent, make_params, make_prompts
 
@@ -193,7 +193,9 @@ def answer_from_int8():
     return answer(make_params(), cache_dtype="int8")
 
 
-@pytest.mark.parametrize("how", [{}, {"cpu_decode": True}, {"draft": 2, "least_rows": 1}], ids=str)
+@pytest.mark.parametrize(
+    "how", tiers.first([{}, {"cpu_decode": True}, {"draft": 2, "least_rows": 1}]), ids=str
+)
 def test_a_cache_of_int8_moves_log_probs_a_little(how):
     found = answer(make_params(), cache_dtype="int8", **how)
     assert_moved(gaps(found), "cache")
@@ -209,6 +211,7 @@ def test_groups_keep_their_cache_in_int8():
     np.testing.assert_allclose(found.log_probs, answer_from_int8().log_probs, atol=FLOAT32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [{}, {"cpu_decode": True, "draft": 2, "group": 2}], ids=str)
 def test_a_prefix_is_kept_in_int8(how):
     played = prefix_test.run(cache_prefix=True, cache_dtype="int8", **how)
@@ -291,6 +294,7 @@ def test_weights_of_int8_are_those_numbers_whatever_is_computed_in(dtype):
 # Training
 
 
+@pytest.mark.long
 @pytest.mark.relaxed_promotion
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_rl_trains_on_what_an_int8_policy_sampled(qkv_bias):

@@ -19,7 +19,7 @@ from atommem_jax.model.transformer import init_params
 from atommem_jax.parallel import host_batches, program
 from atommem_jax.parallel import mesh as mesh_lib
 from atommem_jax.tpu_model import hlo, lowering
-from tests.helpers import tiny
+from tests.helpers import tiers, tiny
 
 ONE = (1, 1, 1)
 # The largest difference of a log-prob: with a tensor axis a product is summed in parts.
@@ -32,7 +32,7 @@ PPO = {
     (2, 2, 2): PPOConfig(group_size=2, minibatches=2, microbatch_rows=8, importance_cap=2.0),
 }
 ROWS = 16
-on_each_mesh = pytest.mark.parametrize("shape", MESHES, ids=str)
+on_each_mesh = pytest.mark.parametrize("shape", tiers.first(reversed(MESHES)), ids=str)
 
 
 @functools.cache
@@ -106,7 +106,7 @@ def assert_close(ours, theirs, rtol=1e-5):
 
 @pytest.mark.parametrize(
     ("shape", "tensor"),
-    [*((shape, 0) for shape in MESHES), ((1, 8, 1), 2), ((2, 4, 1), 2)],
+    tiers.first([((2, 4, 1), 2), *((shape, 0) for shape in MESHES), ((1, 8, 1), 2)], several=True),
     ids=str,
 )
 def test_a_rollout_is_the_same_on_any_mesh(shape, tensor):
@@ -142,6 +142,7 @@ PREFIX = (("model.match_features", False), ("rollout.cache_prefix", True))
 @pytest.mark.parametrize(
     "changes", [INT8, PREFIX, INT8 + PREFIX], ids=["int8", "prefix", "int8 prefix"]
 )
+@pytest.mark.long
 def test_what_is_kept_lies_on_the_mesh_of_rollouts(changes):
     """Every device has one copy of the only key/value head."""
     ours, theirs = play((1, 8, 1), 2, changes), play(ONE, 0, changes)
@@ -232,6 +233,7 @@ def test_parameters_come_back_where_they_lay():
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), jax.tree_util.keystr(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "tensor"), [((1, 4, 2), 0), ((1, 8, 1), 2)], ids=str)
 def test_no_weight_is_gathered_while_decoding(size, tensor):
     mesh = mesh_lib.make_mesh(*size)
