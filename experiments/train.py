@@ -31,7 +31,7 @@ from atommem_jax.agent import build, load, validate
 from atommem_jax.config import Experiment, check, parse, paths
 from atommem_jax.metrics import SilentWriter, open_writer
 from atommem_jax.parallel import processes, rules
-from atommem_jax.runs import agreement, resume, stages
+from atommem_jax.runs import agreement, curriculum, resume, stages
 from atommem_jax.runs.recorder import Recorder, watch_rl
 from atommem_jax.tasks import encoding
 from atommem_jax.weights.checkpoint import Checkpointer
@@ -92,7 +92,13 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
     parts = build.build(config, tokenizer)
     validate.validate_shape(config, parts, shape, examples)
     validate.validate_parameters(parts, mesh)
-    plan = [stage(parts, mesh, examples, shape) for stage in (stages.Sft, stages.Rl)]
+    plan = curriculum.make_plan(
+        parts,
+        mesh,
+        examples,
+        shape,
+        lambda config: processes.main_first(lambda: build.load_dataset(config, data_root)),
+    )
     validator = stages.Validator(parts, mesh, validation, shape)
     last = sum(stage.steps for stage in plan)
     processes.say(
@@ -129,7 +135,7 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
         # -------------------------------------------------------------- loop
         first, local = resume.locate(plan, step)
         state = saved.state if saved else None
-        for stage in plan[first:]:
+        for number, stage in enumerate(plan[first:], start=first):
             batches = stage.batches()
             if state is None:
                 state = stage.start(params)
@@ -139,6 +145,7 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
                     processes.say(f"rl: answers {found:.3f} from a memory without mistakes")
             elif saved is not None:  # always so: a state without `start` was restored
                 batches.set_state(saved.data_state)
+                saved = None
             recorder.start()
             for local_step in show_progress(stage, local):
                 batch = next(batches)
@@ -163,16 +170,18 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
                         f"SIGTERM: saved step {step} of {last}; the same command goes on from it"
                     )
                     return
-            params, state, local = state["train"].params, None, 0
+            local = stage.last
+            if number + 1 < len(plan) and plan[number + 1].name != stage.name:
+                params, state, local = state["train"].params, None, 0
 
 
 def show_progress(stage: stages.Stage, done: int) -> Iterable[int]:
     """The steps of a stage that are left, under a progress bar on one process."""
     return tqdm.tqdm(
-        range(done, stage.steps),
+        range(done, stage.last),
         desc=stage.name,
         initial=done,
-        total=stage.steps,
+        total=stage.config.steps,
         mininterval=2.0,
         disable=not processes.is_main(),
     )

@@ -19,7 +19,7 @@ PACKAGE = "atommem_jax"
 # A new file gets its place here, as low as it can stand.
 ORDER = {
     "": "types",
-    "config": "errors paths fields sections upgrade experiment files",
+    "config": "errors paths fields curriculum sections upgrade experiment files",
     "text_files": "",
     "folder_lock": "",
     "metrics": "",
@@ -53,7 +53,7 @@ ORDER = {
         "hlo_text device_groups provenance loops hlo hardware flops roofline lowering presentation "
         "workload compilation"
     ),
-    "runs": "agreement stages resume recorder validity",
+    "runs": "agreement stages curriculum resume recorder validity",
     "api": "",
 }
 """Folder -> its files, each in order. A folder of no files is a file of the package itself."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from atommem_jax.config import curriculum
 from atommem_jax.config.errors import ConfigError, check
 from atommem_jax.config.fields import (
     AboveZero,
@@ -409,6 +410,9 @@ class SftConfig(Section):
     # own, where they are worth `min_reward` ('rft', rejection-sampling fine-tuning).
     student: Annotated[str, Choices("none", "dagger", "rft")] = "none"
     student_after: Count = 0
+    # What is learned when: "STEP: FIELD=VALUE ...", each from its step to the next one's, of fields
+    # of task and memory as `--set` takes them; "STEP:" is the config itself, as before the first.
+    curriculum: tuple[str, ...] = ()
 
     def _check_together(self, prefix: str) -> None:
         check_length_buckets(self.length_buckets, f"{prefix}.length_buckets")
@@ -416,6 +420,12 @@ class SftConfig(Section):
             self.student == "none" or not self.data,
             f"{prefix}.student={self.student!r} plays new trajectories, and {prefix}.data="
             f"{self.data} brings collected ones; set one of them to nothing",
+        )
+        curriculum.read(self.curriculum, self.steps, f"{prefix}.curriculum")
+        check(
+            not self.curriculum or not self.data,
+            f"{prefix}.curriculum plays tasks of its own, and {prefix}.data={self.data} brings "
+            "collected trajectories; set one of them to nothing",
         )
 
 
@@ -436,8 +446,12 @@ class RlConfig(Section):
     # before RL starts; 0.0 does not ask.
     least_reader: Share = 0.0
     resample: Count = 0  # further rollouts a step, where groups have no contrast (DAPO)
+    curriculum: tuple[str, ...] = ()  # as of SFT
     # What an answer is worth: '' is the task's own reward, or exact match where it has none.
     reward: Annotated[str, Choices("", "exact_match", "f1")] = ""
+
+    def _check_together(self, prefix: str) -> None:
+        curriculum.read(self.curriculum, self.steps, f"{prefix}.curriculum")
 
 
 @dataclasses.dataclass(frozen=True)

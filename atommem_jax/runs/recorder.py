@@ -64,7 +64,7 @@ class Recorder:
         Raises TrainingError where parameters are broken; such are never saved.
         """
         check_progress(state["train"], metrics, self.config, stage.name, step)
-        is_last = done == stage.steps
+        is_last = done == stage.config.steps
         if is_last or done % stage.config.log_every == 0:
             now = time.perf_counter()
             self.writer.write(step, stage.name, {**metrics, "seconds": now - self._clock})

@@ -127,9 +127,11 @@ def stage_ends(config: Experiment) -> list[int]:
 
 
 def locate(plan: Sequence[Stage], step: int) -> tuple[int, int]:
-    """(stage, steps done in it) of the run after `step` steps, as a checkpoint there holds it."""
+    """(stage, steps done of its kind) of the run after `step` steps, as a checkpoint holds it."""
+    begun = 0  # steps before the first of this kind
     for index, stage in enumerate(plan):
-        if step <= stage.steps and (step > 0 or stage.steps > 0):
-            return index, step
-        step -= stage.steps
-    return len(plan) - 1, plan[-1].steps
+        if index and stage.name != plan[index - 1].name:
+            begun += plan[index - 1].last
+        if step - begun <= stage.last and (step > 0 or stage.last > 0):
+            return index, step - begun
+    return len(plan) - 1, plan[-1].last

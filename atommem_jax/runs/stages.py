@@ -40,6 +40,7 @@ _INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)
 
 State = dict[str, Any]
 Metrics = dict[str, Any]
+Phase = tuple[int, int]  # steps of a kind, from the first to before the last
 
 
 class Reward(NamedTuple):
@@ -51,7 +52,9 @@ class Reward(NamedTuple):
 
 
 class Stage:
-    """What both stages share.
+    """What both stages share: all steps of a kind, or a phase of a curriculum, `first` to `last`.
+
+    Phases of one kind go on with one state and one optimiser, which knows all of their steps.
 
     Attributes:
       optimizer: of this stage, with its schedule.
@@ -64,11 +67,15 @@ class Stage:
     lessons: store.Collection | None = None
     frozen: Any | None = None
 
-    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, section: str):
+    def __init__(
+        self, section: str, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None
+    ):
         self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
         self.agent = host_batches.replicate(parts.agent, mesh)
         self.config = getattr(parts.config, section)
-        self.steps = self.config.steps
+        steps: Phase = phase or (0, self.config.steps)
+        self.first, self.last = steps
+        self.steps = self.last - self.first
         self.metric = reward_lib.find(parts.config.task)
 
     def key(self, stream: int) -> jax.Array:
@@ -174,9 +181,9 @@ class Sft(Stage):
 
     name = "sft"
 
-    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
-        super().__init__(parts, mesh, examples, shape, "sft")
-        self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, self.steps)
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None = None):
+        super().__init__("sft", parts, mesh, examples, shape, phase)
+        self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, self.config.steps)
         if self.config.data:
             self.lessons = store.Collection(
                 self.config.data, parts, parts.setting(shape), self.config.min_reward
@@ -260,12 +267,12 @@ class Rl(Stage):
 
     name = "rl"
 
-    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape):
-        super().__init__(parts, mesh, examples, shape, "rl")
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None = None):
+        super().__init__("rl", parts, mesh, examples, shape, phase)
         if self.config.reward:
             self.metric = reward_lib.NAMED[self.config.reward]
         self.ppo = self.config.ppo
-        total = self.steps * self.ppo.minibatches * self.ppo.epochs
+        total = self.config.steps * self.ppo.minibatches * self.ppo.epochs
         self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, total)
         tensor = parts.config.mesh.rollout_tensor
         self.play = play.make_player(parts, shape, mesh, tensor=tensor)
@@ -324,7 +331,7 @@ class Rl(Stage):
             played += 1
             batch = next(batches)
             # A step that no other rollout has: its trajectories are numbered apart.
-            more = self.rollout(state, batch, step + played * self.steps)
+            more = self.rollout(state, batch, step + played * self.config.steps)
             graded = host_batches.gather_rows(tuple(self.reward(more, batch)), self.mesh)
             groups = choose_groups(contrast, fresh := self._find_contrast(Reward(*graded)))
             rows = (groups[:, None] * size + np.arange(size)).reshape(-1)

@@ -119,6 +119,8 @@ def get_config() -> ConfigDict:
     config.sft.data = ""  # a folder of collect.py to learn from; '' for the scripted teacher
     config.sft.student = "none"  # or "dagger", "rft": the student's own trajectories, at the end
     config.sft.student_after = 0  # steps that imitate the teacher's trajectories in any case
+    # What is learned when, such as ("0: task.facts_per_chunk=1", "300:"): see docs/results.md.
+    config.sft.curriculum = ()
     config.sft.steps = 900
     config.sft.episodes = 8
     config.sft.min_reward = 0.5
@@ -145,6 +147,7 @@ def get_config() -> ConfigDict:
     config.rl.temperature = 1.0
     config.rl.least_reader = 0.0  # EM from a clean memory that RL asks for before it starts
     config.rl.resample = 0  # further rollouts a step, in the place of groups without contrast
+    config.rl.curriculum = ()  # as of SFT
     config.rl.reward = ""  # or "exact_match", "f1"; '' is the task's own, or exact match
     config.rl.log_every = 1
     config.rl.eval_every = 10

@@ -54,8 +54,8 @@ def make_rl(monkeypatch, worth, *, resample, credit="trajectory"):
     monkeypatch.setattr(evaluation, "statistics", lambda played: {"turns": played["number"][0]})
     stage = object.__new__(stages.Rl)
     stage.ppo = PPOConfig(group_size=2, credit=credit)
-    stage.config = types.SimpleNamespace(episodes=3, resample=resample, ppo=stage.ppo)
-    stage.steps, stage.mesh, steps = 10, mesh_lib.single(), []
+    stage.config = types.SimpleNamespace(steps=10, episodes=3, resample=resample, ppo=stage.ppo)
+    stage.mesh, steps = mesh_lib.single(), []
 
     def rollout(state, batch, step):
         steps.append(step)
