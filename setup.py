@@ -47,8 +47,8 @@ setup(
         "hf": ["accelerate>=1.5", "gguf>=0.17", "torch>=2.6", "transformers>=5"],
         # Schemas of Kubernetes, which tests/tpu_setup/jobset_test.py compares with.
         "kubernetes": ["kubernetes-validate>=1.34"],
-        # Built from its source, which takes CMake, a C++ compiler and a while.
-        "llama": ["gguf>=0.17", "llama-cpp-python>=0.3.16"],
+        # llama.cpp in wheels, compiled for AVX2: llama-cpp-python takes 40 minutes to build.
+        "llama": ["gguf>=0.17", "xllamacpp>=2026.1"],
         "test": [
             "gguf>=0.17",
             "hypothesis>=6.130",

@@ -3,7 +3,7 @@
 | peer | what |
 |---|---|
 | transformers | `generate` of Hugging Face transformers, PyTorch on the CPU, the same weights |
-| llama_cpp | llama.cpp through `llama-cpp-python`: the same weights, as float32 GGUF |
+| llama_cpp | llama.cpp through the wheels of `xllamacpp`: the same weights, as float32 GGUF |
 
 Needs `--pretrained`, a .gguf file or a Hugging Face directory. All decode greedily in float32, and
 go on behind the end of a text, so that every contestant takes the same number of steps. Ours is
@@ -19,10 +19,10 @@ What a step at batch 1 must read, all weights once, is set against the bandwidth
 reaches when it reads as much memory and does nothing else.
 """
 
-import atexit
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import statistics
 import tempfile
@@ -244,62 +244,56 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp with one sequence.
+    """llama.cpp with one sequence: its server within this process, without HTTP.
 
     Raises ImportError where it is not installed, ValueError where the weights are no GGUF file.
     """
 
     def __init__(self, subject: Subject):
-        import llama_cpp
+        import xllamacpp
 
         if not gguf_file.is_gguf(subject.path):
             raise ValueError(
                 f"{subject.path}: llama.cpp reads .gguf files; pass one to --pretrained"
             )
-
-        self._library = llama_cpp
+        self.built_for = xllamacpp.get_system_info()  # which instructions it was compiled for
         self._folder = tempfile.TemporaryDirectory()
         path = pathlib.Path(self._folder.name) / "float32.gguf"
         _write_float32(subject.path, path)
-        self._model = llama_cpp.Llama(
-            str(path),
-            n_ctx=max(PROMPT, TURN_PROMPT) + STEPS,
-            n_threads=timing.count_cores(),
-            n_threads_batch=timing.count_cores(),
-            type_k=llama_cpp.GGML_TYPE_F32,  # by default float16
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
-        atexit.register(self._model.close)  # which is too late once modules are taken apart
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = max(PROMPT, TURN_PROMPT) + STEPS
+        params.n_parallel = 1
+        params.cpuparams.n_threads = timing.count_cores()
+        params.cpuparams_batch.n_threads = timing.count_cores()
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.verbosity = -1
+        self._server = xllamacpp.Server(params)
 
     def prefill(self, prompts: np.ndarray) -> timing.Contestant:
-        (row,) = prompts.tolist()
-
-        def run(_: Any) -> None:
-            self._model.reset()
-            self._model.eval(row)
-
-        return timing.Contestant(run)
+        # It always writes a token, which takes the logits that a prefill ends with.
+        return timing.Contestant(lambda _: self._complete(prompts, 1))
 
     def generate(self, prompts: np.ndarray) -> timing.Contestant:
+        return timing.Contestant(lambda _: self._complete(prompts, STEPS))
+
+    def write(self, prompts: np.ndarray) -> list[int]:
+        """The tokens that `generate` goes on with; asking for them takes longer."""
+        (choice,) = self._complete(prompts, STEPS, logprobs=1)["choices"]
+        return [token["id"] for token in choice["logprobs"]["content"]]
+
+    def _complete(self, prompts: np.ndarray, steps: int, **more: Any) -> dict[str, Any]:
         (row,) = prompts.tolist()
-
-        def run(_: Any) -> np.ndarray:
-            self._model.reset()
-            self._model.eval(row)
-            found = []
-            for _step in range(STEPS):
-                found.append(int(np.argmax(self._read_logits())))
-                if len(found) < STEPS:
-                    self._model.eval(found[-1:])
-            return np.asarray([found])
-
-        return timing.Contestant(run)
-
-    def _read_logits(self) -> np.ndarray:
-        """float32 [V] of the last token. `Llama.scores` holds them only if it holds all tokens'."""
-        address = self._library.llama_get_logits_ith(self._model.ctx, -1)
-        return np.ctypeslib.as_array(address, (self._model.n_vocab(),))
+        found = self._server.handle_completions(
+            {
+                **{"prompt": row, "n_predict": steps, "ignore_eos": True, "cache_prompt": False},
+                **{"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], **more},
+            }
+        )
+        told = json.loads(found) if isinstance(found, str) else found
+        if "choices" not in told:
+            raise RuntimeError(f"llama.cpp did not answer: {told}")
+        return told
 
 
 def _write_float32(source: pathlib.Path, target: pathlib.Path) -> None:

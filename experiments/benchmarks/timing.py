@@ -17,7 +17,7 @@ import jax
 import tqdm
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_PACKAGES = ("jax", "jaxlib", "numpy", "torch", "faiss-cpu", "transformers", "llama-cpp-python")
+_PACKAGES = ("jax", "jaxlib", "numpy", "torch", "faiss-cpu", "transformers", "xllamacpp")
 
 Result = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Suite `decode`: its contestants write the same tokens, and its results are complete.
 
-Needs the extra "hf" (`pip install -e '.[test,hf]'`), and for llama.cpp also "llama".
+Needs the extras "hf" and "llama" (`pip install -e '.[test,hf,llama]'`).
 """
 
 import numpy as np
@@ -45,13 +45,16 @@ def test_contestants_write_the_same_tokens(subject):
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.peer
 def test_llama_cpp_writes_the_same_tokens():
-    pytest.importorskip("llama_cpp", reason="a peer of the benchmark, in the extra 'llama'")
     subject = decode_suite.load(str(smollm2.find()), "<|endoftext|>")
     prompts = decode_suite.make_prompts(1, 12, subject.agent.model.config.vocab_size)
     ours = decode_suite.Ours(subject).generate(prompts).run(None)
-    theirs = decode_suite.LlamaCpp(subject).generate(prompts).run(None)
-    np.testing.assert_array_equal(ours, theirs)
+    peer = decode_suite.LlamaCpp(subject)
+    np.testing.assert_array_equal(ours, [peer.write(prompts)])
+    whole = peer.generate(prompts).run(None)["usage"]
+    assert (whole["prompt_tokens"], whole["completion_tokens"]) == (12, SIZES["STEPS"])
+    assert peer.prefill(prompts).run(None)["usage"]["completion_tokens"] == 1
 
 
 @pytest.mark.peer
