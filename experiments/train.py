@@ -27,7 +27,7 @@ import tqdm
 from absl import flags as absl_flags
 
 from atommem_jax import folder_lock
-from atommem_jax.agent import build, load, validate
+from atommem_jax.agent import build, load, phases, validate
 from atommem_jax.config import Experiment, check, parse, paths
 from atommem_jax.metrics import SilentWriter, open_writer
 from atommem_jax.parallel import processes, rules
@@ -68,6 +68,7 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
     # ------------------------------------------------------------------ config, devices
     agreement.check_same_run(config)
     validate.validate(config)
+    phases.check(config)
     check(
         config.shape is None,
         "this config names the sizes of a published model and no data (config.shape): it can be "
@@ -127,9 +128,8 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
             processes.say(f"resuming {workdir} at step {step} of {last}")
         writer.resume(step)
         params, base = resume.find_start(config, plan, tokenizer, mesh, saved, workdir)
-        watch = watch_rl(workdir, step) if processes.is_main() else None
         recorder = Recorder(
-            config, checkpointer, writer, validator, tokenizer.to_bytes(), shape, base, watch
+            config, checkpointer, writer, validator, tokenizer.to_bytes(), shape, base
         )
 
         # -------------------------------------------------------------- loop
@@ -137,6 +137,8 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
         state = saved.state if saved else None
         for number, stage in enumerate(plan[first:], start=first):
             batches = stage.batches()
+            if state is None or saved is not None:
+                recorder.start()
             if state is None:
                 state = stage.start(params)
                 processes.say(f"{stage.name}: {stage.describe(state)}")
@@ -146,7 +148,10 @@ def train(config: Experiment, workdir: str, data_root: str, *, fall_back: bool =
             elif saved is not None:  # always so: a state without `start` was restored
                 batches.set_state(saved.data_state)
                 saved = None
-            recorder.start()
+            if processes.is_main():  # what is normal differs from phase to phase
+                recorder.watch = watch_rl(workdir, step - (local - stage.first), step)
+            if stage.steps < stage.config.steps:
+                processes.say(f"{stage.name}: steps {stage.first} to {stage.last}, {stage.shape}")
             for local_step in show_progress(stage, local):
                 batch = next(batches)
                 traced = config.profile and local_step == local + 1  # the first step compiles

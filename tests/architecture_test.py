@@ -44,7 +44,7 @@ ORDER = {
         "loss credit gate optimizer microbatches trainer evaluation long_evaluation comparison "
         "collapse"
     ),
-    "agent": "encoders build play crossed validate settings load long_score results score",
+    "agent": "encoders build play crossed validate settings phases load long_score results score",
     "report": "replay trace figures failures lengths frontier page run",
     "documents": "split session memory_file transcript reader",
     "collection": "endpoint judge store player",

@@ -42,8 +42,8 @@ def read(texts: Sequence[str], steps: int, field: str) -> list[Entry]:
     )
     check(
         not starts or not steps or starts[-1] < steps,
-        f"{field} has an entry that begins at step {starts[-1:]} of {steps}: it would never be "
-        "learned; let it begin earlier, or raise the number of steps",
+        f"{field} has an entry that begins at step {max(starts, default=0)} of {steps}: it would "
+        "never be learned; let it begin earlier, or raise the number of steps",
     )
     return entries if starts[:1] == [0] else [Entry(0, ()), *entries]
 

@@ -248,7 +248,9 @@ def _draw_scores(runs: Sequence[Run], labels: Mapping[str, str]) -> tuple[Figure
         for method, cells in run.scores.items()
     }
     cited = dict.fromkeys(point for run in runs for point in run.cited)
-    figure = lengths.draw(lines, tuple(cited))
+    figure = None
+    if all(lengths.find_tokens(column) is not None for column in sort_columns(runs)):
+        figure = lengths.draw(lines, tuple(cited))
     if figure is not None:
         told = "; grey: published by others, of other models and budgets" if cited else ""
         return figure, f"Exact match by length of the document; bands are 95% intervals{told}."

@@ -33,7 +33,7 @@ class Recorder:
 
     Attributes:
       tokenizer: its bytes, for the checkpoints.
-      shape: of the episodes that are trained on.
+      shape: of the episodes of the config itself, whatever its curriculum has before.
       base: {"base": fingerprint} where adapters are trained, else nothing.
       watch: looks for signs that the policy collapses under RL; absent on all but one process.
     """
@@ -100,13 +100,13 @@ class Recorder:
         return stopping
 
 
-def watch_rl(workdir: str, step: int) -> collapse.Watch:
-    """What looks for signs of collapse, having seen what this run logged up to `step`."""
+def watch_rl(workdir: str, begun: int, step: int) -> collapse.Watch:
+    """What looks for signs of collapse, having seen what was logged after `begun` up to `step`."""
     try:
         records = read_metrics(workdir) if step else []
     except FileNotFoundError:  # what only tells of a run does not keep it from going on
         records = []
-    return collapse.Watch(r for r in records if r["stage"] == "rl" and r["step"] <= step)
+    return collapse.Watch(r for r in records if r["stage"] == "rl" and begun < r["step"] <= step)
 
 
 @jax.jit

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from atommem_jax.agent import build, crossed, play
+from atommem_jax.agent.phases import Steps
 from atommem_jax.collection import store
 from atommem_jax.config import check
 from atommem_jax.learning import evaluation, life_cycle, trainer
@@ -37,10 +38,10 @@ from atommem_jax.weights import fingerprint
 
 # Streams of randomness, folded into the config's seed: no two of them share a key.
 _INIT, _TEACHER, _ROLLOUT, _DEAL, _VALIDATE = range(5)
+_PRIME = 1_000_003  # phases' orders of data are those of seeds that nobody chooses
 
 State = dict[str, Any]
 Metrics = dict[str, Any]
-Phase = tuple[int, int]  # steps of a kind, from the first to before the last
 
 
 class Reward(NamedTuple):
@@ -68,13 +69,13 @@ class Stage:
     frozen: Any | None = None
 
     def __init__(
-        self, section: str, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None
+        self, section: str, parts: build.Parts, mesh: Mesh, examples, shape, steps: Steps | None
     ):
         self.parts, self.mesh, self.examples, self.shape = parts, mesh, examples, shape
         self.agent = host_batches.replicate(parts.agent, mesh)
         self.config = getattr(parts.config, section)
-        steps: Phase = phase or (0, self.config.steps)
-        self.first, self.last = steps
+        whole: Steps = (0, self.config.steps)
+        self.first, self.last = steps or whole
         self.steps = self.last - self.first
         self.metric = reward_lib.find(parts.config.task)
 
@@ -84,14 +85,14 @@ class Stage:
         return host_batches.replicate(key, self.mesh)
 
     def batches(self) -> Any:
-        """This stage's resumable stream of `EpisodeBatch`."""
-        offset = 0 if self.name == "sft" else 1
+        """This stage's resumable stream of `EpisodeBatch`; each phase has an order of its own."""
+        offset = (0 if self.name == "sft" else 1) + _PRIME * self.first
         return batches_lib.batches(
             self.examples,
             self.parts.tokenizer,
             self.shape,
             batch_size=self.config.episodes,
-            seed=2 * self.parts.config.seed + offset,
+            seed=(2 * self.parts.config.seed + offset) % (1 << 31),
             rows=self.rows(),
         )
 
@@ -181,8 +182,8 @@ class Sft(Stage):
 
     name = "sft"
 
-    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None = None):
-        super().__init__("sft", parts, mesh, examples, shape, phase)
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, steps: Steps | None = None):
+        super().__init__("sft", parts, mesh, examples, shape, steps)
         self.optimizer = optimizer_lib.make_optimizer(self.config.optimizer, self.config.steps)
         if self.config.data:
             self.lessons = store.Collection(
@@ -267,8 +268,8 @@ class Rl(Stage):
 
     name = "rl"
 
-    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, phase: Phase | None = None):
-        super().__init__("rl", parts, mesh, examples, shape, phase)
+    def __init__(self, parts: build.Parts, mesh: Mesh, examples, shape, steps: Steps | None = None):
+        super().__init__("rl", parts, mesh, examples, shape, steps)
         if self.config.reward:
             self.metric = reward_lib.NAMED[self.config.reward]
         self.ppo = self.config.ppo

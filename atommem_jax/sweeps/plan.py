@@ -29,7 +29,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from atommem_jax.agent import validate
+from atommem_jax.agent import phases, validate
 from atommem_jax.config import (
     ConfigError,
     Experiment,
@@ -173,6 +173,7 @@ def _make_run(
             plain[path] = _set(changed, path, value)
         config = parse(changed)
         validate.validate(config)
+        phases.check(config)
         start = _find_start(config, before)
     except ConfigError as error:
         raise ConfigError(f"sweep: run {name!r}: {error}") from error

@@ -256,7 +256,6 @@ class LlamaCpp:
             raise ValueError(
                 f"{subject.path}: llama.cpp reads .gguf files; pass one to --pretrained"
             )
-        self.built_for = xllamacpp.get_system_info()  # which instructions it was compiled for
         self._folder = tempfile.TemporaryDirectory()
         path = pathlib.Path(self._folder.name) / "float32.gguf"
         _write_float32(subject.path, path)

@@ -23,8 +23,8 @@ def get_config(task: str = "1") -> ConfigDict:
     config.task.task = number
     config.task.data_dir = ""
     config.task.facts_per_chunk = 1
-    # The files of task 3 that are at hand may have 200 stories, which are learned by heart.
-    config.task.simulated_stories = 2_000 if number == 3 else 0
+    if number == 3:  # the small files have 200 stories for training, which are learned by heart
+        config.task.simulated_stories = 2_000
 
     config.memory.slots = 8
     config.memory.shown = 4

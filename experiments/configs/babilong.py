@@ -34,8 +34,8 @@ def get_config(task: str = "1") -> ConfigDict:
     config.task.everyone = True
     config.task.train_examples = 10_000
     config.task.test_examples = 200
-    # The files of task 3 that are at hand may have 200 stories, which are learned by heart.
-    config.task.simulated_stories = 2_000 if number == 3 else 0
+    if number == 3:  # the small files have 200 stories for training, which are learned by heart
+        config.task.simulated_stories = 2_000
     config.task.reward = "atommem_jax.tasks.babilong:occurs_in_answer"  # recorded beside EM
 
     config.tokenizer.vocab_size = 8192

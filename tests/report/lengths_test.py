@@ -67,6 +67,13 @@ def test_columns_are_sorted_by_their_length():
     assert page.sort_columns([run]) == ["0k", "1k", "2k", "512k", "1m", "10m"]
 
 
+def test_scales_that_are_no_lengths_are_not_lost(tmp_path):
+    scores = {"ours": {name: make_cell(0.5) for name in ("1k", "1m", "4x")}}
+    text = page.write(tmp_path, [page.Run("a", {}, scores=scores)]).read_text()
+    assert "Exact match by scale" in text
+    assert "by length of the document" not in text
+
+
 def test_the_page_draws_lengths_and_says_who_is_cited(tmp_path):
     scores = {"ours": {name: make_cell(0.5) for name in ("1k", "1m")}}
     cited = run_lib.find_cited(parse(babilong.get_config("2")))

@@ -50,17 +50,20 @@ def test_questions_are_answered_by_what_the_sentences_say():
 
 
 def describe(stories) -> dict[str, float]:
-    """Shares of what is done, mean number of sentences, and of those before the first question."""
-    verbs = collections.Counter()
-    sentences, first = [], []
+    """Shares of what is done, and means: sentences, how far back what is asked for lies."""
+    verbs, means = collections.Counter(), collections.defaultdict(list)
     for story in stories:
         told = [line.text.split()[1] for line in story if line.answer is None]
         verbs.update("move" if v in MOVES else "take" if v in TAKES else "drop" for v in told)
-        sentences.append(len(told))
-        first.append(next(i for i, line in enumerate(story) if line.answer is not None))
-    found = {name: count / verbs.total() for name, count in verbs.items()}
-    mean = {"sentences": sum(sentences) / len(stories), "first": sum(first) / len(stories)}
-    return found | mean
+        means["sentences"].append(len(told))
+        means["first"].append(next(i for i, line in enumerate(story) if line.answer is not None))
+        for line in story:
+            if line.answer is not None:
+                _, came, left = line.supporting
+                means["came"].append(line.number - came)
+                means["left"].append(line.number - left)
+    shares = {name: count / verbs.total() for name, count in verbs.items()}
+    return shares | {name: sum(found) / len(found) for name, found in means.items()}
 
 
 def test_they_are_like_the_published_ones(shared_data):
