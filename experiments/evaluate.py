@@ -384,7 +384,10 @@ def render_stages(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     told = {split: summary for split, summary in summaries.items() if "stages" in summary}
     counts = {split: summary["stages"] for split, summary in told.items()}
     questions = {split: summary["questions"] for split, summary in told.items()}
-    return life_cycle.render(counts, questions) if told else "older results: no stages recorded"
+    right = all(summary["em"] == 1.0 for summary in told.values())
+    return (
+        life_cycle.render(counts, questions, right) if told else "older results: no stages recorded"
+    )
 
 
 _HEADER = f"{'split':12} {'EM':>6} {'95% interval':>16} {'F1':>6} {'episodes':>9} {'questions':>10}"

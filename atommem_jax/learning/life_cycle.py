@@ -189,9 +189,19 @@ def average_drift(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
     }
 
 
-def render(counts: Mapping[str, Mapping[str, int]], questions: Mapping[str, int]) -> str:
-    """A table: a row a split (or a method), a column a stage that occurs in any of them."""
+def render(
+    counts: Mapping[str, Mapping[str, int]], questions: Mapping[str, int], right: bool = True
+) -> str:
+    """A table: a row a split (or a method), a column a stage that occurs in any of them.
+
+    Args:
+      counts: of each row, by stage.
+      questions: of each row.
+      right: whether no answer was wrong, where no stage is counted.
+    """
     stages = [stage for stage in STAGES if any(stage in row for row in counts.values())]
+    if not stages and not right:
+        return "wrong answers are not followed: no facts are known, or none went through a memory"
     if not stages:
         return "no wrong answer: no chain of facts broke"
     width = max(map(len, [*counts, "wrong, by first break"]))

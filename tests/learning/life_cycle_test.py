@@ -298,6 +298,8 @@ def test_counts_and_tables_by_hand():
     assert row.split() == ["1x", "4", "3", "1", "2"]
     assert none.split() == ["2x", "9", "0", "0", "0"]
     assert life_cycle.render({"1x": {}}, {"1x": 4}).startswith("no wrong answer")
+    # Where a workflow searches the document itself no fact goes through a memory.
+    assert life_cycle.render({"1x": {}}, {"1x": 4}, right=False).startswith("wrong answers are not")
 
 
 # ---------------------------------------------------------------------------------------------
