@@ -47,13 +47,15 @@ def draw(methods: Mapping[str, figures.Cells], cited: Sequence[Cited] = ()) -> F
     for i, (name, line) in enumerate(lines.items()):
         if not line:
             continue
-        color = figures.SERIES[i % len(figures.SERIES)]
+        again, place = divmod(i, len(figures.SERIES))  # who shares a colour has another line
+        color = figures.SERIES[place]
         places = [max(tokens, _SHORTEST) for tokens, _ in line]
         axes.plot(
             places,
             [cell["em"] for _, cell in line],
             color=color,
-            marker=figures.MARKERS[i % len(figures.MARKERS)],
+            linestyle="--" if again else "-",
+            marker=figures.MARKERS[(i + again) % len(figures.MARKERS)],
             label=figures.shorten(name),
         )
         lows, highs = ([cell[bound] for _, cell in line] for bound in ("ci_low", "ci_high"))
