@@ -167,17 +167,17 @@ def test_a_run_that_cannot_read_its_metrics_says_so(bucket, impatient):
     url = f"{buckets.URL}/watched_rl"
     with pytest.raises(FileNotFoundError):
         metrics.read_metrics(url)
-    recorder.watch_rl(url, 2)  # what only tells of a run may be missing
+    recorder.watch_rl(url, 0, 2)  # what only tells of a run may be missing
     bucket.write("watched_rl/metrics.jsonl", b'{"step": 1, "stage": "rl", "entropy": 2.0}\n')
-    recorder.watch_rl(url, 2)
+    recorder.watch_rl(url, 0, 2)
     read = "^GET .*watched_rl.*alt=media"
     with (
         bucket.fault(read, 503, times=100),
         pytest.raises(StoreError, match=r"watched_rl/metrics.jsonl: cannot be read .*503"),
     ):
-        recorder.watch_rl(url, 2)
+        recorder.watch_rl(url, 0, 2)
     with bucket.fault(read, 403, times=100), pytest.raises(ConfigError, match="what is allowed"):
-        recorder.watch_rl(url, 2)
+        recorder.watch_rl(url, 0, 2)
 
 
 def test_a_refusal_is_not_taken_for_absence(bucket, impatient):
