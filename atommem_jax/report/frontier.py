@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from atommem_jax.report import figures
 
@@ -125,6 +126,10 @@ def draw(points: Sequence[Point]) -> Figure | None:
             )
         axes.set(title=figures.shorten(split), xscale="log", xlabel="tokens an episode")
         axes.set_ylim(-0.02, 1.04)
+        # The formatter of a logarithmic scale writes formulas, which our style does not read.
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0, 0].set_ylabel("exact match")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     for slots, size in sizes.items():

@@ -58,6 +58,11 @@ def test_a_panel_is_drawn_for_each_length():
     ]
     figure = frontier.draw(points)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["test_1x", "test_4x"]
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        told = [text.get_text() for text in axes.get_xticklabels(which="both")]
+        assert any(told)
+        assert all(text.replace(",", "").isdigit() for text in told if text), told
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["learned", "store_all", "3 slots", "6 slots"]
     assert frontier.draw([]) is None
