@@ -411,7 +411,7 @@ class SftConfig(Section):
     student: Annotated[str, Choices("none", "dagger", "rft")] = "none"
     student_after: Count = 0
     # What is learned when: "STEP: FIELD=VALUE ...", each from its step to the next one's, of fields
-    # of task and memory as `--set` takes them; "STEP:" is the config itself, as before the first.
+    # of task, memory and rollout; "STEP:" is the config itself, as before the first.
     curriculum: tuple[str, ...] = ()
 
     def _check_together(self, prefix: str) -> None:

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from atommem_jax.report import figures
+from atommem_jax.tasks import babilong
 
-_UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _SHORTEST = 250  # tokens at which a document without any background (`0k`) is drawn
 _APART = 2.5  # times as long as the one before: a name on the axis has room
 
@@ -27,8 +27,8 @@ def find_tokens(split: str) -> int | None:
 
     Of `test_4x`, a multiple of what was trained on, nobody can tell.
     """
-    match = re.fullmatch(r"(?:.*_)?(\d+)([km])", split)
-    return int(match[1]) * _UNITS[match[2]] if match else None
+    match = re.fullmatch(r"(?:.*_)?(\d+[km])", split)
+    return babilong.count_tokens(match[1]) if match else None
 
 
 @figures.styled
@@ -97,7 +97,4 @@ def _choose(lengths: Iterable[int]) -> list[int]:
 
 
 def _spell(tokens: int) -> str:
-    for unit in ("m", "k"):
-        if tokens >= _UNITS[unit]:
-            return f"{tokens // _UNITS[unit]}{unit}"
-    return f"{tokens // _UNITS['k']}k"
+    return f"{tokens // 1_000_000}m" if tokens >= 1_000_000 else f"{tokens // 1_000}k"

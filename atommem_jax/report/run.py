@@ -134,8 +134,9 @@ def find_cited(config: Experiment) -> tuple[lengths.Cited, ...]:
     """What others published of the task of a run."""
     if config.task.name != "babilong":
         return ()
-    rows = babilong.PUBLISHED.get(config.task.get("task"), ())
-    return tuple(lengths.Cited(*row) for row in rows)
+    number = config.task.get("task")
+    rows = babilong.PUBLISHED.get(number, ())
+    return tuple(lengths.Cited(f"{name}, task {number}", *point) for name, *point in rows)
 
 
 def find_sizes(config: Experiment) -> dict[str, Any]:

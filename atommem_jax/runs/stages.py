@@ -92,7 +92,7 @@ class Stage:
             self.parts.tokenizer,
             self.shape,
             batch_size=self.config.episodes,
-            seed=(2 * self.parts.config.seed + offset) % (1 << 31),
+            seed=(2 * self.parts.config.seed + offset) % (1 << 32),
             rows=self.rows(),
         )
 

@@ -77,7 +77,9 @@ def test_scales_that_are_no_lengths_are_not_lost(tmp_path):
 def test_the_page_draws_lengths_and_says_who_is_cited(tmp_path):
     scores = {"ours": {name: make_cell(0.5) for name in ("1k", "1m")}}
     cited = run_lib.find_cited(parse(babilong.get_config("2")))
-    assert [(point.tokens, point.em) for point in cited] == [((32_000, 32_000), 0.874)]
+    [point] = cited
+    assert (point.tokens, point.em) == ((32_000, 32_000), 0.874)
+    assert point.name == "RMT, 137M, fine-tuned, task 2"  # as told from those of other tasks
     text = page.write(tmp_path, [page.Run("a", {}, scores=scores, cited=cited)]).read_text()
     assert "Exact match by length of the document" in text
     assert "grey: published by others" in text
