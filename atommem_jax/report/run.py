@@ -136,7 +136,7 @@ def find_cited(config: Experiment) -> tuple[lengths.Cited, ...]:
         return ()
     number = config.task.get("task")
     rows = babilong.PUBLISHED.get(number, ())
-    return tuple(lengths.Cited(f"{name}, task {number}", *point) for name, *point in rows)
+    return tuple(lengths.Cited(f"{name}, task {number}", tokens, em) for name, tokens, em in rows)
 
 
 def find_sizes(config: Experiment) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from atommem_jax import text_files
 from atommem_jax.agent import build
 from atommem_jax.agent.load import Loaded, find_split, load
-from atommem_jax.config import check
+from atommem_jax.config import check, paths
 from atommem_jax.language.tokenizer import weigh_by_rarity
 from atommem_jax.learning.evaluation import summarise
 from atommem_jax.memory.embedding import HashedBagOfTokens, most_times
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     config = loaded.parts.config
     check(config.task.name == "babilong", f"task.name={config.task.name!r}: allowed is 'babilong'")
     dataset = build.load_dataset(config, flags.DATA_ROOT.value)
-    output = pathlib.Path(given.output) if given.output else None
+    output = paths.locate(given.output) if given.output else None
     results = read_results(output) if output else {"methods": {}}
     print(f"{'length':12}{'retrieval':>12}{'window':>12}{'parts':>12}")
     for length in given.length:
