@@ -5,10 +5,12 @@ the protocol, the prompt or the memory.
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import os
 import pathlib
+from collections.abc import Hashable
 from typing import Any
 
 from jax.sharding import Mesh
@@ -47,6 +49,11 @@ class Parts:
     workflow: workflows.Workflow
     embed: Embed
     pair: tuple[Grammar, ...] = ()  # masks of the two turns of a pair, where there are pairs
+
+    @functools.cached_property
+    def programs(self) -> dict[Hashable, Any]:
+        """What `play` has compiled of them, so that training and validation share a program."""
+        return {}
 
     @property
     def habits(self) -> keeper.Habits | None:

@@ -91,6 +91,9 @@ def make_program(
 ):
     """Jitted (agent, setting, params, episodes, ids, seed key, temperature) -> trajectories.
 
+    The same function whenever it is asked for the same: where shapes and the number of rows are
+    equal too, rollouts of RL and validation are compiled once.
+
     tensor: as for `make_player`. What is given lies on `mesh`, and so does what comes back; between
       the two everything lies on the mesh of rollouts, which has the same devices.
     teacher: as for `make_player`.
@@ -109,7 +112,10 @@ def make_program(
             label = parts.workflow.apply(label, parts.make_teacher)
         return rollout.run(setting, policy, episodes, ids, seed, label=label)
 
-    return _compile(parts, mesh, tensor, play_local, rows=("episodes", "ids"))
+    wanted = ("episodes", mesh, tensor, teacher)
+    if wanted not in parts.programs:
+        parts.programs[wanted] = _compile(parts, mesh, tensor, play_local, rows=("episodes", "ids"))
+    return parts.programs[wanted]
 
 
 def _make_policy(parts: Parts, agent, params, temperature, episodes: Episode) -> Policy:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from atommem_jax.config import LENGTH_BUCKETS
 from atommem_jax.model import groups, scoring
@@ -104,6 +104,16 @@ def accumulate_gradients(
         grads = place(grads, leading_data_axis=False)
         maxima = jax.tree.map(lambda x: x.max(axis=0), maxima)
     return grads, sums, maxima
+
+
+def spread(work: Int[Array, " n"], shares: int) -> Int[Array, " n"]:
+    """An order in which each of `shares` equal, consecutive parts has about as much work.
+
+    The most is dealt out first, to and fro: what has none falls to all alike. n divides by shares.
+    """
+    rounds = jnp.argsort(-work, stable=True).reshape(-1, shares)
+    back = jnp.arange(rounds.shape[0])[:, None] % 2 == 1
+    return jnp.where(back, rounds[:, ::-1], rounds).T.reshape(-1)
 
 
 def over_devices(tree: PyTree) -> PyTree:

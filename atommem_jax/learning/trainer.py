@@ -14,6 +14,7 @@ beside it: only the first is differentiated.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -313,9 +314,10 @@ def update_step(
             "three, or mesh.data"
         )
 
-    def update(
-        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
-    ):
+    blocks, graded = _spread(config, shares, trajectories, rewards, num_questions)
+
+    def update(agent, state, reference, frozen, blocks, graded, key, temperature):
+        trajectories, rewards, num_questions = graded
         size, max_turns = trajectories.turns.live.shape
         if not config.learn_from_cut:
             trajectories = _leave_out_cut(trajectories, agent.grammar.eos_id)
@@ -345,7 +347,7 @@ def update_step(
 
         def one_epoch(state, epoch):
             rows = _deal(
-                size, max_turns, jax.random.fold_in(key, epoch), minibatches=config.minibatches
+                blocks, max_turns, jax.random.fold_in(key, epoch), minibatches=config.minibatches
             )
             return jax.lax.scan(one_minibatch, state, rows)
 
@@ -362,11 +364,11 @@ def update_step(
     run = program.fsdp_parallel(
         update,
         mesh,
-        rows=("trajectories", "rewards", "num_questions"),
+        rows=("blocks", "graded"),
         out=program.WHOLE,
     )
     state, metrics, of_rollout = run(
-        agent, state, reference, frozen, trajectories, rewards, num_questions, key, temperature
+        agent, state, reference, frozen, blocks, graded, key, temperature
     )
     state = _keep_in_place(agent, state, mesh)
     gap, largest = (metrics.pop(name)[0, 0] for name in ("log_prob_gap", "largest_logit"))
@@ -401,17 +403,50 @@ def _correct(
     return batch.replace(old_log_probs=old, importance=importance), metrics
 
 
+def _spread(
+    config: PPOConfig,
+    shares: int,
+    trajectories: Trajectory,
+    rewards: Float[Array, "B Q"],
+    num_questions: Int[Array, " B"],
+) -> tuple[Int[Array, " blocks"], tuple[Trajectory, Float[Array, "B Q"], Int[Array, " B"]]]:
+    """The batch in an order in which each device has about as many rows that are scored.
+
+    Groups without contrast cost nothing, and the device that has none of them is waited for.
+    Returns the number that each block of `minibatches` neighbours had before, and the batch.
+    """
+    size = rewards.shape[0]
+    blocks = jnp.arange(size // config.minibatches)
+    graded = (trajectories, rewards, num_questions)
+    if shares == 1:
+        return blocks, graded
+    scored = trajectories.turns.live & ~trajectories.turns.scripted
+    if not config.needs_every_row:
+        costs = turn_costs(config, trajectories)
+        scored &= turn_advantages(config, *graded, costs)[0] != 0
+    unit = math.lcm(config.group_size, config.minibatches)  # neither is torn apart
+    order = microbatches.spread(scored.reshape(size // unit, -1).sum(axis=1), shares)
+
+    def arrange(x):
+        units = x.reshape(order.shape[0], x.shape[0] // order.shape[0], *x.shape[1:])
+        return units[order].reshape(x.shape)
+
+    return jax.tree.map(arrange, (blocks, graded))
+
+
 def _deal(
-    size: int, max_turns: int, key: PRNGKeyArray, *, minibatches: int
+    blocks: Int[Array, " blocks"], max_turns: int, key: PRNGKeyArray, *, minibatches: int
 ) -> Int[Array, "minibatches rows"]:
-    """Rows (turns of whole trajectories) of each mini-batch, on this device."""
-    blocks = size // minibatches
-    first = program.first_row(blocks)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(blocks))
+    """Rows (turns of whole trajectories) of each mini-batch, on this device.
+
+    blocks: the number of each of its blocks of `minibatches` neighbours, in the whole batch.
+    """
+    count = blocks.shape[0]
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, blocks)
     order = jax.vmap(lambda k: jax.random.permutation(k, minibatches))(keys)
-    chosen = (order + jnp.arange(blocks)[:, None] * minibatches).T
+    chosen = (order + jnp.arange(count)[:, None] * minibatches).T
     rows = chosen[..., None] * max_turns + jnp.arange(max_turns)[None, None]
-    return rows.reshape(minibatches, blocks * max_turns)
+    return rows.reshape(minibatches, count * max_turns)
 
 
 def _keep_value_head(tree: PyTree, others: PyTree) -> PyTree:

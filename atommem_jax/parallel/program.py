@@ -256,8 +256,7 @@ def fsdp_parallel(
 ) -> Callable[..., Any]:
     """`data_parallel` where parameters are whole on every device; else `function` of all rows.
 
-    `psum`, `pmax` and `first_row` make the two compute the same. Raises ValueError as
-    `data_parallel`.
+    `psum` and `pmax` make the two compute the same. Raises ValueError as `data_parallel`.
     """
     if not splits_parameters(mesh):
         return data_parallel(function, mesh, rows=rows, out=out)
@@ -283,11 +282,6 @@ def psum(tree: Any) -> Any:
 def pmax(tree: Any) -> Any:
     """The maximum over the shares; inside `data_parallel` and `fsdp_parallel`."""
     return jax.lax.pmax(tree, BATCH) if _by_share() else tree
-
-
-def first_row(rows: int) -> jax.Array | int:
-    """Index, in the whole batch, of the first of this share's `rows` rows."""
-    return jax.lax.axis_index(BATCH) * rows if _by_share() else 0
 
 
 def count_rows(rows: int) -> int:

@@ -175,7 +175,7 @@ def get_config() -> ConfigDict:
     config.rl.ppo.epochs = 1
     config.rl.ppo.minibatches = 4
     config.rl.ppo.microbatch_rows = 16  # on each device; fits the cache
-    config.rl.ppo.length_buckets = (5, 8)
+    config.rl.ppo.length_buckets = (4, 5, 6, 8)
     config.rl.ppo.clip_low = 0.2
     config.rl.ppo.clip_high = 0.28
     config.rl.ppo.dual_clip = 3.0
@@ -195,8 +195,8 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.split = "validation_1x"
-    config.eval.episodes = 128
-    config.eval.batch_size = 128
+    config.eval.episodes = 256
+    config.eval.batch_size = 256  # as many as RL plays, which saves compiling a program
     config.eval.segment = 0  # turns that evaluate.py plays at a time, of long documents; 0 for all
     config.eval.records = "answers"  # or "full": evaluate.py writes each turn of the segments
 

@@ -62,6 +62,20 @@ def make_table():
     return jnp.asarray(np.random.default_rng(1).normal(size=vocab), jnp.float32)
 
 
+@pytest.mark.parametrize("shares", [1, 2, 8])
+def test_work_is_spread_over_the_devices(shares):
+    rng = np.random.default_rng(shares)
+    for busy in (0.1, 0.5, 1.0):
+        work = rng.integers(1, 40, 64) * (rng.random(64) < busy)
+        order = np.asarray(microbatches.spread(jnp.asarray(work), shares))
+        np.testing.assert_array_equal(np.sort(order), np.arange(64))
+        each = work[order].reshape(shares, -1).sum(axis=1)
+        assert each.max() - each.min() <= work.max()
+    lopsided = np.arange(64) < 32  # as they came, half of the devices would wait
+    order = np.asarray(microbatches.spread(jnp.asarray(lopsided, np.int32), shares))
+    np.testing.assert_array_equal(lopsided[order].reshape(shares, -1).sum(axis=1), 32 // shares)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 def test_packed_gradients_equal_those_of_all_rows(rows):
     batch = trainer.make_batch(sample())

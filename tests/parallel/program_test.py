@@ -180,12 +180,14 @@ def test_sft_is_the_same_on_any_mesh(shape):
 
 
 @functools.cache
-def update(shape, ppo):
+def update(shape, ppo, contrasts=ROWS // 2):
+    """One update; only the first `contrasts` groups have a better and a worse member."""
     mesh = mesh_lib.make_mesh(*shape)
     episodes = make_episodes()
     rng = np.random.default_rng(0)
     rewards = rng.integers(0, 2, (ROWS, 2)).astype(np.float32)
     rewards *= np.arange(2) < episodes.num_questions[:, None]
+    rewards[contrasts * ppo.group_size :] = 0.0
     return trainer.update_step(
         host_batches.replicate(make_parts().agent, mesh),
         new_state(mesh),
@@ -218,6 +220,18 @@ def test_an_update_is_the_same_on_any_mesh(shape):
         )
     if shape == (8, 1, 1):  # no product is summed in parts
         assert_close(metrics, expected_metrics, rtol=5e-5)
+
+
+def test_an_update_is_the_same_where_one_device_had_all_that_counts():
+    contrasts = ROWS // 4
+    state, metrics = update((2, 1, 1), PPO[2, 2, 2], contrasts)
+    expected, expected_metrics = update(ONE, PPO[2, 2, 2], contrasts)
+    assert_close(state.params, expected.params)
+    assert 0 < float(expected_metrics["scored_share"]) < 0.8
+    for name in set(expected_metrics) - {"log_prob_gap"}:
+        np.testing.assert_allclose(
+            metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
+        )
 
 
 def test_parameters_come_back_where_they_lay():
@@ -336,8 +350,7 @@ def test_each_share_has_its_rows_and_all_of_what_is_whole():
     def shares(offset, rows):
         total = program.psum(rows.sum())
         most = program.pmax(rows.max())
-        first = program.first_row(rows.shape[0])
-        return rows + offset.sum() + first, (total, most)
+        return rows + offset.sum() + rows.min(), (total, most)
 
     mesh = mesh_lib.make_mesh(4, 2, 1)
     out = (program.ROWS, (program.WHOLE, program.WHOLE))
