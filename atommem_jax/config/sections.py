@@ -407,9 +407,10 @@ class SftConfig(Section):
     optimizer: OptimizerConfig
     # Whose trajectories are learned from after `student_after` steps: the teacher's ('none'); the
     # student's own states, with what the teacher would have done there ('dagger'); the student's
-    # own, where they are worth `min_reward` ('rft', rejection-sampling fine-tuning).
+    # own, where they are worth `student_min_reward` ('rft', rejection-sampling fine-tuning).
     student: Annotated[str, Choices("none", "dagger", "rft")] = "none"
     student_after: Count = 0
+    student_min_reward: Share = 1.0
     # What is learned when: "STEP: FIELD=VALUE ...", each from its step to the next one's, of fields
     # of task, memory and rollout; "STEP:" is the config itself, as before the first.
     curriculum: tuple[str, ...] = ()

@@ -45,6 +45,7 @@ _ABSENT: Mapping[str, Any] = {
     "sft.length_buckets": (5, 8),
     "sft.student": "none",
     "sft.student_after": 0,
+    "sft.student_min_reward": 1.0,
     "rl.ppo.length_buckets": (5, 8),
     "rl.reward": "",
     "rl.resample": 0,

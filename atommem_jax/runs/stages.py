@@ -232,9 +232,11 @@ class Sft(Stage):
         self, state: State, trajectories: Trajectory, reward: Reward, step: int
     ) -> tuple[State, Metrics]:
         """One optimiser step on the trajectories that are good enough."""
-        keep = reward.scores.sum(axis=1) / reward.counts >= self.config.min_reward
-        if self.config.student == "dagger" and self._is_students(step):
-            keep = np.ones_like(keep)  # the teacher's words are right wherever they fall
+        least = self.config.min_reward
+        if self._is_students(step):
+            # Whatever befalls the student, what the teacher says there is right.
+            least = 0.0 if self.config.student == "dagger" else self.config.student_min_reward
+        keep = reward.scores.sum(axis=1) / reward.counts >= least
         train, metrics = trainer.sft_step(
             self.agent,
             state["train"],

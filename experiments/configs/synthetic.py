@@ -119,6 +119,7 @@ def get_config() -> ConfigDict:
     config.sft.data = ""  # a folder of collect.py to learn from; '' for the scripted teacher
     config.sft.student = "none"  # or "dagger", "rft": the student's own trajectories, at the end
     config.sft.student_after = 0  # steps that imitate the teacher's trajectories in any case
+    config.sft.student_min_reward = 1.0  # of a trajectory of its own that "rft" learns from
     # What is learned from which step on, such as ("0: task.facts_per_chunk=1", "300:"), see README.
     config.sft.curriculum = ()
     config.sft.steps = 900

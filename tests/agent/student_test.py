@@ -61,18 +61,22 @@ def test_what_is_recorded_can_be_said(played):
 
 
 @pytest.mark.relaxed_promotion
-@pytest.mark.parametrize("student", ["dagger", "rft"])
-def test_sft_goes_on_with_the_student(tmp_path, tmp_path_factory, monkeypatch, student):
+@pytest.mark.parametrize(
+    ("student", "least", "kept"), [("dagger", 1.0, 1.0), ("rft", 1.0, 0.0), ("rft", 0.0, 1.0)]
+)
+def test_sft_goes_on_with_the_student(
+    tmp_path, tmp_path_factory, monkeypatch, student, least, kept
+):
     monkeypatch.setenv("ATOMMEM_CACHE", str(COMPILATION_CACHE))
     config = runs.make_config(
         **{"sft__student": student, "sft__student_after": 2, "sft__steps": 3, "rl__steps": 0},
-        **{"sft__min_reward": 0.5},
+        **{"sft__min_reward": 0.0, "sft__student_min_reward": least},
     )
     train.train(config, str(tmp_path), str(tmp_path_factory.getbasetemp() / "data"))
     first, second, third = (r for r in read_metrics(tmp_path) if r["stage"] == "sft")
     assert "teacher_em" in first.keys() & second.keys()
     assert "student_em" in third
     # All that a teacher says is learned from; of the student's own only what was worth it, and
-    # after two steps that is nothing.
-    assert third["kept"] == (1.0 if student == "dagger" else 0.0)
-    assert (third["gradient_norm"] > 0) == (student == "dagger")
+    # after two steps no answer is right.
+    assert (first["kept"], third["kept"]) == (1.0, kept)
+    assert (third["gradient_norm"] > 0) == (kept > 0)
