@@ -53,7 +53,7 @@ def play_long(
     config, tokenizer = loaded.parts.config, loaded.parts.tokenizer
     program = loaded.parts.workflow.program
     check(
-        program is None or program.update == 0,
+        program is None or program.update_shown == 0,
         f"eval.segment={config.eval.segment}: the program of workflow={config.workflow!r} asks "
         "what a fact replaces, which may lie in another segment; set eval.segment=0",
     )

@@ -15,6 +15,7 @@ RENAMED: Mapping[str, str] = {
     "rollout.unstack": "rollout.cpu_decode",
     "sft.eighths": "sft.length_buckets",
     "rl.ppo.eighths": "rl.ppo.length_buckets",
+    "teacher.update": "teacher.update_shown",  # no flag could set it: a ConfigDict has a method
 }
 """Old path of a field -> its path now."""
 

@@ -266,7 +266,7 @@ class TeacherConfig(Section):
     store_support: Share = 1.0  # facts worth storing that are stored
     store_distractor: Share = 0.0  # other facts that are stored
     # Corrections of a shown entry made by Update, not Create.
-    update: Share = 1.0
+    update_shown: Share = 1.0
     # Of the rest: the shown stale entry is deleted before the Create.
     delete: Share = 0.0
     set_query: Share = 1.0  # a standing query at the first chunk

@@ -263,7 +263,7 @@ class _Keeper:
             [fact.firm[1], fact.object[1], self.words.junk, self.words.bells],
             fact.person,
         )
-        rate = jnp.select([now | city, lost], [c.update, c.forget], 1.0)
+        rate = jnp.select([now | city, lost], [c.update_shown, c.forget], 1.0)
         could = (now | city | lost | got | rung | noted) & self.has(ActionKind.READ)
         return could, word, could & (fact.chance[0] < rate) & self.notices(fact)
 
@@ -289,7 +289,7 @@ class _Keeper:
         stray = h.all_cities | (fact.stray < c.store_distractor)
         city = fact.says(Relation.IN) & (known | noted | stray)
         rewrite = (hired & stale) | (city & known)
-        by_update = rewrite & update & (fact.chance[2] < c.update)
+        by_update = rewrite & update & (fact.chance[2] < c.update_shown)
         by_delete = rewrite & ~by_update & delete & ((fact.chance[3] < c.delete) | ~update)
 
         # Things: a lost one goes, or becomes junk that the next one is written over.

@@ -37,7 +37,7 @@ from atommem_jax.types import (
 NOISY = TeacherConfig(
     store_support=0.9,
     store_distractor=0.5,
-    update=0.45,
+    update_shown=0.45,
     set_query=0.75,
     answer_known=0.96,
 )
@@ -46,12 +46,14 @@ SCRIPTED: dict[str, TeacherConfig] = {
     "clean": TeacherConfig(),
     "noisy_teacher": NOISY,
     "store_all": TeacherConfig(
-        store_distractor=1.0, update=0.0, set_query=0.0, forget=0.0, count=0.0
+        store_distractor=1.0, update_shown=0.0, set_query=0.0, forget=0.0, count=0.0
     ),
-    "store_all_query": TeacherConfig(store_distractor=1.0, update=0.0, forget=0.0, count=0.0),
-    "store_all_update": TeacherConfig(store_distractor=1.0, update=0.5, delete=1.0, count=0.0),
-    "create_for_update": TeacherConfig(update=0.0),
-    "create_only": TeacherConfig(update=0.0, set_query=0.0),
+    "store_all_query": TeacherConfig(store_distractor=1.0, update_shown=0.0, forget=0.0, count=0.0),
+    "store_all_update": TeacherConfig(
+        store_distractor=1.0, update_shown=0.5, delete=1.0, count=0.0
+    ),
+    "create_for_update": TeacherConfig(update_shown=0.0),
+    "create_only": TeacherConfig(update_shown=0.0, set_query=0.0),
     "scratchpad_only": TeacherConfig(scratchpad_only=True),
     "no_memory": TeacherConfig(
         store_support=0.0, set_query=0.0, read_missing=0.0, forget=0.0, count=0.0
@@ -299,7 +301,7 @@ def _edit_entries(c: TeacherConfig, script: Script, view: View, episode: Episode
             script, view, *_entry(script, episode, a.supersedes[chunk, place])
         )
         stale &= a.supersedes[chunk, place] != EMPTY
-        update = store & stale & (u[0] < c.update)
+        update = store & stale & (u[0] < c.update_shown)
         delete = store & stale & ~update & (u[1] < c.delete)
         actions = [
             script.action(ActionKind.UPDATE, update, text, length, target=number),

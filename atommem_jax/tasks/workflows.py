@@ -103,7 +103,7 @@ class Workflow:
         without = set(_ALL).difference(self.kinds)
         gone = {
             ActionKind.READ: {"set_query": 0.0, "read_missing": 0.0},
-            ActionKind.UPDATE: {"update": 0.0},
+            ActionKind.UPDATE: {"update_shown": 0.0},
             ActionKind.DELETE: {"delete": 0.0, "forget": 0.0},
             ActionKind.SCRATCHPAD: {"count": 0.0},
         }

@@ -34,7 +34,7 @@ def get_config(task: str = "1") -> ConfigDict:
     # Nearly clean: it forgets some updates and stores some of what is not asked for.
     config.teacher.store_support = 0.97
     config.teacher.store_distractor = 0.1
-    config.teacher.update = 0.8
+    config.teacher.update_shown = 0.8
     config.teacher.set_query = 1.0
     config.teacher.answer_known = 1.0
 
@@ -62,7 +62,7 @@ def _keep_notes(config: ConfigDict) -> None:
     # A note follows from those before it: a teacher that forgot one would teach to guess.
     config.teacher.store_support = 1.0
     config.teacher.store_distractor = 0.0
-    config.teacher.update = 1.0
+    config.teacher.update_shown = 1.0
 
     # It samples what it does greedily: most groups agree, and the rest pull hard. At task 1's rate
     # five steps took validation from 1.000 to .973.

@@ -54,7 +54,7 @@ def get_config(task: str = "1") -> ConfigDict:
     # A note follows from those before it: a teacher that forgot one would teach to guess.
     config.teacher.store_support = 1.0
     config.teacher.store_distractor = 0.0
-    config.teacher.update = 1.0
+    config.teacher.update_shown = 1.0
     config.teacher.set_query = 1.0
     config.teacher.answer_known = 1.0
 

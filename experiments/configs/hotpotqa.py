@@ -63,7 +63,7 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     # Nearly clean. There is nothing to update: no sentence replaces another.
     config.teacher.store_support = 0.97
     config.teacher.store_distractor = 0.05
-    config.teacher.update = 1.0
+    config.teacher.update_shown = 1.0
     config.teacher.set_query = 1.0
     config.teacher.answer_known = 1.0
 

@@ -106,7 +106,7 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict()
     config.teacher.store_support = 0.9
     config.teacher.store_distractor = 0.5
-    config.teacher.update = 0.45
+    config.teacher.update_shown = 0.45
     config.teacher.delete = 0.0
     config.teacher.set_query = 0.75
     config.teacher.forget = 1.0

@@ -47,7 +47,7 @@ def get_config(facts_per_chunk: str = "3") -> ConfigDict:
 
     config.teacher.store_support = 0.98
     config.teacher.store_distractor = 0.02
-    config.teacher.update = 1.0
+    config.teacher.update_shown = 1.0
     config.teacher.delete = 0.0
     config.teacher.forget = 1.0
     config.teacher.count = 1.0

@@ -5,6 +5,7 @@ import math
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from atommem_jax.config import (
     ConfigError,
@@ -47,6 +48,15 @@ def test_every_config_of_ours_passes_and_comes_back(spec):
     assert parse(experiment.to_dict()) == experiment
     assert parse(to_config_dict(experiment)) == experiment
     assert flatten(config.to_dict()).items() <= flatten(experiment).items()
+
+
+@pytest.mark.parametrize("spec", CONFIGS)
+def test_every_field_can_be_a_flag(spec):
+    """A flag finds a field by attribute, and a ConfigDict has attributes of its own."""
+    paths = flatten(parse(load_config(f"experiments/configs/{spec}")))
+    names = {name for path in paths for name in path.split(".")}
+    assert "slots" in names
+    assert not [name for name in names if hasattr(ConfigDict, name)]
 
 
 def test_sections_are_frozen():
@@ -246,6 +256,7 @@ def make_old() -> dict:
     config["rollout"]["unstack"] = config["rollout"].pop("cpu_decode")
     config["sft"]["eighths"] = config["sft"].pop("length_buckets")
     config["rl"]["ppo"]["eighths"] = config["rl"]["ppo"].pop("length_buckets")
+    config["teacher"]["update"] = config["teacher"].pop("update_shown")
     config["task"]["name"] = "synthetic"
     return config
 

@@ -139,7 +139,11 @@ def test_both_stages_learn_a_few_samples_by_heart(tmp_path, run_here):
     """With `debug.overfit` what does not reach 1 is a fault of the loop, and not of the data."""
     config = runs.make_config(
         **{"debug__overfit": 2, "model__width": 32, "model__num_layers": 2},
-        **{"teacher__store_support": 1.0, "teacher__update": 1.0, "teacher__answer_known": 1.0},
+        **{
+            "teacher__store_support": 1.0,
+            "teacher__update_shown": 1.0,
+            "teacher__answer_known": 1.0,
+        },
         **{"sft__steps": 150, "sft__eval_every": 150, "sft__save_every": 150},
         **{"rl__steps": 30, "rl__eval_every": 30, "rl__save_every": 30, "rl__ppo__kl_coef": 0.0},
         **{"rl__ppo__entropy_coef": 0.0, "rl__ppo__group_size": 8},
@@ -379,7 +383,7 @@ def test_a_split_that_there_is_not_is_named_before_anything_is_computed(tmp_path
             {"rollout__param_dtype": "int8"},
             ["rollout.param_dtype='int8'", "rl.ppo.importance_cap=0.0", "rl.steps=0"],
         ),
-        ({"teacher__update": -0.1}, ["teacher.update=-0.1", "0.0 to 1.0"]),
+        ({"teacher__update_shown": -0.1}, ["teacher.update_shown=-0.1", "0.0 to 1.0"]),
         ({"model__num_kv_heads": 3}, ["num_kv_heads=3", "num_heads=2"]),
     ],
 )

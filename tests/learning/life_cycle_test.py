@@ -358,7 +358,7 @@ def test_without_mistakes_no_chain_breaks():
     ("rates", "stage"),
     [
         ({"store_support": 0.0}, "not_written"),
-        ({"slots": 4, "store_distractor": 1.0, "update": 0.0, "set_query": 0.0}, "evicted"),
+        ({"slots": 4, "store_distractor": 1.0, "update_shown": 0.0, "set_query": 0.0}, "evicted"),
         ({"answer_known": 0.0}, "not_used"),
     ],
 )

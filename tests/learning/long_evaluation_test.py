@@ -28,7 +28,7 @@ def make_policy(params, scripted):
     model = rollout.model_policy(tiny.make_parts().agent, params, jnp.float32(1.0))
     if not scripted:
         return model
-    rates = teacher.TeacherConfig(store_support=0.7, update=0.0, set_query=0.5)
+    rates = teacher.TeacherConfig(store_support=0.7, update_shown=0.0, set_query=0.5)
     return rollout.by_phase(teacher.policy(rates, tiny.make_parts().script), model)
 
 

@@ -245,7 +245,7 @@ def test_the_teacher_uses_each_operation_in_most_of_the_turns_that_want_it():
 @pytest.mark.parametrize(
     ("rate", "kind"),
     [
-        ("update", ActionKind.UPDATE),
+        ("update_shown", ActionKind.UPDATE),
         ("forget", ActionKind.DELETE),
         ("count", ActionKind.SCRATCHPAD),
         ("store_support", ActionKind.CREATE),
@@ -287,7 +287,7 @@ def test_a_city_that_is_no_ones_is_stored_at_the_rate_of_distractors():
 
 def test_every_response_is_a_sound_turn_that_ends():
     examples = make_examples("test_2x")
-    for rates in (make_config().teacher, TeacherConfig(store_distractor=1.0, update=0.5)):
+    for rates in (make_config().teacher, TeacherConfig(store_distractor=1.0, update_shown=0.5)):
         turns = run(examples, rates).turns
         last = np.maximum(turns.response_lengths - 1, 0)[..., None]
         ends = np.take_along_axis(turns.response, last, 2)[..., 0]

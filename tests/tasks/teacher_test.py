@@ -148,7 +148,7 @@ def test_store_rates_decide_what_is_stored(support_rate, distractor_rate):
 def test_corrections_are_updated_or_deleted_or_left():
     support, correction, _ = facts()
     corrections = (support & correction).sum(axis=1)
-    left, deleted = play(update=0.0), play(update=0.0, delete=1.0)
+    left, deleted = play(update_shown=0.0), play(update_shown=0.0, delete=1.0)
     for played in (left, deleted):
         np.testing.assert_array_equal(count(played, ActionKind.UPDATE), 0)
         np.testing.assert_array_equal(count(played, ActionKind.CREATE), support.sum(axis=1))
@@ -372,5 +372,5 @@ def test_targets_of_several_widths_are_refused():
 def test_validate_names_the_rate():
     for config in SCRIPTED.values():
         config.validate()
-    with pytest.raises(ValueError, match=r"teacher\.update=1\.5: allowed is 0\.0 to 1\.0"):
-        TeacherConfig(update=1.5).validate()
+    with pytest.raises(ValueError, match=r"teacher\.update_shown=1\.5: allowed is 0\.0 to 1\.0"):
+        TeacherConfig(update_shown=1.5).validate()
