@@ -74,10 +74,13 @@ def attend(
 
     scores = jnp.concatenate([score(piece) for piece in keys], axis=-1) * depth**-0.5
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
     ends = np.cumsum([piece.shape[2] for piece in values])[:-1]
     pieces = zip(jnp.split(weights, ends, axis=-1), values, strict=True)
-    out = functools.reduce(jnp.add, [combine(w, v) for w, v in pieces])
+    # Divided in the end: there are fewer channels than slots, and less to differentiate.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    out = functools.reduce(jnp.add, [combine(w, v) for w, v in pieces]) / total
     return out.reshape(batch, heads, length, depth).astype(queries.dtype)
 
 
@@ -157,13 +160,13 @@ def row_multiple(implementation: str, length: int) -> int:
 
 def _use_splash(implementation: str, length: int) -> bool:
     if implementation == "auto":
-        return jax.default_backend() == "tpu" and length >= _LONG
+        return program.platform() == "tpu" and length >= _LONG
     return implementation == "splash"
 
 
 def _use_fused(implementation: str) -> bool:
     if implementation == "auto":
-        return jax.default_backend() == "gpu"
+        return program.platform() == "gpu"
     return implementation == "fused"
 
 
@@ -186,7 +189,7 @@ def _fused(queries, keys, values, start, before):
         keys,
         values,
         mask=mask[:, None],
-        implementation="cudnn" if takes and jax.default_backend() == "gpu" else "xla",
+        implementation="cudnn" if takes and program.platform() == "gpu" else "xla",
     )
     return out.swapaxes(1, 2)
 

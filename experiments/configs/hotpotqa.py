@@ -59,6 +59,7 @@ def get_config(dataset: str = "hotpotqa") -> ConfigDict:
     config.model.num_heads = 4
     config.model.num_kv_heads = 2
     config.model.mlp_width = 384
+    config.model.remat = True  # the attention of all layers at once would take gigabytes
 
     # Nearly clean. There is nothing to update: no sentence replaces another.
     config.teacher.store_support = 0.97

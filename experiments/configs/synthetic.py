@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     config.model.tie_embeddings = True
     config.model.token_shift = 2
     config.model.match_features = True
-    config.model.remat = True  # recomputing beats the memory traffic, on a CPU too
+    config.model.remat = False  # True keeps less of the layers and computes it twice
     config.model.remat_policy = "full"
     config.model.attention = "auto"  # a blocked kernel on TPU, for long prompts
     config.model.dtype = "float32"
