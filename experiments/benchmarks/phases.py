@@ -215,9 +215,9 @@ def measure_update(scene: Scene, lesson: Lesson, whole: list[float]) -> timing.R
         lambda state, grads: optimizer_lib.apply_gradients(state, grads, optimizer),
         donate_argnums=0,
     )
-    state = host_batches.replicate(optimizer_lib.create_state(params, optimizer), mesh)
-    # The state is donated, and its parameters with it: the others keep a copy.
-    params = jax.tree.map(jnp.copy, params)
+    # The state is donated, and its parameters with it: it has a copy of the scene's.
+    own = jax.tree.map(jnp.copy, params)
+    state = host_batches.replicate(optimizer_lib.create_state(own, optimizer), mesh)
     zeros = jax.tree.map(jnp.zeros_like, params)
     for _ in range(2):  # the first compiles
         clock = _Clock()

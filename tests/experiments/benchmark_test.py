@@ -384,6 +384,8 @@ def results(tmp_path_factory):
         for name in suites.DEFAULT_SUITES:
             bench.run(name)
             suites.write(bench.results, str(folder / "results" / "benchmark.json"))
+            # Whatever is run next has the same parameters.
+            assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(bench.params))
     return json.loads((folder / "results" / "benchmark.json").read_text())
 
 
