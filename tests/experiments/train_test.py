@@ -147,6 +147,7 @@ def test_both_stages_learn_a_few_samples_by_heart(tmp_path, run_here):
         **{"sft__steps": 150, "sft__eval_every": 150, "sft__save_every": 150},
         **{"rl__steps": 30, "rl__eval_every": 30, "rl__save_every": 30, "rl__ppo__kl_coef": 0.0},
         **{"rl__ppo__entropy_coef": 0.0, "rl__ppo__group_size": 8},
+        **{"rl__optimizer__learning_rate": 5e-4},
     )
     run_here(config, tmp_path)
     before, after = (r for r in read_metrics(tmp_path) if r["stage"] == "eval")
