@@ -145,7 +145,7 @@ def test_both_stages_learn_a_few_samples_by_heart(tmp_path, run_here):
             "teacher__answer_known": 1.0,
         },
         **{"sft__steps": 150, "sft__eval_every": 150, "sft__save_every": 150},
-        **{"rl__steps": 30, "rl__eval_every": 30, "rl__save_every": 30, "rl__ppo__kl_coef": 0.0},
+        **{"rl__steps": 100, "rl__eval_every": 100, "rl__save_every": 100, "rl__ppo__kl_coef": 0.0},
         **{"rl__ppo__entropy_coef": 0.0, "rl__ppo__group_size": 8},
         **{"rl__optimizer__learning_rate": 5e-4},
     )
